@@ -1,0 +1,9 @@
+"""The one exception that means "the user can mend this"."""
+
+
+class UserError(Exception):
+    """A mistake in what was asked for: an option, a path, a pack, a checkpoint.
+
+    Its text is one clear sentence that names the culprit and the mend. The entry points print it without a traceback
+    and exit with status 2; anything else that escapes is a bug and keeps its traceback.
+    """
