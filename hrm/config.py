@@ -1,0 +1,301 @@
+"""Every option there is, with its type and default: the schema that Hydra checks each command line against.
+
+The YAML files in `config/` choose values; what can be set at all, and what it means, stands here. OmegaConf rejects
+unknown names and wrong types; the `__post_init__` methods reject values that no combination could use.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import II, MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from hrm.errors import UserError
+
+PROJECT_DIR = Path(__file__).resolve().parent.parent
+CONFIG_DIR = PROJECT_DIR / "config"
+
+LOSS_TYPES = ("stablemax_cross_entropy", "softmax_cross_entropy")
+POS_ENCODINGS = ("rope", "learned")
+FORWARD_DTYPES = ("bfloat16", "float32", "float16", "float64")
+DEVICES = ("auto", "cuda", "mps", "cpu")
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+OPTIMIZERS = ("adam_atan2", "adamw")
+SAVEABLE_OUTPUTS = (
+    "inputs",
+    "labels",
+    "puzzle_identifiers",
+    "logits",
+    "q_halt_logits",
+    "q_continue_logits",
+)
+
+
+def neighbours(name: str, known: Iterable[str]) -> str:
+    """The part of an error sentence that says what a misspelt `name` may have meant."""
+    known = sorted(known)
+    # Options nest: `hidden_size` should find `arch.hidden_size` too.
+    by_last_part = {option.rpartition(".")[2]: option for option in known}
+    close = difflib.get_close_matches(name, known, n=3) or [
+        by_last_part[part] for part in difflib.get_close_matches(name.rpartition(".")[2], by_last_part, n=3)
+    ]
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"there are: {', '.join(known)}." if len(known) <= 12 else "--help lists them."
+
+
+def _choice(option: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{option}={value} is not a choice; {neighbours(value, allowed)}")
+
+
+def _at_least(option: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise UserError(f"{option}={value} is too small: give at least {least}.")
+
+
+def _fraction(option: str, value: float, *, below_one: bool = False) -> None:
+    if not (0 <= value < 1 if below_one else 0 <= value <= 1):
+        raise UserError(
+            f"{option}={value} is out of range: give a number from 0 {'to below' if below_one else 'to'} 1."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups
+
+
+@dataclass
+class LossConfig:
+    name: str = "losses@ACTLossHead"  # as in the published configs
+    loss_type: str = "stablemax_cross_entropy"  # or softmax_cross_entropy
+
+    def __post_init__(self) -> None:
+        _choice("arch.loss.loss_type", self.loss_type, LOSS_TYPES)
+
+
+@dataclass
+class HRMConfig:
+    """HRM v1 with adaptive computation time (paper section 2; names as in the published configs)."""
+
+    name: str = "hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1"
+    loss: LossConfig = field(default_factory=LossConfig)
+    halt_exploration_prob: float = 0.1  # share of sequences made to think at least a random number of steps
+    halt_max_steps: int = 16  # ACT steps after which every sequence halts
+    H_cycles: int = 2  # slow updates in an ACT step
+    L_cycles: int = 2  # fast updates before each slow one
+    H_layers: int = 4
+    L_layers: int = 4
+    hidden_size: int = 512
+    num_heads: int = 8
+    expansion: float = 4.0  # SwiGLU's inner width is 2/3 of this times hidden_size, rounded up to 256s
+    puzzle_emb_ndim: int = II(".hidden_size")  # numbers in a puzzle's vector; 0: no puzzle prefix
+    pos_encodings: str = "rope"  # or learned
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    forward_dtype: str = "bfloat16"  # of activations; the master weights are float32
+
+    def __post_init__(self) -> None:
+        _choice("arch.pos_encodings", self.pos_encodings, POS_ENCODINGS)
+        _choice("arch.forward_dtype", self.forward_dtype, FORWARD_DTYPES)
+        _fraction("arch.halt_exploration_prob", self.halt_exploration_prob)
+        for name in ("halt_max_steps", "H_cycles", "L_cycles", "H_layers", "L_layers", "hidden_size", "num_heads"):
+            _at_least(f"arch.{name}", getattr(self, name), 1)
+        _at_least("arch.puzzle_emb_ndim", self.puzzle_emb_ndim, 0)
+        if self.expansion <= 0:
+            raise UserError(f"arch.expansion={self.expansion} is too small: give a number above 0.")
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"arch.hidden_size={self.hidden_size} cannot be split into arch.num_heads={self.num_heads} equal "
+                "heads: make it a multiple."
+            )
+        if self.pos_encodings == "rope" and (self.hidden_size // self.num_heads) % 2:
+            raise UserError(
+                f"arch.pos_encodings=rope needs an even head size, but hidden_size/num_heads is "
+                f"{self.hidden_size // self.num_heads}: change one of them or take learned."
+            )
+
+
+@dataclass
+class KernelsConfig:
+    """How reasoning modules are computed: which backend, and execution choices that leave the maths alone."""
+
+    backend: str = "naive"  # a name in hrm.kernels.BACKENDS, or auto: the best that runs here
+    compile: bool = False  # pass the backend through torch.compile
+
+
+@dataclass
+class DataConfig:
+    """A named data pack: where it lies and which builder makes it."""
+
+    name: str = MISSING
+    path: str = MISSING
+    build: str = MISSING  # builder and its arguments, as typed after `python`; --output-dir PATH is added
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer of the dense weights; rates and betas are the top-level options of the published code."""
+
+    name: str = "adam_atan2"  # or adamw
+    eps: float = 1e-8  # AdamW only: Adam-atan2 has none
+
+    def __post_init__(self) -> None:
+        _choice("optim.name", self.name, OPTIMIZERS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Entry points
+
+
+@dataclass
+class PretrainConfig:
+    """Options of `pretrain.py`. Those down to `eval_save_outputs` have the published code's names and meaning."""
+
+    arch: Any = MISSING  # typed by the schema that its YAML file names
+    data_path: str = II("data.path")
+
+    global_batch_size: int = 768  # sequences in a step, over all ranks
+    epochs: int = 100000
+    eval_interval: int | None = 10000  # epochs from one evaluation to the next; null: once, at the end
+    checkpoint_every_eval: bool = True  # else only at the end
+
+    lr: float = 1e-4
+    lr_min_ratio: float = 1.0  # the cosine's end, as a share of lr; 1.0: constant after the warm-up
+    lr_warmup_steps: int = 2000
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    puzzle_emb_lr: float = 1e-2
+    puzzle_emb_weight_decay: float = 0.1
+
+    seed: int = 0
+    project_name: str | None = None  # default: made from data_path
+    run_name: str | None = None  # default: made from the architecture and the time
+    checkpoint_path: str | None = None  # the run folder; default: checkpoints/<project_name>/<run_name>
+    eval_save_outputs: list[str] = field(default_factory=list)  # any of hrm.config.SAVEABLE_OUTPUTS
+
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    device: str = "auto"  # cuda, mps or cpu; auto: the first of these there is
+    num_workers: int = 0  # loader processes; any number gives the same batches
+    log_interval: int = 10  # steps from one reading of the metrics to the next
+    wandb: str = "auto"  # online, offline or disabled; auto: online when logged in
+
+    def __post_init__(self) -> None:
+        _choice("device", self.device, DEVICES)
+        _choice("wandb", self.wandb, WANDB_MODES)
+        for name in ("global_batch_size", "epochs", "log_interval"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("lr", "lr_min_ratio", "lr_warmup_steps", "weight_decay", "num_workers", "seed"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("puzzle_emb_lr", "puzzle_emb_weight_decay"):
+            _at_least(name, getattr(self, name), 0)
+        _fraction("beta1", self.beta1, below_one=True)
+        _fraction("beta2", self.beta2, below_one=True)
+        for output in self.eval_save_outputs:
+            _choice("eval_save_outputs", output, SAVEABLE_OUTPUTS)
+        if self.eval_interval is not None:
+            _at_least("eval_interval", self.eval_interval, 1)
+            if self.epochs % self.eval_interval:
+                raise UserError(
+                    f"epochs={self.epochs} is not a multiple of eval_interval={self.eval_interval}: change one of them."
+                )
+
+
+@dataclass
+class EvaluateConfig:
+    """Options of `evaluate.py`."""
+
+    checkpoint: str = MISSING  # a weights file, a run folder, or a hub id such as owner/name
+    data_path: str | None = None  # default: where the run's own config says
+    save_outputs: list[str] = field(default_factory=list)  # any of hrm.config.SAVEABLE_OUTPUTS
+    output_dir: str | None = None  # of saved outputs and pictures; default: the checkpoint's folder
+    global_batch_size: int | None = None  # default: the run's own
+    puzzle: str | None = None  # solve this one board (digits, 0 or . for blanks) instead of the test split
+    show: int = 0  # print this many test boards and draw them, and the training curves, as PNG
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    device: str = "auto"
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        _choice("device", self.device, DEVICES)
+        for output in self.save_outputs:
+            _choice("save_outputs", output, SAVEABLE_OUTPUTS)
+        _at_least("show", self.show, 0)
+        _at_least("num_workers", self.num_workers, 0)
+        if self.global_batch_size is not None:
+            _at_least("global_batch_size", self.global_batch_size, 1)
+
+
+def register_schemas() -> None:
+    """Make the schemas known to Hydra under the names that the YAML files' defaults lists use."""
+    store = ConfigStore.instance()
+    store.store(name="pretrain_schema", node=PretrainConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
+    store.store(group="arch", name="hrm_v1_schema", node=HRMConfig)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From mappings to typed objects
+
+T = TypeVar("T")
+
+
+def to_typed(schema: type[T], values: Mapping[str, Any] | DictConfig, where: str) -> T:
+    """Check `values` against the dataclass `schema` and return an instance.
+
+    Args:
+        where: what to call the mapping in an error, e.g. `arch`.
+
+    Raises:
+        UserError: for an unknown field, a wrong type, a missing or an impossible value.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), values)
+        result = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        name = str(error.key)
+        raise UserError(f"{where} has no field {name}; {neighbours(name, schema.__dataclass_fields__)}") from error  # type: ignore[attr-defined]
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{where}.{error.full_key} is not usable: {reason}.") from error
+    assert isinstance(result, schema)
+    return result
+
+
+def arch_config(arch: Mapping[str, Any] | DictConfig, **from_data: int) -> HRMConfig:
+    """The typed architecture, from a mapping with the fields of `config/arch/hrm_v1.yaml`.
+
+    Configs in the wild also carry what really comes from the data (`seq_len`, `vocab_size`, ...): such fields are
+    accepted where they agree with `from_data`.
+
+    Raises:
+        UserError: for unknown fields, wrong types, impossible values, or a contradiction with the data.
+    """
+    values = dict(OmegaConf.to_container(arch, resolve=True) if isinstance(arch, DictConfig) else arch)  # type: ignore[arg-type]
+    for name, value in from_data.items():
+        if (claimed := values.pop(name, value)) != value:
+            raise UserError(f"arch.{name}={claimed} contradicts the data, which has {value}: drop it from arch.")
+    if values.pop("causal", False):
+        raise UserError("arch.causal=true is not supported: HRM's attention is non-causal; drop it from arch.")
+    return to_typed(HRMConfig, values, "arch")
+
+
+def kernels_config(kernels: str | Mapping[str, Any] | KernelsConfig) -> KernelsConfig:
+    """The kernel choice named by a preset of `config/kernels/`, or given field by field."""
+    if isinstance(kernels, KernelsConfig):
+        return kernels
+    if isinstance(kernels, str):
+        presets = {path.stem: path for path in (CONFIG_DIR / "kernels").glob("*.yaml")}
+        if kernels not in presets:
+            raise UserError(f"kernels={kernels} is not a preset; {neighbours(kernels, presets)}")
+        return to_typed(KernelsConfig, OmegaConf.load(presets[kernels]), "kernels")  # type: ignore[arg-type]
+    return to_typed(KernelsConfig, kernels, "kernels")

@@ -1,0 +1,281 @@
+"""HRM v1 with adaptive computation time (Wang et al. 2025, arXiv 2506.21734).
+
+Shapes: B sequences, S input tokens, P puzzle prefix tokens, T = P + S, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrm.config import HRMConfig
+from hrm.kernels import ReasoningModule
+from hrm.kernels.naive import BlockWeights, RotaryTables, rotary_tables
+from hrm.models.layers import Embedding, Linear, SparseEmbedding, truncated_normal
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class InnerCarry:
+    """State of the two modules between ACT steps, each [B, T, D]."""
+
+    z_H: Tensor
+    z_L: Tensor
+
+
+@dataclass(frozen=True)
+class Carry:
+    """All that one ACT step hands to the next."""
+
+    inner_carry: InnerCarry
+    steps: Tensor  # [B] int32: ACT steps spent on the sequence
+    halted: Tensor  # [B] bool: the next step takes a new sequence in this place
+    current_data: Batch
+
+
+class Prepared(NamedTuple):
+    """What stays the same through the recurrences of one ACT step: embeddings, and weights in the compute dtype."""
+
+    embeddings: Tensor  # [B, T, D]
+    H_blocks: list[BlockWeights]
+    L_blocks: list[BlockWeights]
+    rotary: RotaryTables | None
+
+
+def _linear(out_features: int, in_features: int, generator: torch.Generator) -> Linear:
+    return Linear(truncated_normal((out_features, in_features), in_features**-0.5, generator))
+
+
+class Attention(nn.Module):
+    """Weights of self-attention; the rows of `qkv_proj` are q's, then k's, then v's."""
+
+    def __init__(self, width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.qkv_proj = _linear(3 * width, width, generator)
+        self.o_proj = _linear(width, width, generator)
+
+
+class SwiGLU(nn.Module):
+    """Weights of the gated MLP; the rows of `gate_up_proj` are the gate's, then the up projection's."""
+
+    def __init__(self, width: int, expansion: float, generator: torch.Generator) -> None:
+        super().__init__()
+        inner = -(-round(expansion * width * 2 / 3) // 256) * 256
+        self.gate_up_proj = _linear(2 * inner, width, generator)
+        self.down_proj = _linear(width, inner, generator)
+
+
+class Block(nn.Module):
+    """Weights of one post-norm transformer block; `hrm.kernels` computes it."""
+
+    def __init__(self, config: HRMConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.self_attn = Attention(config.hidden_size, generator)
+        self.mlp = SwiGLU(config.hidden_size, config.expansion, generator)
+
+    def weights(self, dtype: torch.dtype) -> BlockWeights:
+        return BlockWeights(
+            qkv=self.self_attn.qkv_proj.weight.to(dtype),
+            o=self.self_attn.o_proj.weight.to(dtype),
+            gate_up=self.mlp.gate_up_proj.weight.to(dtype),
+            down=self.mlp.down_proj.weight.to(dtype),
+        )
+
+
+class Level(nn.Module):
+    """Weights of one reasoning module, H or L."""
+
+    def __init__(self, config: HRMConfig, num_layers: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config, generator) for _ in range(num_layers))
+
+    def weights(self, dtype: torch.dtype) -> list[BlockWeights]:
+        return [layer.weights(dtype) for layer in self.layers]  # type: ignore[operator]
+
+
+class HierarchicalReasoningModel(nn.Module):
+    """Embeddings, the two coupled modules and the output heads: one ACT step without the halting."""
+
+    H_init: Tensor  # [D]
+    L_init: Tensor  # [D]
+    rotary_cos: Tensor  # [T, D / heads], with rope only
+    rotary_sin: Tensor
+
+    def __init__(
+        self,
+        config: HRMConfig,
+        *,
+        seq_len: int,
+        vocab_size: int,
+        num_puzzle_identifiers: int,
+        reasoning_module: ReasoningModule,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype: torch.dtype = getattr(torch, config.forward_dtype)
+        self.reasoning_module = reasoning_module
+        width = config.hidden_size
+        self.prefix_len = -(-config.puzzle_emb_ndim // width)
+        num_tokens = self.prefix_len + seq_len
+
+        def table(rows: int) -> Embedding:
+            return Embedding(truncated_normal((rows, width), width**-0.5, generator))
+
+        self.embed_tokens = table(vocab_size)
+        if config.pos_encodings == "learned":
+            self.embed_pos = table(num_tokens)
+        else:
+            tables = rotary_tables(num_tokens, width // config.num_heads, config.rope_theta)
+            self.register_buffer("rotary_cos", tables.cos, persistent=False)
+            self.register_buffer("rotary_sin", tables.sin, persistent=False)
+        if config.puzzle_emb_ndim > 0:
+            self.puzzle_emb = SparseEmbedding(num_puzzle_identifiers, config.puzzle_emb_ndim)
+        self.H_level = Level(config, config.H_layers, generator)
+        self.L_level = Level(config, config.L_layers, generator)
+        self.register_buffer("H_init", truncated_normal((width,), 1.0, generator))
+        self.register_buffer("L_init", truncated_normal((width,), 1.0, generator))
+        self.lm_head = Linear(truncated_normal((vocab_size, width), width**-0.5, generator))
+        # Q-learning starts from "both values are near 0" (sigmoid of -5), whatever the state.
+        self.q_head = Linear(torch.zeros(2, width), torch.full((2,), -5.0))
+
+    def initial_carry(self, batch: Batch) -> InnerCarry:
+        sequences, seq_len = batch["inputs"].shape
+        shape = (sequences, self.prefix_len + seq_len, self.config.hidden_size)
+        zeros = torch.zeros(shape, dtype=self.dtype, device=batch["inputs"].device)
+        return InnerCarry(zeros, zeros)
+
+    def reset_carry(self, carry: InnerCarry, reset: Tensor) -> InnerCarry:
+        """Put the sequences marked in `reset` [B] back to the initial state."""
+        mask = reset.view(-1, 1, 1)
+        return InnerCarry(
+            torch.where(mask, self.H_init.to(self.dtype), carry.z_H),
+            torch.where(mask, self.L_init.to(self.dtype), carry.z_L),
+        )
+
+    def prepare(self, batch: Batch) -> Prepared:
+        """Embed a batch and cast the weights, once for all recurrences of an ACT step."""
+        rotary = None
+        if self.config.pos_encodings == "rope":
+            rotary = RotaryTables(self.rotary_cos, self.rotary_sin)
+        return Prepared(
+            self._embed(batch["inputs"], batch["puzzle_identifiers"]),
+            self.H_level.weights(self.dtype),
+            self.L_level.weights(self.dtype),
+            rotary,
+        )
+
+    def _embed(self, inputs: Tensor, puzzle_identifiers: Tensor) -> Tensor:
+        width = self.config.hidden_size
+        embeddings = self.embed_tokens(inputs, self.dtype)
+        if self.prefix_len:
+            puzzle = self.puzzle_emb(puzzle_identifiers, self.dtype)
+            puzzle = F.pad(puzzle, (0, self.prefix_len * width - self.config.puzzle_emb_ndim))
+            embeddings = torch.cat((puzzle.view(-1, self.prefix_len, width), embeddings), dim=1)
+        if self.config.pos_encodings == "learned":
+            # Two tables of equal variance are summed: scale back to the variance of one.
+            embeddings = 0.707106781 * (embeddings + self.embed_pos.embedding_weight.to(self.dtype))
+        scaled: Tensor = math.sqrt(width) * embeddings
+        return scaled
+
+    def recur(self, carry: InnerCarry, prepared: Prepared) -> InnerCarry:
+        """One ACT step's cycles. Only the last update of each module is differentiable (the one-step gradient)."""
+        config = self.config
+        embeddings = prepared.embeddings
+
+        def update_L(z_H: Tensor, z_L: Tensor) -> Tensor:
+            injection = z_H + embeddings
+            return self.reasoning_module(
+                z_L, injection, prepared.L_blocks, prepared.rotary, config.num_heads, config.rms_norm_eps
+            )
+
+        def update_H(z_H: Tensor, z_L: Tensor) -> Tensor:
+            return self.reasoning_module(
+                z_H, z_L, prepared.H_blocks, prepared.rotary, config.num_heads, config.rms_norm_eps
+            )
+
+        z_H, z_L = carry.z_H, carry.z_L
+        with torch.no_grad():
+            for H_cycle in range(config.H_cycles):
+                last_cycle = H_cycle == config.H_cycles - 1
+                for _ in range(config.L_cycles - last_cycle):
+                    z_L = update_L(z_H, z_L)
+                if not last_cycle:
+                    z_H = update_H(z_H, z_L)
+        z_L = update_L(z_H, z_L)
+        z_H = update_H(z_H, z_L)
+        return InnerCarry(z_H, z_L)
+
+    def logits(self, carry: InnerCarry) -> Tensor:
+        """Scores of the answer's tokens, [B, S, V]."""
+        logits: Tensor = self.lm_head(carry.z_H)[:, self.prefix_len :]
+        return logits
+
+    def q_values(self, carry: InnerCarry) -> tuple[Tensor, Tensor]:
+        """Logits of the values of halting and of going on, each [B] in float32 at least, read off the first token."""
+        q: Tensor = self.q_head(carry.z_H[:, 0])
+        q_halt, q_continue = q.to(torch.promote_types(q.dtype, torch.float32)).unbind(-1)
+        return q_halt, q_continue
+
+
+class AdaptiveComputation(nn.Module):
+    """Halting around the model: every call is one ACT step; places whose sequence halted take a new one."""
+
+    def __init__(self, inner: HierarchicalReasoningModel, seed: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self._exploration: torch.Generator | None = None
+        self.seed_exploration(seed)
+
+    def seed_exploration(self, seed: int) -> None:
+        """Restart the stream of random minimum steps. Ranks must differ in `seed`, or they explore alike."""
+        self._seed = seed
+        self._exploration = None  # made on first use, on the device in use
+
+    def initial_carry(self, batch: Batch) -> Carry:
+        halted = torch.ones_like(batch["inputs"][:, 0], dtype=torch.bool)
+        return Carry(
+            self.inner.initial_carry(batch),
+            steps=torch.zeros_like(halted, dtype=torch.int32),
+            halted=halted,
+            current_data={name: torch.zeros_like(field) for name, field in batch.items()},
+        )
+
+    def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, dict[str, Tensor]]:
+        data = {
+            name: torch.where(carry.halted.view(-1, *[1] * (field.ndim - 1)), field, carry.current_data[name])
+            for name, field in batch.items()
+        }
+        steps = torch.where(carry.halted, 0, carry.steps) + 1
+        prepared = self.inner.prepare(data)
+        state = self.inner.recur(self.inner.reset_carry(carry.inner_carry, carry.halted), prepared)
+        q_halt, q_continue = self.inner.q_values(state)
+        outputs = {"logits": self.inner.logits(state), "q_halt_logits": q_halt, "q_continue_logits": q_continue}
+
+        with torch.no_grad():
+            state = InnerCarry(state.z_H.detach(), state.z_L.detach())
+            max_steps = self.inner.config.halt_max_steps
+            last = steps >= max_steps
+            halted = last
+            if self.training and max_steps > 1:
+                halted = (last | (q_halt > q_continue)) & (steps >= self._min_steps(steps))
+                # Bootstrapped target (paper eq. 9): the value of the better action one step on.
+                next_halt, next_continue = self.inner.q_values(self.inner.recur(state, prepared))
+                next_value = torch.where(last, next_halt, torch.maximum(next_halt, next_continue))
+                outputs["target_q_continue"] = torch.sigmoid(next_value)
+        return Carry(state, steps, halted, data), outputs
+
+    def _min_steps(self, steps: Tensor) -> Tensor:
+        """For exploration: a share of the sequences may not halt before a random step in {2 .. halt_max_steps}."""
+        config = self.inner.config
+        if self._exploration is None or self._exploration.device != steps.device:
+            self._exploration = torch.Generator(steps.device).manual_seed(self._seed)
+        explores = torch.rand(steps.shape, device=steps.device, generator=self._exploration)
+        minimum = torch.randint_like(steps, low=2, high=config.halt_max_steps + 1, generator=self._exploration)
+        return torch.where(explores < config.halt_exploration_prob, minimum, 0)

@@ -1,0 +1,110 @@
+"""The ACT loss of HRM v1 and its metrics (spec section 3; paper section 2, "Adaptive computational time")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from hrm.models.hrm_v1 import AdaptiveComputation, Batch, Carry
+
+IGNORE_LABEL_ID = -100
+
+
+def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy under stablemax (Prieto et al. 2025): probabilities s / sum(s), computed in float64.
+
+    s(x) grows linearly above 0 and falls as 1 / (1 - x) below, so large logits do not overflow into exact zeros.
+
+    Args:
+        logits: [..., V].
+        labels: [...] integers; IGNORE_LABEL_ID counts as no loss.
+
+    Returns:
+        The loss of each label [...], in float64 (float32 on devices that have no float64).
+    """
+    x = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
+    s = torch.where(x < 0, 1 / (1 - x + 1e-30), x + 1)
+    log_probabilities = torch.log(s / s.sum(-1, keepdim=True))
+    valid = labels != IGNORE_LABEL_ID
+    picked = log_probabilities.gather(-1, torch.where(valid, labels, 0).long().unsqueeze(-1)).squeeze(-1)
+    return -torch.where(valid, picked, 0)
+
+
+def softmax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy under softmax in float32. Arguments and result as in `stablemax_cross_entropy`."""
+    flat = F.cross_entropy(
+        logits.float().flatten(0, -2), labels.long().flatten(), ignore_index=IGNORE_LABEL_ID, reduction="none"
+    )
+    return flat.view(labels.shape)
+
+
+LOSSES = {
+    "stablemax_cross_entropy": stablemax_cross_entropy,
+    "softmax_cross_entropy": softmax_cross_entropy,
+}
+
+
+class ACTLossHead(nn.Module):
+    """The model as it is trained and evaluated: one call is one ACT step of every sequence, with loss and metrics."""
+
+    def __init__(self, model: AdaptiveComputation, loss_type: str) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = LOSSES[loss_type]
+
+    def initial_carry(self, batch: Batch) -> Carry:
+        """A carry in which every sequence is halted, so that the first call takes `batch`."""
+        return self.model.initial_carry(batch)
+
+    def forward(
+        self, *, carry: Carry, batch: Batch, return_keys: Sequence[str] = ()
+    ) -> tuple[Carry, Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Run one ACT step.
+
+        Args:
+            carry: from `initial_carry` or the call before.
+            batch: `inputs` [B, S], `labels` [B, S] and `puzzle_identifiers` [B], read by sequences that are halted.
+            return_keys: outputs wanted: `logits` [B, S, V], `q_halt_logits`, `q_continue_logits`, and in training
+                `target_q_continue`, each [B].
+
+        Returns:
+            `(carry, loss, metrics, outputs, all_halted)`. The loss is summed over the batch. Metrics are sums without
+            gradient, over the sequences that halted in this call and have a label; the losses' over all sequences.
+            `all_halted` is a boolean tensor: reading it waits for the device.
+        """
+        carry, outputs = self.model(carry, batch)
+        labels = carry.current_data["labels"]
+        q_halt, q_continue = outputs["q_halt_logits"], outputs["q_continue_logits"]
+
+        with torch.no_grad():
+            valid = labels != IGNORE_LABEL_ID
+            valid_count = valid.sum(-1)
+            right_count = (valid & (outputs["logits"].argmax(-1) == labels)).sum(-1)
+            exact = right_count == valid_count
+            counted = carry.halted & (valid_count > 0)
+            divisor = valid_count.clamp_min(1)
+            metrics = {
+                "count": counted.sum(),
+                "accuracy": torch.where(counted, right_count / divisor, 0).sum(),
+                "exact_accuracy": (counted & exact).sum(),
+                "q_halt_accuracy": (counted & ((q_halt >= 0) == exact)).sum(),
+                "steps": torch.where(counted, carry.steps, 0).sum(),
+            }
+
+        lm_loss = (self.loss_fn(outputs["logits"], labels) / divisor.unsqueeze(-1)).sum()
+        q_halt_loss = F.binary_cross_entropy_with_logits(q_halt, exact.to(q_halt.dtype), reduction="sum")
+        metrics |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_halt_loss.detach()}
+        q_loss = q_halt_loss
+        if "target_q_continue" in outputs:
+            target = outputs["target_q_continue"]
+            q_continue_loss = F.binary_cross_entropy_with_logits(q_continue, target, reduction="sum")
+            metrics["q_continue_loss"] = q_continue_loss.detach()
+            q_loss = q_loss + q_continue_loss
+
+        wanted = {key: outputs[key].detach() for key in return_keys if key in outputs}
+        return carry, lm_loss + 0.5 * q_loss, metrics, wanted, carry.halted.all()
