@@ -13,6 +13,8 @@ from hrm.kernels import make_reasoning_module
 from hrm.models.hrm_v1 import AdaptiveComputation, HierarchicalReasoningModel
 from hrm.models.losses import ACTLossHead
 
+__all__ = ["ACTLossHead", "build_model"]
+
 
 def build_model(
     arch: Mapping[str, Any] | HRMConfig,

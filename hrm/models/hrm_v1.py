@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hrm.batch import Batch
 from hrm.config import HRMConfig
 from hrm.kernels import ReasoningModule
 from hrm.kernels.naive import BlockWeights, RotaryTables, rotary_tables
 from hrm.models.layers import Embedding, Linear, SparseEmbedding, truncated_normal
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from hrm.models.hrm_v1 import AdaptiveComputation, Batch, Carry
+from hrm.batch import IGNORE_LABEL_ID, Batch
 
-IGNORE_LABEL_ID = -100
+if TYPE_CHECKING:
+    from hrm.models.hrm_v1 import AdaptiveComputation, Carry
 
 
 def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -56,6 +56,11 @@ class ACTLossHead(nn.Module):
         super().__init__()
         self.model = model
         self.loss_fn = LOSSES[loss_type]
+
+    @property
+    def halt_max_steps(self) -> int:
+        """ACT steps after which every sequence has halted."""
+        return self.model.inner.config.halt_max_steps
 
     def initial_carry(self, batch: Batch) -> Carry:
         """A carry in which every sequence is halted, so that the first call takes `batch`."""

@@ -1,0 +1,175 @@
+"""Run folders: weights as `step_<n>`, the options as `all_config.yaml`, readable by the published code and reading its.
+
+Weights are saved with the prefix `_orig_mod.` that torch.compile gives the published code's parameters: its
+`evaluate.py` then takes them compiled or not. Reading strips the prefix. Nothing read from a checkpoint is executed.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+from yaml import YAMLError
+
+from hrm.config import PretrainConfig
+from hrm.errors import UserError
+
+CONFIG_FILE = "all_config.yaml"
+METRICS_FILE = "metrics.jsonl"
+_COMPILED_PREFIX = "_orig_mod."
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_WEIGHTS = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights on disk and the options they were trained with."""
+
+    weights_file: Path
+    config: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return self.weights_file.parent
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps behind the weights; 0 where the file's name does not say."""
+        name = self.weights_file.name
+        return int(name.removeprefix("step_")) if re.fullmatch(r"step_\d+", name) else 0
+
+
+def save_config(config: PretrainConfig, folder: Path) -> None:
+    """Write `all_config.yaml`, creating the run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_atomically(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(asdict(config))).encode())
+
+
+def save_weights(model: nn.Module, folder: Path, step: int) -> Path:
+    """Write `step_<step>`; a crash midway leaves no file of that name."""
+    file = folder / f"step_{step}"
+    temporary = file.with_name(f".{file.name}.tmp")
+    torch.save({_COMPILED_PREFIX + name: tensor for name, tensor in model.state_dict().items()}, temporary)
+    _commit(temporary, file)
+    return file
+
+
+def find_checkpoint(where: str) -> Checkpoint:
+    """Locate weights and read their options.
+
+    Args:
+        where: a weights file, a run folder (its last step is taken), or a hub id `owner/name`.
+
+    Raises:
+        UserError: nothing is there, or the options beside the weights are missing or unreadable.
+    """
+    path = Path(where)
+    if path.is_dir():
+        weights_file = _last_weights(path)
+    elif path.is_file():
+        weights_file = path
+    elif _HUB_ID.fullmatch(where) and not path.parent.is_dir():
+        weights_file = _last_weights(_download(where))
+    else:
+        raise UserError(f"checkpoint={where} does not exist; give a weights file, a run folder or a hub id.")
+    return Checkpoint(weights_file, _read_config(weights_file.parent / CONFIG_FILE))
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Tensors of a weights file by their names without prefix, on the CPU.
+
+    Raises:
+        UserError: the file is torn, or holds anything but named tensors (such a file is not executed).
+    """
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file} holds more than tensors, or is no checkpoint, and was not loaded; save its state_dict() alone."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{file} is torn or no checkpoint ({_first_line(error)}); copy it anew.") from error
+    if not isinstance(loaded, Mapping) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+        raise UserError(f"{file} does not hold a state_dict (names and tensors); save model.state_dict().")
+    return {str(name).removeprefix(_COMPILED_PREFIX): tensor for name, tensor in loaded.items()}
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
+    """Put weights into a model, in place.
+
+    Raises:
+        UserError: names or shapes are not the model's; the first difference is named.
+    """
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in weights:
+            raise UserError(f"{file} lacks {name}: it was trained with another architecture than its {CONFIG_FILE}.")
+        if name not in own:
+            raise UserError(f"{file} has {name}, which the architecture in its {CONFIG_FILE} does not.")
+        if weights[name].shape != own[name].shape:
+            raise UserError(
+                f"{file} has {name} of shape {tuple(weights[name].shape)}, but the architecture and the data need "
+                f"{tuple(own[name].shape)}: use the config and the pack it was trained with."
+            )
+    model.load_state_dict(weights)
+
+
+def _last_weights(folder: Path) -> Path:
+    steps = [file for file in folder.iterdir() if re.fullmatch(r"step_\d+", file.name)]
+    if steps:
+        return max(steps, key=lambda file: int(file.name.removeprefix("step_")))
+    if (folder / _HUB_WEIGHTS).is_file():
+        return folder / _HUB_WEIGHTS
+    raise UserError(
+        f"{folder} holds no weights (a file step_<n> or {_HUB_WEIGHTS}); point checkpoint= at a run folder."
+    )
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download  # imported here: slow, and most runs read from disk
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=[_HUB_WEIGHTS, "step_*", CONFIG_FILE]))
+    except Exception as error:  # the hub's failures share no base class
+        raise UserError(
+            f"checkpoint={hub_id} is no local path, and fetching it from the hub failed ({_first_line(error)}); check "
+            "the name and the network."
+        ) from error
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"{file} is missing: put the run's {CONFIG_FILE} beside its weights.")
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} is not readable as YAML ({_first_line(error)}); restore it.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("arch"), dict):
+        raise UserError(f"{file} has no section arch: it is not the config of an HRM run; restore it.")
+    return {str(name): value for name, value in config.items()}
+
+
+def _write_atomically(file: Path, content: bytes) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_bytes(content)
+    _commit(temporary, file)
+
+
+def _commit(temporary: Path, file: Path) -> None:
+    """Give a complete temporary file its name, once its bytes are on the disk."""
+    with temporary.open("rb") as written:
+        os.fsync(written.fileno())
+    temporary.replace(file)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

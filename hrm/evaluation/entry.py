@@ -1,0 +1,170 @@
+"""What `evaluate.py` does: find a checkpoint, run it over the test split or one puzzle, say how it did."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hrm.batch import IGNORE_LABEL_ID
+from hrm.checkpoint import METRICS_FILE, Checkpoint, find_checkpoint, load_weights, read_weights
+from hrm.config import EvaluateConfig, KernelsConfig, arch_config
+from hrm.data.loader import EvalLoader
+from hrm.data.pack import open_pack
+from hrm.data.sudoku import BoxShape, Grids, conflicts, decode_tokens, encode_tokens, parse_grid, solve
+from hrm.distributed import World, join_world
+from hrm.errors import UserError
+from hrm.evaluation.boards import LEGEND, Board, draw_boards, render_text
+from hrm.evaluation.plots import draw_curves, pyplot
+from hrm.evaluation.runner import evaluate, save_outputs, think
+from hrm.models import ACTLossHead, build_model
+
+
+def evaluate_checkpoint(config: EvaluateConfig) -> None:
+    """Run `evaluate.py` as `config` says.
+
+    Raises:
+        UserError: for a checkpoint, a pack or a puzzle that is missing, broken or does not fit the others.
+    """
+    with join_world(config.device) as world:
+        checkpoint = find_checkpoint(config.checkpoint)
+        if config.puzzle is not None:
+            _solve_puzzle(config, checkpoint, config.puzzle, world)
+        else:
+            _evaluate_split(config, checkpoint, world)
+
+
+def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World) -> None:
+    if config.show:
+        pyplot()  # say at once, not after minutes of evaluation, that it is missing
+    data_path = config.data_path or checkpoint.config.get("data_path")
+    if data_path is None:
+        raise UserError(f"{checkpoint.folder} does not say which data it was trained on: add data_path=...")
+    batch_size = config.global_batch_size or int(checkpoint.config.get("global_batch_size", 0)) or 128
+    pack = open_pack(data_path, "test")
+    pin_memory = world.device.type == "cuda"
+    loader = EvalLoader(pack, batch_size, world.rank, world.size, config.num_workers, pin_memory)
+    meta = pack.metadata
+    sizes = _Sizes(batch_size // world.size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
+    model = _load_model(config, checkpoint, sizes, world)
+
+    shown = ("inputs", "labels", "logits") if config.show else ()
+    metrics, outputs = evaluate(model, loader, world, keep=list(dict.fromkeys((*config.save_outputs, *shown))))
+    folder = Path(config.output_dir) if config.output_dir else checkpoint.folder
+    if world.is_main:
+        print(f"{checkpoint.weights_file} on {data_path}/test:\n{_table(metrics)}")
+    if config.save_outputs:
+        wanted = {name: outputs[name] for name in config.save_outputs}
+        print(f"Saved {', '.join(wanted)} in {save_outputs(wanted, folder, checkpoint.step, world)}.")
+    if config.show and world.is_main:
+        _show(outputs, config.show, checkpoint, folder)
+
+
+def _solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, world: World) -> None:
+    """Solve one Sudoku board and print it."""
+    shape = BoxShape.from_cells(len("".join(text.split())))
+    puzzle = parse_grid(text, shape)
+    if (clash := conflicts(puzzle, shape)).any():
+        cell = int(clash.argmax())
+        row, column = divmod(cell, shape.side)
+        raise UserError(
+            f"the puzzle breaks the rules: the {puzzle[cell]} in row {row + 1}, column {column + 1} stands more than "
+            "once in a row, column or box."
+        )
+    # A lone puzzle brings no pack, so the sizes that a pack would give are read off the weights.
+    weights = read_weights(checkpoint.weights_file)
+    vocab_size = _num_rows(weights, "model.inner.embed_tokens.embedding_weight")
+    if vocab_size != shape.vocab_size:
+        raise UserError(
+            f"a board of {shape.cells} cells has {shape.vocab_size} tokens, but {checkpoint.weights_file} was trained "
+            f"on {vocab_size}: give a puzzle of the kind it was trained on."
+        )
+    sizes = _Sizes(1, shape.cells, vocab_size, _num_rows(weights, "model.inner.puzzle_emb.weights") or 1)
+    if config.kernels.backend == "auto":
+        config = replace(config, kernels=KernelsConfig("naive"))  # compiling would outlast one puzzle by far
+    model = _load_model(config, checkpoint, sizes, world)
+    batch = {
+        "inputs": torch.from_numpy(encode_tokens(puzzle)).int().unsqueeze(0),
+        "labels": torch.full((1, shape.cells), IGNORE_LABEL_ID, dtype=torch.int32),
+        "puzzle_identifiers": torch.zeros(1, dtype=torch.int32),
+    }
+    _, outputs = think(model, {name: field.to(world.device) for name, field in batch.items()}, ["logits"])
+    solution = solve(puzzle, shape)
+    board = Board(puzzle, _answers(outputs["logits"])[0], solution if solution.all() else None)
+    if world.is_main:
+        print(f"{_rendered(board)}\n{LEGEND}\n{_verdict(board)}")
+
+
+class _Sizes(NamedTuple):
+    """What a model must know of its data, and the batch."""
+
+    batch_size: int
+    seq_len: int
+    vocab_size: int
+    num_puzzle_identifiers: int
+
+
+def _load_model(config: EvaluateConfig, checkpoint: Checkpoint, sizes: _Sizes, world: World) -> ACTLossHead:
+    """The checkpoint's model in evaluation mode."""
+    arch = arch_config(checkpoint.config["arch"], **sizes._asdict())
+    model = build_model(arch, **sizes._asdict(), kernels=config.kernels, device=world.device)
+    load_weights(model, read_weights(checkpoint.weights_file), checkpoint.weights_file)
+    return model.eval()
+
+
+def _num_rows(weights: Mapping[str, Tensor], name: str) -> int:
+    return len(weights[name]) if name in weights else 0
+
+
+def _table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """Metrics, a row each, under the names they are logged by."""
+    rows = [(f"{set_name}/{name}", value) for set_name, values in metrics.items() for name, value in values.items()]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(
+        f"  {name:<{width}}  {f'{value:.0f}' if name.endswith('/count') else f'{value:.4f}':>10}"
+        for name, value in rows
+    )
+
+
+def _show(outputs: Mapping[str, Tensor], count: int, checkpoint: Checkpoint, folder: Path) -> None:
+    """Print and draw test boards, wrong ones among them where there are any, and draw the training curves."""
+    puzzles = decode_tokens(outputs["inputs"].numpy())
+    solutions = decode_tokens(outputs["labels"].numpy())
+    answers = _answers(outputs["logits"])
+    order = np.argsort((answers == solutions).all(1), kind="stable")
+    spread = order[np.linspace(0, len(order) - 1, min(count, len(order))).astype(int)]
+    boards = [Board(puzzles[index], answers[index], solutions[index], f"test puzzle {index}") for index in spread]
+    print("\n".join(f"{_rendered(board)}\n{_verdict(board)}\n" for board in boards) + LEGEND)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_boards(boards, folder / "boards.png")
+    drawn = ["boards.png"]
+    if (metrics_file := checkpoint.folder / METRICS_FILE).is_file():
+        draw_curves(metrics_file, folder / "curves.png")
+        drawn.append("curves.png")
+    print(f"Drew {' and '.join(drawn)} in {folder}.")
+
+
+def _answers(logits: Tensor) -> Grids:
+    """The boards that logits [B, S, V] stand for, [B, S]."""
+    return decode_tokens(logits.argmax(-1).cpu().numpy())
+
+
+def _rendered(board: Board) -> str:
+    return render_text(board, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+
+
+def _verdict(board: Board) -> str:
+    if board.num_wrong():
+        return f"{board.num_wrong()} of {board.shape.cells} cells are wrong."
+    return (
+        "Solved: this is the only solution."
+        if board.solution is not None
+        else "Solved: this is one of several solutions."
+    )

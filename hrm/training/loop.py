@@ -1,0 +1,213 @@
+"""The training run: two optimizers, one ACT step per batch, evaluation and a checkpoint at every interval."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hrm.batch import Batch
+from hrm.checkpoint import save_config, save_weights
+from hrm.config import PretrainConfig
+from hrm.data.build import ensure_pack
+from hrm.data.loader import EvalLoader, TrainLoader
+from hrm.data.pack import Pack, open_pack
+from hrm.distributed import World, broadcast_tensors, join_world, share_from_main, sum_over_ranks
+from hrm.errors import UserError
+from hrm.evaluation.runner import evaluate, save_outputs
+from hrm.kernels import resolve
+from hrm.models import ACTLossHead, build_model
+from hrm.models.hrm_v1 import Carry
+from hrm.optim import AdamATan2, SparseSignSGD, learning_rate
+from hrm.training.metrics import MetricWindow, RunLog
+
+
+@dataclass
+class TrainState:
+    """What changes while a run goes on."""
+
+    model: ACTLossHead
+    optimizers: list[tuple[torch.optim.Optimizer, float]]  # each with its base learning rate
+    total_steps: int
+    step: int = 0
+    carry: Carry | None = None
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Train as `config` says, on all the processes that torchrun started (or on this one alone).
+
+    Leaves in the run folder: `all_config.yaml`, `metrics.jsonl` and the weights `step_<n>`.
+
+    Raises:
+        UserError: for data, options or hardware that cannot work together.
+    """
+    with join_world(config.device) as world:
+        config, folder = share_from_main(_with_names(config), world)
+        if world.is_main:
+            ensure_pack(config.data, config.data_path)
+        share_from_main(None, world)  # the others wait for the pack
+        train_pack, test_pack = open_pack(config.data_path, "train"), open_pack(config.data_path, "test")
+        _check_one_task(train_pack, test_pack)
+        train_loader = TrainLoader(
+            train_pack,
+            config.global_batch_size,
+            config.seed,
+            world.rank,
+            world.size,
+            epochs_per_pass=config.eval_interval or config.epochs,
+            num_workers=config.num_workers,
+            pin_memory=world.device.type == "cuda",
+        )
+        eval_loader = EvalLoader(
+            test_pack,
+            config.global_batch_size,
+            world.rank,
+            world.size,
+            num_workers=config.num_workers,
+            pin_memory=world.device.type == "cuda",
+        )
+        state = initial_state(config, train_pack, world)
+        if world.is_main:
+            save_config(config, folder)
+        with RunLog(config, folder, state.total_steps, world) as log:
+            log.say(_summary(config, state, world, folder))
+            try:
+                _run(config, world, folder, state, train_loader, eval_loader, log)
+            except KeyboardInterrupt:
+                if world.is_main:
+                    log.say(f"Interrupted; the weights so far are in {save_weights(state.model, folder, state.step)}.")
+                raise
+
+
+def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainState:
+    """A fresh model with its optimizers, equal on all ranks."""
+    metadata = pack.metadata
+    examples = config.epochs * metadata.total_groups * metadata.mean_puzzle_examples
+    total_steps = int(examples / config.global_batch_size)
+    if total_steps == 0:
+        raise UserError(
+            f"{config.epochs} epochs of {pack.path} are {int(examples)} examples, fewer than one batch of "
+            f"global_batch_size={config.global_batch_size}: raise epochs or lower global_batch_size."
+        )
+    model = build_model(
+        config.arch,
+        batch_size=config.global_batch_size // world.size,
+        seq_len=metadata.seq_len,
+        vocab_size=metadata.vocab_size,
+        num_puzzle_identifiers=metadata.num_puzzle_identifiers,
+        kernels=config.kernels,
+        device=world.device,
+        seed=config.seed,
+    )
+    broadcast_tensors(model.state_dict().values(), world)
+    model.model.seed_exploration(config.seed + world.rank)
+
+    betas = (config.beta1, config.beta2)
+    dense: torch.optim.Optimizer
+    if config.optim.name == "adamw":
+        dense = torch.optim.AdamW(
+            model.parameters(), config.lr, betas, config.optim.eps, config.weight_decay, foreach=True
+        )
+    else:
+        dense = AdamATan2(model.parameters(), config.lr, betas, config.weight_decay)
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = [(dense, config.lr)]
+    if model.model.inner.prefix_len:
+        sparse = SparseSignSGD(model.model.inner.puzzle_emb, config.puzzle_emb_lr, config.puzzle_emb_weight_decay)
+        optimizers.append((sparse, config.puzzle_emb_lr))
+    return TrainState(model, optimizers, total_steps)
+
+
+def train_step(config: PretrainConfig, world: World, state: TrainState, batch: Batch) -> dict[str, Tensor]:
+    """One ACT step and one update of all weights; returns the metrics, still on the device."""
+    state.step += 1
+    batch = {name: field.to(world.device, non_blocking=True) for name, field in batch.items()}
+    if state.carry is None:
+        state.carry = state.model.initial_carry(batch)
+    metrics: dict[str, Tensor]
+    state.carry, loss, metrics, _, _ = state.model(carry=state.carry, batch=batch)
+    (loss / config.global_batch_size).backward()
+    # The loss is divided by the global batch already, so gradients are summed, not averaged.
+    sum_over_ranks([param.grad for param in state.model.parameters() if param.grad is not None], world)
+    for optimizer, base_lr in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = _lr(config, state, base_lr)
+        optimizer.step()
+        optimizer.zero_grad()
+    return metrics
+
+
+def _run(
+    config: PretrainConfig,
+    world: World,
+    folder: Path,
+    state: TrainState,
+    train_loader: TrainLoader,
+    eval_loader: EvalLoader,
+    log: RunLog,
+) -> None:
+    window = MetricWindow(world, config.global_batch_size)
+    passes = config.epochs // (config.eval_interval or config.epochs)
+    for pass_index in range(passes):
+        for batch in train_loader.iterate(pass_index):
+            if state.step == state.total_steps:
+                break
+            window.add(train_step(config, world, state, batch))
+            log.advance()
+            if state.step == 1 or state.step % config.log_interval == 0:
+                window.close(state.step, _lr(config, state, config.lr))
+            for record in window.finished():
+                log.record(record)
+        window.close(state.step, _lr(config, state, config.lr))
+        for record in window.finished(wait=True):
+            log.record(record)
+
+        started = time.perf_counter()
+        metrics, outputs = evaluate(state.model, eval_loader, world, config.eval_save_outputs)
+        seconds = time.perf_counter() - started
+        for set_name, values in metrics.items():
+            log.record({"step": state.step} | {f"{set_name}/{name}": value for name, value in values.items()})
+            log.say(
+                f"step {state.step}, test set {set_name}: {100 * values['exact_accuracy']:.2f} % of "
+                f"{values['count']:.0f} puzzles exactly right, {100 * values['accuracy']:.2f} % of cells "
+                f"({seconds:.0f} s)"
+            )
+        if outputs:
+            save_outputs(outputs, folder, state.step, world)
+        if world.is_main and (config.checkpoint_every_eval or pass_index == passes - 1):
+            save_weights(state.model, folder, state.step)
+        window.restart_clock()
+
+
+def _lr(config: PretrainConfig, state: TrainState, base_lr: float) -> float:
+    return learning_rate(state.step, base_lr, config.lr_warmup_steps, state.total_steps, config.lr_min_ratio)
+
+
+def _with_names(config: PretrainConfig) -> tuple[PretrainConfig, Path]:
+    """The config with its open names filled in as the published code does, and the run folder."""
+    project = config.project_name or f"{Path(config.data_path).name.capitalize()} ACT-torch"
+    run = config.run_name or f"{config.arch.name.split('@')[-1]} {time.strftime('%Y-%m-%d %H-%M-%S')}"
+    folder = Path(config.checkpoint_path or Path("checkpoints") / project / run)
+    return replace(config, project_name=project, run_name=run, checkpoint_path=str(folder)), folder
+
+
+def _check_one_task(train: Pack, test: Pack) -> None:
+    for name in ("seq_len", "vocab_size", "num_puzzle_identifiers"):
+        ours, theirs = getattr(train.metadata, name), getattr(test.metadata, name)
+        if ours != theirs:
+            raise UserError(
+                f"{train.path} has {name} {ours} in train but {theirs} in test: build both splits together."
+            )
+
+
+def _summary(config: PretrainConfig, state: TrainState, world: World, folder: Path) -> str:
+    kernels = resolve(config.kernels, world.device)
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+    parameters = sum(param.numel() for param in state.model.parameters())
+    return (
+        f"Training {parameters:,} parameters for {state.total_steps:,} steps of {config.global_batch_size} puzzles "
+        f"on {world.size} x {device}, kernels {kernels.backend}{' compiled' if kernels.compile else ''}.\n"
+        f"Run folder: {folder}"
+    )

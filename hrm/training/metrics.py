@@ -1,0 +1,213 @@
+"""Where a run's numbers go: summed on the device, read without waiting, written to `metrics.jsonl`, W&B and the bar."""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hrm.checkpoint import METRICS_FILE
+from hrm.config import PretrainConfig
+from hrm.distributed import World, sum_over_ranks
+
+
+@dataclass
+class _Reading:
+    """Sums of one window of steps on their way from the device to the host."""
+
+    step: int
+    num_steps: int
+    lr: float
+    sums: Tensor
+    started: torch.cuda.Event | float
+    ended: torch.cuda.Event | float
+
+    def arrived(self) -> bool:
+        return not isinstance(self.ended, torch.cuda.Event) or bool(self.ended.query())  # type: ignore[no-untyped-call]
+
+    def seconds(self) -> float:
+        if isinstance(self.ended, torch.cuda.Event):
+            assert isinstance(self.started, torch.cuda.Event)
+            self.ended.synchronize()
+            return float(self.started.elapsed_time(self.ended)) / 1000
+        assert isinstance(self.started, float)
+        return self.ended - self.started
+
+
+class MetricWindow:
+    """Averages metrics over windows of training steps.
+
+    Sums stay on the device. Closing a window starts their copy to the host; `finished` returns the windows whose copy
+    has arrived, usually while the next window is being computed, so that no step waits.
+    """
+
+    def __init__(self, world: World, global_batch_size: int) -> None:
+        self._world = world
+        self._global_batch_size = global_batch_size
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._num_steps = 0
+        self._started = self._mark()
+        self._on_the_way: deque[_Reading] = deque()
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last window out of the next one's rate."""
+        self._started = self._mark()
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add one step's sums (0-dimensional tensors on the device)."""
+        self._names = sorted(metrics)
+        values = torch.stack([metrics[name].float() for name in self._names])
+        self._sums = values if self._sums is None else self._sums + values
+        self._num_steps += 1
+
+    def close(self, step: int, lr: float) -> None:
+        """End the window at `step`; every rank must call this at the same steps."""
+        if self._sums is None:
+            return
+        sum_over_ranks([self._sums], self._world)
+        if self._world.device.type == "cuda":
+            host = torch.empty(self._sums.shape, pin_memory=True).copy_(self._sums, non_blocking=True)
+        else:
+            host = self._sums.cpu()
+        ended = self._mark()
+        self._on_the_way.append(_Reading(step, self._num_steps, lr, host, self._started, ended))
+        self._sums, self._num_steps, self._started = None, 0, ended
+
+    def finished(self, *, wait: bool = False) -> list[dict[str, float]]:
+        """Records of the windows that have arrived (with `wait`: all), oldest first.
+
+        `train/<loss>` is per sequence of the global batch, the other `train/<metric>`s per halted sequence (left out
+        where none halted); with `train/lr`, `puzzles_per_second` and `step`.
+        """
+        records = []
+        while self._on_the_way and (wait or self._on_the_way[0].arrived()):
+            reading = self._on_the_way.popleft()
+            seconds = reading.seconds()
+            sums = dict(zip(self._names, reading.sums.tolist(), strict=True))
+            count = sums.pop("count")
+            sequences = reading.num_steps * self._global_batch_size
+            record = {
+                "step": reading.step,
+                "train/lr": reading.lr,
+                "puzzles_per_second": sequences / max(seconds, 1e-9),
+            }
+            for name, value in sums.items():
+                if name.endswith("loss"):
+                    record[f"train/{name}"] = value / sequences
+                elif count:
+                    record[f"train/{name}"] = value / count
+            records.append(record)
+        return records
+
+    def _mark(self) -> torch.cuda.Event | float:
+        if self._world.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+
+class RunLog:
+    """Writes records to the run folder, to W&B and to the progress bar. Silent on all ranks but the first."""
+
+    def __init__(self, config: PretrainConfig, folder: Path, total_steps: int, world: World) -> None:
+        self._is_main = world.is_main
+        self._bar = tqdm(total=total_steps, unit="step", disable=not world.is_main, dynamic_ncols=True, smoothing=0.1)
+        self._file = None
+        self._wandb = None
+        if world.is_main:
+            _keep_earlier(folder / METRICS_FILE)
+            self._file = (folder / METRICS_FILE).open("w", encoding="utf-8")
+            self._wandb = _start_wandb(config, folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    def advance(self) -> None:
+        """Move the bar by one step."""
+        self._bar.update()
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self._is_main:
+            tqdm.write(line)
+
+    def record(self, record: dict[str, float]) -> None:
+        """Keep one record; it has a `step`."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(record, step=int(record["step"]))
+        if "train/lm_loss" in record:
+            shown = {"loss": f"{record['train/lm_loss']:.3f}"}
+            if "train/exact_accuracy" in record:
+                shown |= {
+                    "exact": f"{100 * record['train/exact_accuracy']:.1f}%",
+                    "ACT steps": f"{record['train/steps']:.1f}",
+                }
+            self._bar.set_postfix(shown | {"puzzles/s": f"{record['puzzles_per_second']:,.0f}"}, refresh=False)
+
+
+def _keep_earlier(file: Path) -> None:
+    """Move an earlier run's file out of the way, under a number of its own."""
+    if file.exists():
+        number = 1
+        while (kept := file.with_name(f"{file.stem}.{number}{file.suffix}")).exists():
+            number += 1
+        file.rename(kept)
+
+
+def _start_wandb(config: PretrainConfig, folder: Path) -> Any:
+    """A W&B run, or None with one line that says why."""
+    mode = os.environ.get("WANDB_MODE", config.wandb) if config.wandb == "auto" else config.wandb
+    if mode == "auto" and not _logged_in_to_wandb():
+        tqdm.write("W&B: not logged in, so off (wandb login turns it on, wandb=offline keeps a local copy).")
+        return None
+    if mode == "disabled":
+        return None
+    import wandb  # imported here: slow, and not needed when off
+
+    try:
+        return wandb.init(
+            project=config.project_name,
+            name=config.run_name,
+            config=asdict(config),
+            dir=folder,
+            mode="offline" if mode == "offline" else "online",
+        )
+    except wandb.errors.Error as error:
+        tqdm.write(f"W&B: could not start ({error}), so off; metrics are in {METRICS_FILE} all the same.")
+        return None
+
+
+def _logged_in_to_wandb() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
