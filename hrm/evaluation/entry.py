@@ -127,10 +127,7 @@ def _table(metrics: Mapping[str, Mapping[str, float]]) -> str:
     """Metrics, a row each, under the names they are logged by."""
     rows = [(f"{set_name}/{name}", value) for set_name, values in metrics.items() for name, value in values.items()]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(
-        f"  {name:<{width}}  {f'{value:.0f}' if name.endswith('/count') else f'{value:.4f}':>10}"
-        for name, value in rows
-    )
+    return "\n".join(f"  {name:<{width}}  {value:>10.{0 if name.endswith('/count') else 4}f}" for name, value in rows)
 
 
 def _show(outputs: Mapping[str, Tensor], count: int, checkpoint: Checkpoint, folder: Path) -> None:
@@ -161,10 +158,6 @@ def _rendered(board: Board) -> str:
 
 
 def _verdict(board: Board) -> str:
-    if board.num_wrong():
-        return f"{board.num_wrong()} of {board.shape.cells} cells are wrong."
-    return (
-        "Solved: this is the only solution."
-        if board.solution is not None
-        else "Solved: this is one of several solutions."
-    )
+    if wrong := board.num_wrong():
+        return f"{wrong} of {board.shape.cells} cells are wrong."
+    return f"Solved: this is {'the only solution' if board.solution is not None else 'one of several solutions'}."

@@ -48,7 +48,7 @@ def draw_curves(metrics_file: Path, file: Path) -> None:
             style = {"color": _INK[split], "marker": "o" if split == "test" else None, "linewidth": 1.2}
             axes.plot(*zip(*points, strict=True), label=split, **style)
         axes.set(xlabel="training step", ylabel=label)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 105 if scale == 100 else None)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(file, dpi=150)

@@ -275,6 +275,8 @@ class AdaptiveComputation(nn.Module):
         config = self.inner.config
         if self._exploration is None or self._exploration.device != steps.device:
             self._exploration = torch.Generator(steps.device).manual_seed(self._seed)
-        explores = torch.rand(steps.shape, device=steps.device, generator=self._exploration)
-        minimum = torch.randint_like(steps, low=2, high=config.halt_max_steps + 1, generator=self._exploration)
-        return torch.where(explores < config.halt_exploration_prob, minimum, 0)
+        coin = torch.rand(steps.shape, device=steps.device, generator=self._exploration)
+        minimum = torch.randint(
+            2, config.halt_max_steps + 1, steps.shape, device=steps.device, generator=self._exploration
+        )
+        return torch.where(coin < config.halt_exploration_prob, minimum, 0)

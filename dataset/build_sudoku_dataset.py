@@ -1,0 +1,469 @@
+"""Builds a Sudoku pack from the hub, from CSV files or from generated puzzles.
+
+python dataset/build_sudoku_dataset.py --output-dir data/sudoku-extreme-1k-aug-1000 --subsample-size 1000 --num-aug 1000
+python dataset/build_sudoku_dataset.py --source-dir my-puzzles --output-dir data/my-puzzles
+python dataset/build_sudoku_dataset.py --generate 2x2 --train-size 5000 --test-size 1000 --output-dir data/sudoku-4x4
+"""
+
+import argparse
+import csv
+import gzip
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import comb
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+# Run as a script, only the script's own folder is on the path.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from hrm.data.pack import SPLITS, PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
+from hrm.data.sudoku import (
+    PAD_TOKEN,
+    BoxShape,
+    Grids,
+    all_grids,
+    dig_holes,
+    encode_tokens,
+    is_solved,
+    parse_grid,
+    random_grids,
+    random_symmetries,
+    symmetry_invariant,
+)
+from hrm.errors import UserError
+
+DEFAULT_REPO = "sapientinc/sudoku-extreme"
+
+# Rows of a CSV file, and augmentations, worked on together: bounds the memory beyond the pack's own arrays.
+CHUNK = 1 << 14
+
+
+@dataclass(frozen=True)
+class GeneratorLimits:
+    """What can be generated with one box shape."""
+
+    grids: int  # complete grids there are
+    fewest_givens: int  # with which a puzzle can have a single solution
+    default_givens: int  # which holes dug at random reach nearly always
+
+
+GENERATOR_LIMITS = {
+    BoxShape(2, 2): GeneratorLimits(grids=288, fewest_givens=4, default_givens=6),
+    BoxShape(2, 3): GeneratorLimits(grids=28_200_960, fewest_givens=8, default_givens=14),
+    BoxShape(3, 3): GeneratorLimits(grids=6_670_903_752_021_072_936_960, fewest_givens=17, default_givens=30),
+}
+
+# So many random grids in a row without a new puzzle, and the generator gives up.
+PATIENCE = 4096
+
+
+@dataclass(frozen=True)
+class Puzzles:
+    """Puzzles and their solutions, digits `[N, cells]`."""
+
+    questions: Grids
+    answers: Grids
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def take(self, rows: NDArray[np.int64]) -> "Puzzles":
+        return Puzzles(self.questions[rows], self.answers[rows])
+
+
+# Puzzles from CSV files.
+
+
+def read_csv(path: Path, min_difficulty: int | None) -> tuple[BoxShape, Puzzles]:
+    """The puzzles of a CSV file (gzipped if its name ends so) with columns question, answer and, to filter, rating.
+
+    Raises:
+        UserError: if the file cannot be read or a line is malformed; names the line.
+    """
+    columns = ["question", "answer"] + (["rating"] if min_difficulty is not None else [])
+    blocks: list[Puzzles] = []
+    shape: BoxShape | None = None
+    with _csv_text(path) as stream:
+        reader = csv.reader(stream)
+        header = next(reader, [])
+        for column in columns:
+            if column not in header:
+                found = ", ".join(header) or "none"
+                raise UserError(f"{path} has no column {column!r} (its first line names: {found}); add it.")
+        rows = ((reader.line_num, row) for row in reader)
+        chunks = _csv_chunks(rows, [header.index(column) for column in columns], path, min_difficulty)
+        for lines, questions, answers in chunks:
+            if shape is None:
+                with _located(path, lines[0], "question"):
+                    shape = BoxShape.from_cells(len(questions[0]))
+            block = Puzzles(
+                _parse_column(questions, shape, path, lines, "question"),
+                _parse_column(answers, shape, path, lines, "answer"),
+            )
+            _check_answers(block, shape, path, lines)
+            blocks.append(block)
+    if shape is None:
+        rated = "" if min_difficulty is None else f" rated {min_difficulty} or more; lower --min-difficulty"
+        raise UserError(f"{path} holds no puzzle{rated or '; add lines to it'}.")
+    return shape, Puzzles(np.concatenate([b.questions for b in blocks]), np.concatenate([b.answers for b in blocks]))
+
+
+@contextmanager
+def _csv_text(path: Path) -> Iterator[TextIO]:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as stream:
+            yield stream
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as CSV ({error}); give a complete UTF-8 file.") from error
+
+
+def _csv_chunks(
+    rows: Iterator[tuple[int, list[str]]], columns: list[int], path: Path, min_difficulty: int | None
+) -> Iterator[tuple[list[int], list[str], list[str]]]:
+    """Chunks of line numbers, questions and answers; lines rated below `min_difficulty` are left out."""
+    lines: list[int] = []
+    questions: list[str] = []
+    answers: list[str] = []
+    for line, row in tqdm(rows, desc=f"Reading {path.name}", unit=" lines", delay=2, leave=False):
+        if not row:
+            continue
+        if len(row) <= max(columns):
+            raise UserError(f"{path}, line {line}: its {len(row)} fields are too few; correct or remove the line.")
+        if min_difficulty is not None:
+            rating = row[columns[2]]
+            try:
+                if int(rating) < min_difficulty:
+                    continue
+            except ValueError as error:
+                raise UserError(
+                    f"{path}, line {line}: rating {rating!r} is no whole number; correct or remove the line."
+                ) from error
+        lines.append(line)
+        questions.append(row[columns[0]])
+        answers.append(row[columns[1]])
+        if len(lines) == CHUNK:
+            yield lines, questions, answers
+            lines, questions, answers = [], [], []
+    if lines:
+        yield lines, questions, answers
+
+
+@contextmanager
+def _located(path: Path, line: int, column: str) -> Iterator[None]:
+    """Names the place in what is said about a board."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}, line {line}, {column}: {error}") from error
+
+
+def _parse_column(texts: list[str], shape: BoxShape, path: Path, lines: list[int], column: str) -> Grids:
+    if all(len(text) == shape.cells for text in texts):
+        symbols = np.frombuffer("".join(texts).encode("ascii", "replace"), dtype=np.uint8)
+        digits = np.where(symbols == ord("."), 0, symbols - np.uint8(ord("0"))).astype(np.uint8)
+        if digits.max() <= shape.side:
+            return digits.reshape(-1, shape.cells)
+    # Something is odd in these lines: read them one by one to say where.
+    boards = np.empty((len(texts), shape.cells), dtype=np.uint8)
+    for row, (text, line) in enumerate(zip(texts, lines, strict=True)):
+        with _located(path, line, column):
+            boards[row] = parse_grid(text, shape)
+    return boards
+
+
+def _check_answers(puzzles: Puzzles, shape: BoxShape, path: Path, lines: list[int]) -> None:
+    unsolved = ~is_solved(puzzles.answers, shape)
+    contradicted = ((puzzles.questions != 0) & (puzzles.questions != puzzles.answers)).any(1)
+    for wrong, problem in ((unsolved, "is not a solved board"), (contradicted, "contradicts the question")):
+        if wrong.any():
+            line = lines[int(wrong.argmax())]
+            raise UserError(f"{path}, line {line}: the answer {problem}; correct or remove the line.")
+
+
+def read_source(train_file: Path, test_file: Path, min_difficulty: int | None) -> tuple[BoxShape, Puzzles, Puzzles]:
+    """Box shape, training and test puzzles of two CSV files."""
+    shape, train = read_csv(train_file, min_difficulty)
+    test_shape, test = read_csv(test_file, min_difficulty)
+    if test_shape != shape:
+        raise UserError(
+            f"{test_file} has boards of {test_shape.cells} cells and {train_file} of {shape.cells}; "
+            "a pack holds boards of one size."
+        )
+    return shape, train, test
+
+
+def local_file(folder: Path, split: str) -> Path:
+    """`<folder>/<split>.csv` or `.csv.gz`; UserError if there is neither."""
+    for path in (folder / f"{split}.csv", folder / f"{split}.csv.gz"):
+        if path.is_file():
+            return path
+    raise UserError(f"--source-dir {folder} has neither {split}.csv nor {split}.csv.gz; put one there.")
+
+
+def hub_file(repo: str, split: str) -> Path:
+    """`<split>.csv` of a hub dataset, downloaded unless it is in the cache; UserError if it cannot be had."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, f"{split}.csv", repo_type="dataset"))
+    except Exception as error:  # offline, no such repo, no access, a broken transfer: many types, one mend
+        raise UserError(
+            f"{split}.csv of the hub dataset {repo} cannot be downloaded ({type(error).__name__}); check the network "
+            "and --source-repo, or build from local files with --source-dir or generated puzzles with --generate."
+        ) from error
+
+
+# Generated puzzles.
+
+
+def generate(
+    shape: BoxShape, train_size: int, test_size: int, givens: int, rng: np.random.Generator
+) -> tuple[Puzzles, Puzzles]:
+    """Different random puzzles with one solution each, `givens` filled cells, for training and test.
+
+    No solution of a training puzzle solves a test puzzle; on 9x9 boards none is equivalent to one either.
+
+    Raises:
+        UserError: if there are not so many puzzles, or random search finds no more.
+    """
+    limits = GENERATOR_LIMITS[shape]
+    if not limits.fewest_givens <= givens < shape.cells:
+        raise UserError(
+            f"--givens {givens} is out of range for {shape} boxes; choose {limits.fewest_givens} to {shape.cells - 1}."
+        )
+    if shape == BoxShape(2, 2):
+        # So few that the two sides share them out beforehand.
+        grids = rng.permutation(all_grids(shape))
+        share = round(limits.grids * test_size / (train_size + test_size))
+        test_grids, train_grids = np.split(grids, [min(max(share, 1), limits.grids - 1)])
+        available = {"--test-size": len(test_grids), "--train-size": len(train_grids)}
+
+        def draw_test(count: int) -> Grids:
+            return rng.choice(test_grids, count)
+
+        def draw_train(count: int) -> Grids:
+            return rng.choice(train_grids, count)
+    else:
+        available = {"--test-size": limits.grids, "--train-size": limits.grids}
+
+        def draw_test(count: int) -> Grids:
+            return random_grids(count, shape, rng)
+
+        def draw_train(count: int) -> Grids:
+            grids = random_grids(count, shape, rng)
+            return grids[~np.isin(_kinship(grids, shape), held_out)]
+
+    for option, size in (("--test-size", test_size), ("--train-size", train_size)):
+        most = available[option] * comb(shape.cells, givens)
+        if size > most:
+            raise UserError(
+                f"{option} {size} is more than the {most} puzzles of {shape} boxes with {givens} givens that can exist "
+                "on its side; ask for fewer."
+            )
+    test = _draw_puzzles(draw_test, test_size, "--test-size", givens, shape, rng)
+    held_out = _kinship(test.answers, shape)
+    train = _draw_puzzles(draw_train, train_size, "--train-size", givens, shape, rng)
+    return train, test
+
+
+def _kinship(grids: Grids, shape: BoxShape) -> NDArray[np.uint64] | NDArray[np.bytes_]:
+    """Keys `[N]` of complete grids that may not stand on both sides when equal.
+
+    Smaller boards have too few grids that are not equivalent to keep those apart: there the grid itself is the key.
+    """
+    return symmetry_invariant(grids, shape) if shape == BoxShape(3, 3) else _row_keys(grids)
+
+
+def _row_keys(grids: Grids) -> NDArray[np.bytes_]:
+    """Complete grids `[N, cells]` as sortable keys `[N]`."""
+    return np.ascontiguousarray(grids).view(f"S{grids.shape[1]}")[:, 0]
+
+
+def _draw_puzzles(
+    draw_grids: Callable[[int], Grids], count: int, option: str, givens: int, shape: BoxShape, rng: np.random.Generator
+) -> Puzzles:
+    """`count` different puzzles dug from grids that `draw_grids(how many)` draws."""
+    answers: dict[bytes, bytes] = {}  # by question
+    barren = 0
+    with tqdm(desc=f"Generating {option[2:-5]}", total=count, unit=" puzzles", delay=2, leave=False) as progress:
+        while len(answers) < count:
+            known, tries = len(answers), min(max(count - len(answers), 64), 1024)
+            grids = draw_grids(tries)
+            questions = dig_holes(grids, givens, shape, rng)
+            reached = np.count_nonzero(questions, axis=1) == givens
+            answers.update(zip(map(bytes, questions[reached]), map(bytes, grids[reached]), strict=True))
+            progress.update(min(len(answers), count) - known)
+            barren = 0 if len(answers) > known else barren + tries
+            if barren >= PATIENCE:
+                raise UserError(
+                    f"{option} {count} is more than the {known} puzzles of {shape} boxes with {givens} givens found by "
+                    f"random search ({barren} grids in a row gave no new one); ask for fewer, or for more --givens."
+                )
+
+    def boards(rows: Sequence[bytes]) -> Grids:
+        return np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, shape.cells)
+
+    return Puzzles(boards(list(answers)[:count]), boards(list(answers.values())[:count]))
+
+
+# The pack.
+
+
+def augment(puzzles: Puzzles, shape: BoxShape, num_aug: int, held_out: Grids, rng: np.random.Generator) -> PackSet:
+    """One group for every puzzle: the puzzle itself and `num_aug` random images of it, each with its one example.
+
+    Images whose solution is among the complete grids `held_out` (`[M, cells]`, M may be 0) are drawn again.
+    """
+    size = 1 + num_aug
+    inputs, labels = (np.empty((len(puzzles) * size, shape.cells), dtype=np.uint8) for _ in range(2))
+    inputs[::size], labels[::size] = encode_tokens(puzzles.questions), encode_tokens(puzzles.answers)
+    images = len(puzzles) * num_aug
+    for start in tqdm(range(0, images, CHUNK), desc="Augmenting", delay=2, leave=False):
+        image = np.arange(start, min(start + CHUNK, images))
+        while image.size:
+            group, number = np.divmod(image, num_aug)
+            row = group * size + 1 + number
+            symmetries = random_symmetries(image.size, shape, rng)
+            answers = symmetries.apply(puzzles.answers[group])
+            inputs[row] = encode_tokens(symmetries.apply(puzzles.questions[group]))
+            labels[row] = encode_tokens(answers)
+            image = image[np.isin(_row_keys(answers), _row_keys(held_out))]
+    return PackSet(
+        inputs=inputs,
+        labels=labels,
+        puzzle_identifiers=np.zeros(len(inputs), dtype=np.int32),
+        puzzle_indices=np.arange(len(inputs) + 1, dtype=np.int32),
+        group_indices=np.arange(0, len(inputs) + 1, size, dtype=np.int32),
+    )
+
+
+def write_puzzles(folder: Path, shape: BoxShape, puzzles: PackSet) -> None:
+    """Writes one split, with the metadata of the published Sudoku packs."""
+    metadata = PackMetadata(
+        pad_id=PAD_TOKEN,
+        ignore_label_id=PAD_TOKEN,
+        blank_identifier_id=0,
+        vocab_size=shape.vocab_size,
+        seq_len=shape.cells,
+        num_puzzle_identifiers=1,
+        total_groups=len(puzzles.group_indices) - 1,
+        mean_puzzle_examples=1,
+        sets=("all",),
+    )
+    write_split(folder, metadata, {"all": puzzles})
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked as far as it can be without looking at any puzzle."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("data/sudoku-extreme-full"), help="the pack to write (%(default)s)"
+    )
+    parser.add_argument("--num-aug", type=int, default=0, help="augmentations of each training puzzle (%(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="of every random choice (%(default)s)")
+    source = parser.add_argument_group("source: one of")
+    source.add_argument("--source-repo", help=f"hub dataset with train.csv and test.csv (default: {DEFAULT_REPO})")
+    source.add_argument("--source-dir", type=Path, help="folder with train.csv and test.csv, or .csv.gz")
+    source.add_argument("--generate", metavar="BOX", help="random puzzles with boxes of 2x2, 2x3 or 3x3 cells")
+    files = parser.add_argument_group("with --source-repo or --source-dir")
+    files.add_argument("--subsample-size", type=int, help="use at most so many training puzzles, drawn at random")
+    files.add_argument("--min-difficulty", type=int, help="leave out puzzles with a lower rating")
+    generated = parser.add_argument_group("with --generate")
+    generated.add_argument("--train-size", type=int, help="training puzzles (default: 1000)")
+    generated.add_argument("--test-size", type=int, help="test puzzles (default: 1000)")
+    defaults = ", ".join(f"{shape}: {limits.default_givens}" for shape, limits in GENERATOR_LIMITS.items())
+    generated.add_argument("--givens", type=int, help=f"filled cells of a puzzle (default for {defaults})")
+    arguments = parser.parse_args(argv)
+
+    sources = [name for name in ("source_repo", "source_dir", "generate") if getattr(arguments, name) is not None]
+    if len(sources) > 1:
+        raise UserError(f"{_option(sources[0])} and {_option(sources[1])} exclude each other; give one of them.")
+    generating = sources == ["generate"]
+    misplaced = ("subsample_size", "min_difficulty") if generating else ("train_size", "test_size", "givens")
+    for name in misplaced:
+        if getattr(arguments, name) is not None:
+            place = "does not apply to generated puzzles" if generating else "applies to generated puzzles only"
+            mend = "leave it out" if generating else "leave it out or add --generate"
+            raise UserError(f"{_option(name)} {place}; {mend}.")
+    for name, least in (("num_aug", 0), ("seed", 0), ("subsample_size", 1), ("train_size", 1), ("test_size", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise UserError(f"{_option(name)} {value} is too small; choose {least} or more.")
+
+    if generating:
+        arguments.generate = BoxShape.parse(arguments.generate)
+        for name, default in (
+            ("train_size", 1000),
+            ("test_size", 1000),
+            ("givens", GENERATOR_LIMITS[arguments.generate].default_givens),
+        ):
+            if getattr(arguments, name) is None:
+                setattr(arguments, name, default)
+    elif not sources:
+        arguments.source_repo = DEFAULT_REPO
+    return arguments
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def build(arguments: argparse.Namespace) -> str:
+    """Builds the pack that `parse_arguments` described and returns a one-line summary."""
+    begin = time.perf_counter()
+    rng = np.random.default_rng(arguments.seed)
+    with replace_pack(arguments.output_dir) as folder:
+        if arguments.generate is not None:
+            shape = arguments.generate
+            train, test = generate(shape, arguments.train_size, arguments.test_size, arguments.givens, rng)
+            held_out, source = test.answers, f"generated puzzles with {arguments.givens} givens"
+        else:
+            if arguments.source_dir is not None:
+                train_file, test_file = (local_file(arguments.source_dir, split) for split in SPLITS)
+                source = f"folder {arguments.source_dir}"
+            else:
+                train_file, test_file = (hub_file(arguments.source_repo, split) for split in SPLITS)
+                source = f"hub dataset {arguments.source_repo}"
+            shape, train, test = read_source(train_file, test_file, arguments.min_difficulty)
+            held_out = test.answers[:0]
+            if arguments.subsample_size is not None and arguments.subsample_size < len(train):
+                train = train.take(np.sort(rng.choice(len(train), arguments.subsample_size, replace=False)))
+        most_images = np.iinfo(np.int32).max // len(train) - 1  # a pack's offsets are int32
+        if arguments.num_aug > most_images:
+            raise UserError(
+                f"--num-aug {arguments.num_aug} of {len(train)} puzzles is more than a pack can hold; choose at most "
+                f"{most_images}, or fewer puzzles."
+            )
+        write_puzzles(folder / "train", shape, augment(train, shape, arguments.num_aug, held_out, rng))
+        write_puzzles(folder / "test", shape, augment(test, shape, 0, held_out, rng))
+        write_identifiers(folder, ["<blank>"])
+        # Where the pack lies is no part of how it was made, so that two copies are equal byte for byte.
+        recorded = {name: value for name, value in vars(arguments).items() if name != "output_dir"}
+        write_provenance(folder, "dataset/build_sudoku_dataset.py", recorded, source)
+    return (
+        f"{arguments.output_dir}: {len(train):,} training puzzles with {arguments.num_aug:,} augmentations each and "
+        f"{len(test):,} test puzzles of {shape.side}x{shape.side} cells, from {source}, "
+        f"in {time.perf_counter() - begin:.1f} s"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    try:
+        print(build(parse_arguments(argv)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

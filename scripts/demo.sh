@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# From nothing to a trained model: build a small Sudoku pack, train on it, evaluate on puzzles never seen, look at some.
+# Minutes on a laptop CPU. Arguments are further options of pretrain.py, e.g. seed=1.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/venv.sh report
+
+run=checkpoints/demo
+python pretrain.py experiment=sudoku_demo checkpoint_path=$run "$@"
+python evaluate.py checkpoint=$run show=3
+echo
+echo "One more, from the shell: python evaluate.py checkpoint=$run puzzle=1...2.....3....4"
+python evaluate.py checkpoint=$run puzzle=1...2.....3....4
