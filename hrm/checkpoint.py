@@ -124,7 +124,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], file: Path) ->
 
 
 def _last_weights(folder: Path) -> Path:
-    steps = [file for file in folder.iterdir() if re.fullmatch(r"step_\d+", file.name)]
+    steps = [file for file in folder.iterdir() if re.fullmatch(r"step_\d+", file.name) and file.is_file()]
     if steps:
         return max(steps, key=lambda file: int(file.name.removeprefix("step_")))
     if (folder / _HUB_WEIGHTS).is_file():

@@ -128,6 +128,7 @@ class KernelsConfig:
 
     backend: str = "naive"  # a name in hrm.kernels.BACKENDS, or auto: the best that runs here
     compile: bool = False  # pass the backend through torch.compile
+    cuda_graphs: bool = False  # launch whole training and evaluation steps at once (NVIDIA; training on one GPU)
 
 
 @dataclass

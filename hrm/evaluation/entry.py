@@ -24,6 +24,7 @@ from hrm.errors import UserError
 from hrm.evaluation.boards import LEGEND, Board, draw_boards, render_text
 from hrm.evaluation.plots import draw_curves, pyplot
 from hrm.evaluation.runner import evaluate, save_outputs, think
+from hrm.kernels import resolve
 from hrm.models import ACTLossHead, build_model
 
 
@@ -56,7 +57,9 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
     model = _load_model(config, checkpoint, sizes, world)
 
     shown = ("inputs", "labels", "logits") if config.show else ()
-    metrics, outputs = evaluate(model, loader, world, keep=list(dict.fromkeys((*config.save_outputs, *shown))))
+    keep = list(dict.fromkeys((*config.save_outputs, *shown)))
+    cuda_graphs = resolve(config.kernels, world.device).cuda_graphs
+    metrics, outputs = evaluate(model, loader, world, keep, cuda_graphs=cuda_graphs)
     folder = Path(config.output_dir) if config.output_dir else checkpoint.folder
     if world.is_main:
         print(f"{checkpoint.weights_file} on {data_path}/test:\n{_table(metrics)}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hrm.batch import Batch
+from hrm.cuda_graphs import GraphedWork
 from hrm.data.loader import EvalLoader
 from hrm.distributed import World, sum_over_ranks
 from hrm.models import ACTLossHead
@@ -37,11 +39,12 @@ def think(
 
 
 def evaluate(
-    model: ACTLossHead, loader: EvalLoader, world: World, keep: Sequence[str] = ()
+    model: ACTLossHead, loader: EvalLoader, world: World, keep: Sequence[str] = (), *, cuda_graphs: bool = False
 ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
     """Metrics of every set of a test split.
 
     Args:
+        cuda_graphs: launch all ACT steps of a batch at once.
         keep: names of batch fields and outputs to keep, see `hrm.config.SAVEABLE_OUTPUTS`.
 
     Returns:
@@ -50,11 +53,13 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
+    work: Callable[[Batch], tuple[dict[str, Tensor], dict[str, Tensor]]] = partial(think, model, return_keys=keep)
+    if cuda_graphs:
+        work = GraphedWork(work, world.device, eager_calls=1)
     sums: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, list[Tensor]] = defaultdict(list)
     for set_name, batch, count in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=not world.is_main):
-        on_device = {name: field.to(world.device, non_blocking=True) for name, field in batch.items()}
-        metrics, outputs = think(model, on_device, keep)
+        metrics, outputs = work({name: field.to(world.device, non_blocking=True) for name, field in batch.items()})
         totals = sums.setdefault(set_name, {})
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0) + value.float()

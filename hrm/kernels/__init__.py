@@ -42,7 +42,8 @@ def resolve(config: KernelsConfig, device: torch.device) -> KernelsConfig:
     """The choice with `auto` replaced by the fastest backend and switches that run on `device`."""
     if config.backend != "auto":
         return config
-    return KernelsConfig(backend="naive", compile=device.type == "cuda" and _why_not_compiled(device) is None)
+    fast = device.type == "cuda" and _why_not_compiled(device) is None
+    return KernelsConfig(backend="naive", compile=fast, cuda_graphs=device.type == "cuda")
 
 
 def make_reasoning_module(config: KernelsConfig, device: torch.device) -> ReasoningModule:
@@ -54,6 +55,8 @@ def make_reasoning_module(config: KernelsConfig, device: torch.device) -> Reason
     config = resolve(config, device)
     if config.backend not in BACKENDS:
         raise UserError(f"kernels.backend={config.backend} is not one; {neighbours(config.backend, BACKENDS)}")
+    if config.cuda_graphs and device.type != "cuda":
+        raise UserError(f"kernels.cuda_graphs=true needs an NVIDIA GPU, not {device.type}; take kernels=naive.")
     backend = BACKENDS[config.backend]
     if not config.compile:
         return backend

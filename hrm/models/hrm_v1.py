@@ -37,6 +37,16 @@ class Carry:
     halted: Tensor  # [B] bool: the next step takes a new sequence in this place
     current_data: Batch
 
+    def tensors(self) -> list[Tensor]:
+        """All of it, in a fixed order."""
+        return [
+            self.inner_carry.z_H,
+            self.inner_carry.z_L,
+            self.steps,
+            self.halted,
+            *(self.current_data[name] for name in sorted(self.current_data)),
+        ]
+
 
 class Prepared(NamedTuple):
     """What stays the same through the recurrences of one ACT step: embeddings, and weights in the compute dtype."""
@@ -147,8 +157,8 @@ class HierarchicalReasoningModel(nn.Module):
     def initial_carry(self, batch: Batch) -> InnerCarry:
         sequences, seq_len = batch["inputs"].shape
         shape = (sequences, self.prefix_len + seq_len, self.config.hidden_size)
-        zeros = torch.zeros(shape, dtype=self.dtype, device=batch["inputs"].device)
-        return InnerCarry(zeros, zeros)
+        z_H = torch.zeros(shape, dtype=self.dtype, device=batch["inputs"].device)
+        return InnerCarry(z_H, torch.zeros_like(z_H))
 
     def reset_carry(self, carry: InnerCarry, reset: Tensor) -> InnerCarry:
         """Put the sequences marked in `reset` [B] back to the initial state."""
@@ -235,7 +245,13 @@ class AdaptiveComputation(nn.Module):
     def seed_exploration(self, seed: int) -> None:
         """Restart the stream of random minimum steps. Ranks must differ in `seed`, or they explore alike."""
         self._seed = seed
-        self._exploration = None  # made on first use, on the device in use
+        self._exploration = None
+
+    def exploration(self, device: torch.device) -> torch.Generator:
+        """The generator of random minimum steps, made on first use on the device in use."""
+        if self._exploration is None or self._exploration.device != device:
+            self._exploration = torch.Generator(device).manual_seed(self._seed)
+        return self._exploration
 
     def initial_carry(self, batch: Batch) -> Carry:
         halted = torch.ones_like(batch["inputs"][:, 0], dtype=torch.bool)
@@ -272,11 +288,7 @@ class AdaptiveComputation(nn.Module):
 
     def _min_steps(self, steps: Tensor) -> Tensor:
         """For exploration: a share of the sequences may not halt before a random step in {2 .. halt_max_steps}."""
-        config = self.inner.config
-        if self._exploration is None or self._exploration.device != steps.device:
-            self._exploration = torch.Generator(steps.device).manual_seed(self._seed)
-        coin = torch.rand(steps.shape, device=steps.device, generator=self._exploration)
-        minimum = torch.randint(
-            2, config.halt_max_steps + 1, steps.shape, device=steps.device, generator=self._exploration
-        )
+        config, generator = self.inner.config, self.exploration(steps.device)
+        coin = torch.rand(steps.shape, device=steps.device, generator=generator)
+        minimum = torch.randint(2, config.halt_max_steps + 1, steps.shape, device=steps.device, generator=generator)
         return torch.where(coin < config.halt_exploration_prob, minimum, 0)

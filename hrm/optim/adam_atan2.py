@@ -28,11 +28,16 @@ class AdamATan2(Optimizer):
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float,
+        lr: float | Tensor,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
+        *,
+        capturable: bool = False,
     ) -> None:
+        """As for other optimizers; `capturable` keeps the step count on the device, for CUDA graphs (give `lr` as a
+        0-dimensional tensor there, and fill it). All parameters must then have a gradient at every step."""
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        self._capturable = capturable
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -47,27 +52,33 @@ class AdamATan2(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for step, params in self._advance(group["params"]).items():
+            for step, params in self._count_step([param for param in group["params"] if param.grad is not None]):
                 self._update(params, step, **{name: group[name] for name in self.defaults})
         return loss
 
-    def _advance(self, params: list[Tensor]) -> dict[int, list[Tensor]]:
-        """Count a step for the parameters that have a gradient; returns them by their step number."""
-        by_step: dict[int, list[Tensor]] = defaultdict(list)
+    def _count_step(self, params: list[Tensor]) -> list[tuple[int | Tensor, list[Tensor]]]:
+        """Advance the step count of `params`; returns them by their count."""
         for param in params:
-            if param.grad is None:
-                continue
             state = self.state[param]
             if not state:
-                state["step"] = 0
+                state["step"] = torch.zeros((), device=param.device) if self._capturable else 0
                 state["exp_avg"] = torch.zeros_like(param)
                 state["exp_avg_sq"] = torch.zeros_like(param)
             state["step"] += 1
-            by_step[state["step"]].append(param)
-        return by_step
+        if self._capturable:
+            return [(self.state[params[0]]["step"], params)] if params else []
+        by_step: dict[int, list[Tensor]] = defaultdict(list)
+        for param in params:
+            by_step[self.state[param]["step"]].append(param)
+        return list(by_step.items())
 
     def _update(
-        self, params: list[Tensor], step: int, lr: float, betas: tuple[float, float], weight_decay: float
+        self,
+        params: list[Tensor],
+        step: int | Tensor,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        weight_decay: float,
     ) -> None:
         beta1, beta2 = betas
         grads = [param.grad for param in params if param.grad is not None]
@@ -77,8 +88,9 @@ class AdamATan2(Optimizer):
         torch._foreach_lerp_(first, grads, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        scale = torch._foreach_sqrt(second)
-        torch._foreach_div_(scale, (1 - beta2**step) ** 0.5)
-        for moment, denominator in zip(first, scale, strict=True):
-            torch.atan2(moment, denominator, out=denominator)  # there is no multi-tensor atan2
-        torch._foreach_add_(params, scale, alpha=-lr / (1 - beta1**step))
+        update = torch._foreach_sqrt(second)
+        torch._foreach_div_(update, (1 - beta2**step) ** 0.5)
+        for moment, scale in zip(first, update, strict=True):
+            torch.atan2(moment, scale, out=scale)  # there is no multi-tensor atan2
+        torch._foreach_mul_(update, -lr / (1 - beta1**step))
+        torch._foreach_add_(params, update)

@@ -28,7 +28,7 @@ class SparseSignSGD(Optimizer):
     a fixed order, so equal inputs give equal bits.
     """
 
-    def __init__(self, table: SparseTable, lr: float, weight_decay: float = 0.0) -> None:
+    def __init__(self, table: SparseTable, lr: float | Tensor, weight_decay: float = 0.0) -> None:
         super().__init__([table.weights], {"lr": lr, "weight_decay": weight_decay})
         self._table = table
 

@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from hrm.batch import Batch
 from hrm.checkpoint import save_config, save_weights
 from hrm.config import PretrainConfig
 from hrm.data.build import ensure_pack
 from hrm.data.loader import EvalLoader, TrainLoader
 from hrm.data.pack import Pack, open_pack
-from hrm.distributed import World, broadcast_tensors, join_world, share_from_main, sum_over_ranks
+from hrm.distributed import World, join_world, share_from_main
 from hrm.errors import UserError
 from hrm.evaluation.runner import evaluate, save_outputs
 from hrm.kernels import resolve
-from hrm.models import ACTLossHead, build_model
-from hrm.models.hrm_v1 import Carry
-from hrm.optim import AdamATan2, SparseSignSGD, learning_rate
 from hrm.training.metrics import MetricWindow, RunLog
-
-
-@dataclass
-class TrainState:
-    """What changes while a run goes on."""
-
-    model: ACTLossHead
-    optimizers: list[tuple[torch.optim.Optimizer, float]]  # each with its base learning rate
-    total_steps: int
-    step: int = 0
-    carry: Carry | None = None
+from hrm.training.step import TrainState, current_lr, initial_state, make_train_step
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -82,63 +67,6 @@ def pretrain(config: PretrainConfig) -> None:
                 raise
 
 
-def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainState:
-    """A fresh model with its optimizers, equal on all ranks."""
-    metadata = pack.metadata
-    examples = config.epochs * metadata.total_groups * metadata.mean_puzzle_examples
-    total_steps = int(examples / config.global_batch_size)
-    if total_steps == 0:
-        raise UserError(
-            f"{config.epochs} epochs of {pack.path} are {int(examples)} examples, fewer than one batch of "
-            f"global_batch_size={config.global_batch_size}: raise epochs or lower global_batch_size."
-        )
-    model = build_model(
-        config.arch,
-        batch_size=config.global_batch_size // world.size,
-        seq_len=metadata.seq_len,
-        vocab_size=metadata.vocab_size,
-        num_puzzle_identifiers=metadata.num_puzzle_identifiers,
-        kernels=config.kernels,
-        device=world.device,
-        seed=config.seed,
-    )
-    broadcast_tensors(model.state_dict().values(), world)
-    model.model.seed_exploration(config.seed + world.rank)
-
-    betas = (config.beta1, config.beta2)
-    dense: torch.optim.Optimizer
-    if config.optim.name == "adamw":
-        dense = torch.optim.AdamW(
-            model.parameters(), config.lr, betas, config.optim.eps, config.weight_decay, foreach=True
-        )
-    else:
-        dense = AdamATan2(model.parameters(), config.lr, betas, config.weight_decay)
-    optimizers: list[tuple[torch.optim.Optimizer, float]] = [(dense, config.lr)]
-    if model.model.inner.prefix_len:
-        sparse = SparseSignSGD(model.model.inner.puzzle_emb, config.puzzle_emb_lr, config.puzzle_emb_weight_decay)
-        optimizers.append((sparse, config.puzzle_emb_lr))
-    return TrainState(model, optimizers, total_steps)
-
-
-def train_step(config: PretrainConfig, world: World, state: TrainState, batch: Batch) -> dict[str, Tensor]:
-    """One ACT step and one update of all weights; returns the metrics, still on the device."""
-    state.step += 1
-    batch = {name: field.to(world.device, non_blocking=True) for name, field in batch.items()}
-    if state.carry is None:
-        state.carry = state.model.initial_carry(batch)
-    metrics: dict[str, Tensor]
-    state.carry, loss, metrics, _, _ = state.model(carry=state.carry, batch=batch)
-    (loss / config.global_batch_size).backward()
-    # The loss is divided by the global batch already, so gradients are summed, not averaged.
-    sum_over_ranks([param.grad for param in state.model.parameters() if param.grad is not None], world)
-    for optimizer, base_lr in state.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = _lr(config, state, base_lr)
-        optimizer.step()
-        optimizer.zero_grad()
-    return metrics
-
-
 def _run(
     config: PretrainConfig,
     world: World,
@@ -149,23 +77,27 @@ def _run(
     log: RunLog,
 ) -> None:
     window = MetricWindow(world, config.global_batch_size)
+    step = make_train_step(config, world, state)
+    kernels = resolve(config.kernels, world.device)
     passes = config.epochs // (config.eval_interval or config.epochs)
     for pass_index in range(passes):
         for batch in train_loader.iterate(pass_index):
             if state.step == state.total_steps:
                 break
-            window.add(train_step(config, world, state, batch))
+            window.add(step(batch))
             log.advance()
             if state.step == 1 or state.step % config.log_interval == 0:
-                window.close(state.step, _lr(config, state, config.lr))
+                window.close(state.step, current_lr(config, state, config.lr))
             for record in window.finished():
                 log.record(record)
-        window.close(state.step, _lr(config, state, config.lr))
+        window.close(state.step, current_lr(config, state, config.lr))
         for record in window.finished(wait=True):
             log.record(record)
 
         started = time.perf_counter()
-        metrics, outputs = evaluate(state.model, eval_loader, world, config.eval_save_outputs)
+        metrics, outputs = evaluate(
+            state.model, eval_loader, world, config.eval_save_outputs, cuda_graphs=kernels.cuda_graphs
+        )
         seconds = time.perf_counter() - started
         for set_name, values in metrics.items():
             log.record({"step": state.step} | {f"{set_name}/{name}": value for name, value in values.items()})
@@ -179,10 +111,6 @@ def _run(
         if world.is_main and (config.checkpoint_every_eval or pass_index == passes - 1):
             save_weights(state.model, folder, state.step)
         window.restart_clock()
-
-
-def _lr(config: PretrainConfig, state: TrainState, base_lr: float) -> float:
-    return learning_rate(state.step, base_lr, config.lr_warmup_steps, state.total_steps, config.lr_min_ratio)
 
 
 def _with_names(config: PretrainConfig) -> tuple[PretrainConfig, Path]:
@@ -204,10 +132,11 @@ def _check_one_task(train: Pack, test: Pack) -> None:
 
 def _summary(config: PretrainConfig, state: TrainState, world: World, folder: Path) -> str:
     kernels = resolve(config.kernels, world.device)
+    switches = [name for name, on in asdict(kernels).items() if on is True]
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
     parameters = sum(param.numel() for param in state.model.parameters())
     return (
         f"Training {parameters:,} parameters for {state.total_steps:,} steps of {config.global_batch_size} puzzles "
-        f"on {world.size} x {device}, kernels {kernels.backend}{' compiled' if kernels.compile else ''}.\n"
+        f"on {world.size} x {device}, kernels: {' + '.join([kernels.backend, *switches])}.\n"
         f"Run folder: {folder}"
     )
