@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from hrm.config import PretrainConfig
-from hrm.errors import UserError
+from hrm.errors import UserError, first_sentence
 
 CONFIG_FILE = "all_config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -42,15 +43,39 @@ class Checkpoint:
         return self.weights_file.parent
 
     @property
+    def config_file(self) -> Path:
+        return self.folder / CONFIG_FILE
+
+    @property
     def step(self) -> int:
         """Optimizer steps behind the weights; 0 where the file's name does not say."""
         name = self.weights_file.name
         return int(name.removeprefix("step_")) if re.fullmatch(r"step_\d+", name) else 0
 
 
+def make_folder(folder: Path, option: str) -> None:
+    """Create a folder that `option` named, or raise a UserError that says why not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}={folder} cannot be made a folder ({error.strerror}): give another path.") from error
+
+
+def keep_earlier_run(folder: Path) -> None:
+    """Move what an earlier run left in a run folder into `earlier_<n>` there."""
+    left = [file for name in (CONFIG_FILE, METRICS_FILE, "step_*") for file in folder.glob(name) if file.is_file()]
+    if left:
+        number = 1
+        while (aside := folder / f"earlier_{number}").exists():
+            number += 1
+        aside.mkdir()
+        for file in left:
+            file.rename(aside / file.name)
+
+
 def save_config(config: PretrainConfig, folder: Path) -> None:
     """Write `all_config.yaml`, creating the run folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "checkpoint_path")
     _write_atomically(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(asdict(config))).encode())
 
 
@@ -91,13 +116,14 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         UserError: the file is torn, or holds anything but named tensors (such a file is not executed).
     """
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols: whether it loads is what counts
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{file} holds more than tensors, or is no checkpoint, and was not loaded; save its state_dict() alone."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{file} is torn or no checkpoint ({_first_line(error)}); copy it anew.") from error
+    except Exception as error:  # what torch.load raises over damaged files shares no base class
+        raise UserError(f"{file} is torn or no checkpoint ({first_sentence(error)}); copy it anew.") from error
     if not isinstance(loaded, Mapping) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
         raise UserError(f"{file} does not hold a state_dict (names and tensors); save model.state_dict().")
     return {str(name).removeprefix(_COMPILED_PREFIX): tensor for name, tensor in loaded.items()}
@@ -141,8 +167,8 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=[_HUB_WEIGHTS, "step_*", CONFIG_FILE]))
     except Exception as error:  # the hub's failures share no base class
         raise UserError(
-            f"checkpoint={hub_id} is no local path, and fetching it from the hub failed ({_first_line(error)}); check "
-            "the name and the network."
+            f"checkpoint={hub_id} is no local path, and fetching it from the hub failed ({first_sentence(error)}): "
+            "check the name and the network."
         ) from error
 
 
@@ -152,7 +178,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = OmegaConf.to_container(OmegaConf.load(file))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file} is not readable as YAML ({_first_line(error)}); restore it.") from error
+        raise UserError(f"{file} is not readable as YAML ({first_sentence(error)}); restore it.") from error
     if not isinstance(config, dict) or not isinstance(config.get("arch"), dict):
         raise UserError(f"{file} has no section arch: it is not the config of an HRM run; restore it.")
     return {str(name): value for name, value in config.items()}
@@ -169,7 +195,3 @@ def _commit(temporary: Path, file: Path) -> None:
     with temporary.open("rb") as written:
         os.fsync(written.fileno())
     temporary.replace(file)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -14,8 +14,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from hrm.config import CONFIG_DIR, neighbours, register_schemas
-from hrm.errors import UserError
+from hrm.config import CONFIG_DIR, neighbours, option_names, register_schemas
+from hrm.errors import UserError, first_sentence
 
 T = TypeVar("T")
 
@@ -32,7 +32,11 @@ def run(schema: type[T], config_name: str, task: Callable[[T], None]) -> None:
     A `UserError`, or a configuration that cannot be composed, ends in one sentence on stderr and exit status 2.
     """
 
+    is_composed = False
+
     def checked_task(composed: DictConfig) -> None:
+        nonlocal is_composed
+        is_composed = True
         try:
             task(_typed(schema, composed))
         except UserError as error:
@@ -44,7 +48,9 @@ def run(schema: type[T], config_name: str, task: Callable[[T], None]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(checked_task)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if is_composed:
+            raise
         _fail(_composition_error(error, config_name))
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
@@ -59,13 +65,13 @@ def _typed(schema: type[T], composed: DictConfig) -> T:
     """The composed configuration as an instance of its schema, values checked."""
     if added := set(_added_options(composed)):
         option = min(added)
-        raise UserError(f"there is no option {option}; {neighbours(option, set(_option_names(composed)) - added)}")
+        raise UserError(f"there is no option {option}; {neighbours(option, set(option_names(composed)) - added)}")
     try:
         result = OmegaConf.to_object(composed)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} must be given: add {error.full_key}=... to the command line.") from error
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key} cannot be used: {_first_line(error)}.") from error
+        raise UserError(f"{error.full_key} cannot be used: {first_sentence(error)}.") from error
     assert isinstance(result, schema)
     return result
 
@@ -80,42 +86,41 @@ def _added_options(config: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _added_options(child, f"{prefix}{name}.")
 
 
-def _option_names(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    for name in map(str, config):
-        yield f"{prefix}{name}"
-        if not OmegaConf.is_missing(config, name) and isinstance(child := config._get_node(name), DictConfig):
-            yield from _option_names(child, f"{prefix}{name}.")
-
-
 def _quote_literal(argument: str) -> str:
     name, _, value = argument.partition("=")
     if name not in _LITERAL_OPTIONS or value in ("", "null") or value[0] in "'\"" or "${" in value:
         return argument
-    escaped = value.replace("'", r"\'")
+    # Between quotes, Hydra takes a backslash as itself, but for those that stand right before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + (r"\'" if match[2] else ""), value)
     return f"{name}='{escaped}'"
 
 
 def _composition_error(error: Exception, config_name: str) -> str:
     """One sentence for an exception that Hydra raised while it composed the configuration."""
     text = str(error)
-    cause = error.__cause__ or error
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} on the command line cannot be read: write option=value, and quote unusual values."
     if match := re.search(r"Could not override '([^']+)'", text):
         option = match.group(1)
-        GlobalHydra.instance().clear()
-        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            known = _option_names(hydra.compose(config_name))
-        return f"there is no option {option}; {neighbours(option, known)}"
+        return f"there is no option {option}; {neighbours(option, _known_options(config_name))}"
     if match := re.search(r"Error merging override ([^=]+)=(.*)", text):
         option, value = match.groups()
-        return f"{option}={value} cannot be used: {_first_line(cause)}."
+        reason = first_sentence(error.__cause__ or error)
+        if "not a ListConfig" in reason:
+            return f"{option}={value} cannot be used: it takes a list, so write {option}=[{value}]."
+        if parts := [name for name in _known_options(config_name) if name.startswith(f"{option}.")]:
+            return f"{option}={value} cannot be used: {option} stands for several options, {' and '.join(parts)}."
+        return f"{option}={value} cannot be used: {reason}."
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, choice = match.groups()
         choices = [path.stem for path in (CONFIG_DIR / group).glob("*.yaml")]
         return f"{group}={choice} is not a choice; {neighbours(choice, choices)}"
-    if isinstance(error, OverrideParseException):
-        return f"{error.override!r} on the command line cannot be read: write option=value, and quote unusual values."
-    return f"the configuration cannot be composed: {_first_line(error)}."
+    return f"the configuration cannot be composed from {' '.join(sys.argv[1:])}: {first_sentence(error)}."
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
+def _known_options(config_name: str) -> set[str]:
+    """Options and groups that the command line of `config/<config_name>.yaml` may set."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        options = option_names(hydra.compose(config_name))
+    return {*options, *(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())}

@@ -7,20 +7,23 @@ unknown names and wrong types; the `__post_init__` methods reject values that no
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import II, MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from hrm.errors import UserError
+from hrm.errors import UserError, first_sentence
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 CONFIG_DIR = PROJECT_DIR / "config"
 
+ARCHITECTURES = ("hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1",)  # as in the published configs
+LOSS_HEADS = ("losses@ACTLossHead",)
 LOSS_TYPES = ("stablemax_cross_entropy", "softmax_cross_entropy")
 POS_ENCODINGS = ("rope", "learned")
 FORWARD_DTYPES = ("bfloat16", "float32", "float16", "float64")
@@ -60,6 +63,11 @@ def _at_least(option: str, value: float, least: float) -> None:
         raise UserError(f"{option}={value} is too small: give at least {least}.")
 
 
+def _positive(option: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise UserError(f"{option}={value} is out of range: give a finite number above 0.")
+
+
 def _fraction(option: str, value: float, *, below_one: bool = False) -> None:
     if not (0 <= value < 1 if below_one else 0 <= value <= 1):
         raise UserError(
@@ -73,10 +81,11 @@ def _fraction(option: str, value: float, *, below_one: bool = False) -> None:
 
 @dataclass
 class LossConfig:
-    name: str = "losses@ACTLossHead"  # as in the published configs
+    name: str = LOSS_HEADS[0]
     loss_type: str = "stablemax_cross_entropy"  # or softmax_cross_entropy
 
     def __post_init__(self) -> None:
+        _choice("arch.loss.name", self.name, LOSS_HEADS)
         _choice("arch.loss.loss_type", self.loss_type, LOSS_TYPES)
 
 
@@ -84,7 +93,7 @@ class LossConfig:
 class HRMConfig:
     """HRM v1 with adaptive computation time (paper section 2; names as in the published configs)."""
 
-    name: str = "hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1"
+    name: str = ARCHITECTURES[0]
     loss: LossConfig = field(default_factory=LossConfig)
     halt_exploration_prob: float = 0.1  # share of sequences made to think at least a random number of steps
     halt_max_steps: int = 16  # ACT steps after which every sequence halts
@@ -102,14 +111,17 @@ class HRMConfig:
     forward_dtype: str = "bfloat16"  # of activations; the master weights are float32
 
     def __post_init__(self) -> None:
+        if self.puzzle_emb_ndim == II(".hidden_size"):  # made in Python, where nobody resolves interpolations
+            self.puzzle_emb_ndim = self.hidden_size
+        _choice("arch.name", self.name, ARCHITECTURES)
         _choice("arch.pos_encodings", self.pos_encodings, POS_ENCODINGS)
         _choice("arch.forward_dtype", self.forward_dtype, FORWARD_DTYPES)
         _fraction("arch.halt_exploration_prob", self.halt_exploration_prob)
         for name in ("halt_max_steps", "H_cycles", "L_cycles", "H_layers", "L_layers", "hidden_size", "num_heads"):
             _at_least(f"arch.{name}", getattr(self, name), 1)
         _at_least("arch.puzzle_emb_ndim", self.puzzle_emb_ndim, 0)
-        if self.expansion <= 0:
-            raise UserError(f"arch.expansion={self.expansion} is too small: give a number above 0.")
+        for name in ("expansion", "rope_theta", "rms_norm_eps"):
+            _positive(f"arch.{name}", getattr(self, name))
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"arch.hidden_size={self.hidden_size} cannot be split into arch.num_heads={self.num_heads} equal "
@@ -199,6 +211,8 @@ class PretrainConfig:
             _at_least(name, getattr(self, name), 0)
         for name in ("puzzle_emb_lr", "puzzle_emb_weight_decay"):
             _at_least(name, getattr(self, name), 0)
+        if self.seed >= 2**63:
+            raise UserError(f"seed={self.seed} is too large: give a number below 2**63.")
         _fraction("beta1", self.beta1, below_one=True)
         _fraction("beta2", self.beta2, below_one=True)
         for output in self.eval_save_outputs:
@@ -236,6 +250,14 @@ class EvaluateConfig:
             _at_least("global_batch_size", self.global_batch_size, 1)
 
 
+def option_names(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all options in `config`."""
+    for name in map(str, config):
+        yield f"{prefix}{name}"
+        if not OmegaConf.is_missing(config, name) and isinstance(child := config._get_node(name), DictConfig):
+            yield from option_names(child, f"{prefix}{name}.")
+
+
 def register_schemas() -> None:
     """Make the schemas known to Hydra under the names that the YAML files' defaults lists use."""
     store = ConfigStore.instance()
@@ -259,35 +281,39 @@ def to_typed(schema: type[T], values: Mapping[str, Any] | DictConfig, where: str
     Raises:
         UserError: for an unknown field, a wrong type, a missing or an impossible value.
     """
+    typed = OmegaConf.structured(schema)
+    name = ""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), values)
-        result = OmegaConf.to_object(merged)
-    except ConfigKeyError as error:
-        name = str(error.key)
-        raise UserError(f"{where} has no field {name}; {neighbours(name, schema.__dataclass_fields__)}") from error  # type: ignore[attr-defined]
+        for name, value in ((str(key), value) for key, value in values.items()):
+            OmegaConf.update(typed, name, value)
+        result = OmegaConf.to_object(typed)
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        unknown = str(error.full_key)
+        raise UserError(f"{where} has no field {unknown}; {neighbours(unknown, option_names(typed))}") from error
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{where}.{error.full_key} is not usable: {reason}.") from error
+        raise UserError(f"{where}.{error.full_key or name} is not usable: {first_sentence(error)}.") from error
     assert isinstance(result, schema)
     return result
 
 
-def arch_config(arch: Mapping[str, Any] | DictConfig, **from_data: int) -> HRMConfig:
+def arch_config(
+    arch: Mapping[str, Any] | DictConfig, from_data: Mapping[str, int] | None = None, where: str = "arch"
+) -> HRMConfig:
     """The typed architecture, from a mapping with the fields of `config/arch/hrm_v1.yaml`.
 
     Configs in the wild also carry what really comes from the data (`seq_len`, `vocab_size`, ...): such fields are
-    accepted where they agree with `from_data`.
+    accepted where they agree with `from_data`. `where` names the mapping in errors.
 
     Raises:
         UserError: for unknown fields, wrong types, impossible values, or a contradiction with the data.
     """
     values = dict(OmegaConf.to_container(arch, resolve=True) if isinstance(arch, DictConfig) else arch)  # type: ignore[arg-type]
-    for name, value in from_data.items():
+    for name, value in (from_data or {}).items():
         if (claimed := values.pop(name, value)) != value:
             raise UserError(f"arch.{name}={claimed} contradicts the data, which has {value}: drop it from arch.")
     if values.pop("causal", False):
         raise UserError("arch.causal=true is not supported: HRM's attention is non-causal; drop it from arch.")
-    return to_typed(HRMConfig, values, "arch")
+    return to_typed(HRMConfig, values, where)
 
 
 def kernels_config(kernels: str | Mapping[str, Any] | KernelsConfig) -> KernelsConfig:

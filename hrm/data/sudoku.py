@@ -59,11 +59,15 @@ class BoxShape:
         return f"{self.rows}x{self.cols}"
 
     @classmethod
+    def supported(cls) -> list[Self]:
+        return [cls(rows, cols) for rows, cols in _SUPPORTED]
+
+    @classmethod
     def from_cells(cls, cells: int) -> Self:
         """The box shape of a board with so many cells; UserError unless 16, 36 or 81."""
-        for rows, cols in _SUPPORTED:
-            if (rows * cols) ** 2 == cells:
-                return cls(rows, cols)
+        for shape in cls.supported():
+            if shape.cells == cells:
+                return shape
         raise UserError(f"No Sudoku board has {cells} cells; boards of 16, 36 or 81 cells are supported.")
 
     @classmethod

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hrm.batch import IGNORE_LABEL_ID
-from hrm.checkpoint import METRICS_FILE, Checkpoint, find_checkpoint, load_weights, read_weights
+from hrm.checkpoint import METRICS_FILE, Checkpoint, find_checkpoint, load_weights, make_folder, read_weights
 from hrm.config import EvaluateConfig, KernelsConfig, arch_config
 from hrm.data.loader import EvalLoader
-from hrm.data.pack import open_pack
+from hrm.data.pack import Pack, open_pack
 from hrm.data.sudoku import BoxShape, Grids, conflicts, decode_tokens, encode_tokens, parse_grid, solve
 from hrm.distributed import World, join_world
 from hrm.errors import UserError
@@ -43,13 +43,20 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
 
 
 def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World) -> None:
-    if config.show:
-        pyplot()  # say at once, not after minutes of evaluation, that it is missing
     data_path = config.data_path or checkpoint.config.get("data_path")
     if data_path is None:
         raise UserError(f"{checkpoint.folder} does not say which data it was trained on: add data_path=...")
-    batch_size = config.global_batch_size or int(checkpoint.config.get("global_batch_size", 0)) or 128
+    batch_size = config.global_batch_size or checkpoint.config.get("global_batch_size", 128)
+    if not isinstance(batch_size, int):
+        raise UserError(
+            f"{checkpoint.config_file} has global_batch_size: {batch_size}; add global_batch_size=<number>."
+        )
     pack = open_pack(data_path, "test")
+    if config.show:  # whatever hinders the show is said now, not after minutes of evaluation
+        _check_sudoku(pack)
+        pyplot()
+    folder = Path(config.output_dir) if config.output_dir else checkpoint.folder
+    make_folder(folder, "output_dir")
     pin_memory = world.device.type == "cuda"
     loader = EvalLoader(pack, batch_size, world.rank, world.size, config.num_workers, pin_memory)
     meta = pack.metadata
@@ -57,10 +64,8 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
     model = _load_model(config, checkpoint, sizes, world)
 
     shown = ("inputs", "labels", "logits") if config.show else ()
-    keep = list(dict.fromkeys((*config.save_outputs, *shown)))
     cuda_graphs = resolve(config.kernels, world.device).cuda_graphs
-    metrics, outputs = evaluate(model, loader, world, keep, cuda_graphs=cuda_graphs)
-    folder = Path(config.output_dir) if config.output_dir else checkpoint.folder
+    metrics, outputs = evaluate(model, loader, world, (*config.save_outputs, *shown), cuda_graphs=cuda_graphs)
     if world.is_main:
         print(f"{checkpoint.weights_file} on {data_path}/test:\n{_table(metrics)}")
     if config.save_outputs:
@@ -83,13 +88,17 @@ def _solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, wor
         )
     # A lone puzzle brings no pack, so the sizes that a pack would give are read off the weights.
     weights = read_weights(checkpoint.weights_file)
-    vocab_size = _num_rows(weights, "model.inner.embed_tokens.embedding_weight")
+    table = "model.inner.embed_tokens.embedding_weight"
+    if table not in weights:
+        raise UserError(f"{checkpoint.weights_file} lacks {table}: it is not an HRM's.")
+    vocab_size = len(weights[table])
     if vocab_size != shape.vocab_size:
         raise UserError(
             f"a board of {shape.cells} cells has {shape.vocab_size} tokens, but {checkpoint.weights_file} was trained "
             f"on {vocab_size}: give a puzzle of the kind it was trained on."
         )
-    sizes = _Sizes(1, shape.cells, vocab_size, _num_rows(weights, "model.inner.puzzle_emb.weights") or 1)
+    num_identifiers = len(weights.get("model.inner.puzzle_emb.weights", [None]))
+    sizes = _Sizes(1, shape.cells, vocab_size, num_identifiers)
     if config.kernels.backend == "auto":
         config = replace(config, kernels=KernelsConfig("naive"))  # compiling would outlast one puzzle by far
     model = _load_model(config, checkpoint, sizes, world)
@@ -105,6 +114,15 @@ def _solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, wor
         print(f"{_rendered(board)}\n{LEGEND}\n{_verdict(board)}")
 
 
+def _check_sudoku(pack: Pack) -> None:
+    sizes = (pack.metadata.seq_len, pack.metadata.vocab_size)
+    if sizes not in {(shape.cells, shape.vocab_size) for shape in BoxShape.supported()}:
+        raise UserError(
+            f"show= draws Sudoku boards, but the puzzles of {pack.path} have {sizes[0]} cells and {sizes[1]} tokens: "
+            "leave it out."
+        )
+
+
 class _Sizes(NamedTuple):
     """What a model must know of its data, and the batch."""
 
@@ -116,14 +134,10 @@ class _Sizes(NamedTuple):
 
 def _load_model(config: EvaluateConfig, checkpoint: Checkpoint, sizes: _Sizes, world: World) -> ACTLossHead:
     """The checkpoint's model in evaluation mode."""
-    arch = arch_config(checkpoint.config["arch"], **sizes._asdict())
+    arch = arch_config(checkpoint.config["arch"], sizes._asdict(), where=f"arch in {checkpoint.config_file}")
     model = build_model(arch, **sizes._asdict(), kernels=config.kernels, device=world.device)
     load_weights(model, read_weights(checkpoint.weights_file), checkpoint.weights_file)
     return model.eval()
-
-
-def _num_rows(weights: Mapping[str, Tensor], name: str) -> int:
-    return len(weights[name]) if name in weights else 0
 
 
 def _table(metrics: Mapping[str, Mapping[str, float]]) -> str:
@@ -142,7 +156,6 @@ def _show(outputs: Mapping[str, Tensor], count: int, checkpoint: Checkpoint, fol
     spread = order[np.linspace(0, len(order) - 1, min(count, len(order))).astype(int)]
     boards = [Board(puzzles[index], answers[index], solutions[index], f"test puzzle {index}") for index in spread]
     print("\n".join(f"{_rendered(board)}\n{_verdict(board)}\n" for board in boards) + LEGEND)
-    folder.mkdir(parents=True, exist_ok=True)
     draw_boards(boards, folder / "boards.png")
     drawn = ["boards.png"]
     if (metrics_file := checkpoint.folder / METRICS_FILE).is_file():

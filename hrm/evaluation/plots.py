@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -33,7 +34,7 @@ def draw_curves(metrics_file: Path, file: Path) -> None:
     Args:
         metrics_file: records that `pretrain.py` wrote; those of test sets have names such as `all/exact_accuracy`.
     """
-    records = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    records = list(_read_records(metrics_file))
     panels = [
         ("lm_loss", "loss per puzzle", 1),
         ("exact_accuracy", "exactly right (%)", 100),
@@ -50,6 +51,15 @@ def draw_curves(metrics_file: Path, file: Path) -> None:
         axes.set(xlabel="training step", ylabel=label)
         axes.set_ylim(0, 105 if scale == 100 else None)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        if axes.lines:
+            axes.legend(frameon=False)
     figure.savefig(file, dpi=150)
     plt.close(figure)
+
+
+def _read_records(metrics_file: Path) -> Iterator[dict[str, float]]:
+    for line in metrics_file.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return  # the last line of a run that was killed while it wrote

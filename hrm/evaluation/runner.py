@@ -51,6 +51,7 @@ def evaluate(
         `(metrics, saved)`: `metrics[set][name]` averaged over the examples of all ranks, with `count`, how many they
         were; `saved[name]` of this rank's examples in order, on the CPU, padding left out.
     """
+    keep = list(dict.fromkeys(keep))
     was_training = model.training
     model.eval()
     work: Callable[[Batch], tuple[dict[str, Tensor], dict[str, Tensor]]] = partial(think, model, return_keys=keep)
@@ -84,7 +85,6 @@ def _average(totals: dict[str, Tensor], world: World) -> dict[str, float]:
 
 def save_outputs(outputs: dict[str, Tensor], folder: Path, step: int, world: World) -> Path:
     """Write this rank's saved outputs under the published name, `step_<n>_all_preds.<rank>`."""
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step_{step}_all_preds.{world.rank}"
     torch.save(outputs, file)
     return file

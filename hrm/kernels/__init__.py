@@ -67,9 +67,9 @@ def make_reasoning_module(config: KernelsConfig, device: torch.device) -> Reason
 
 @functools.cache
 def _compiled(backend: str) -> ReasoningModule:
-    # Shapes are static within a run, so each one gets code of its own. The limits count variants: with and without
-    # gradient, and per number of blocks.
-    compiled: ReasoningModule = torch.compile(BACKENDS[backend], dynamic=False)
+    # Shapes are static within a run, so each gets code of its own. With fullgraph, too many of them (PyTorch's limit
+    # is 8) are an error instead of a silent fall back to uncompiled code.
+    compiled: ReasoningModule = torch.compile(BACKENDS[backend], dynamic=False, fullgraph=True)
     return compiled
 
 

@@ -56,7 +56,7 @@ def build_model(
     for name, size in from_data.items():
         if size < 1:
             raise UserError(f"{name}={size} is too small: give at least 1.")
-    config = arch if isinstance(arch, HRMConfig) else arch_config(arch, **from_data)
+    config = arch if isinstance(arch, HRMConfig) else arch_config(arch, from_data)
     device = torch.device(device)
     inner = HierarchicalReasoningModel(
         config,

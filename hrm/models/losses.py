@@ -28,7 +28,8 @@ def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         The loss of each label [...], in float64 (float32 on devices that have no float64).
     """
     x = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
-    s = torch.where(x < 0, 1 / (1 - x + 1e-30), x + 1)
+    # The clamp keeps the branch not taken finite: in float32 an infinite one would make the gradient NaN.
+    s = torch.where(x < 0, 1 / (1 - x.clamp(max=0) + 1e-30), x + 1)
     log_probabilities = torch.log(s / s.sum(-1, keepdim=True))
     valid = labels != IGNORE_LABEL_ID
     picked = log_probabilities.gather(-1, torch.where(valid, labels, 0).long().unsqueeze(-1)).squeeze(-1)

@@ -36,8 +36,8 @@ class AdamATan2(Optimizer):
     ) -> None:
         """As for other optimizers; `capturable` keeps the step count on the device, for CUDA graphs (give `lr` as a
         0-dimensional tensor there, and fill it). All parameters must then have a gradient at every step."""
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-        self._capturable = capturable
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "capturable": capturable}
+        super().__init__(params, defaults)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -52,20 +52,21 @@ class AdamATan2(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for step, params in self._count_step([param for param in group["params"] if param.grad is not None]):
-                self._update(params, step, **{name: group[name] for name in self.defaults})
+            params = [param for param in group["params"] if param.grad is not None]
+            for step, same_step in self._count_step(params, group["capturable"]):
+                self._update(same_step, step, group["lr"], group["betas"], group["weight_decay"])
         return loss
 
-    def _count_step(self, params: list[Tensor]) -> list[tuple[int | Tensor, list[Tensor]]]:
+    def _count_step(self, params: list[Tensor], capturable: bool) -> list[tuple[int | Tensor, list[Tensor]]]:
         """Advance the step count of `params`; returns them by their count."""
         for param in params:
             state = self.state[param]
             if not state:
-                state["step"] = torch.zeros((), device=param.device) if self._capturable else 0
+                state["step"] = torch.zeros((), device=param.device) if capturable else 0
                 state["exp_avg"] = torch.zeros_like(param)
                 state["exp_avg_sq"] = torch.zeros_like(param)
             state["step"] += 1
-        if self._capturable:
+        if capturable:
             return [(self.state[params[0]]["step"], params)] if params else []
         by_step: dict[int, list[Tensor]] = defaultdict(list)
         for param in params:

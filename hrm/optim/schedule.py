@@ -13,5 +13,5 @@ def learning_rate(step: int, base_lr: float, warmup_steps: int, total_steps: int
     """
     if step < warmup_steps:
         return base_lr * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return base_lr * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hrm.checkpoint import save_config, save_weights
+from hrm.checkpoint import keep_earlier_run, save_config, save_weights
 from hrm.config import PretrainConfig
 from hrm.data.build import ensure_pack
 from hrm.data.loader import EvalLoader, TrainLoader
@@ -56,6 +56,7 @@ def pretrain(config: PretrainConfig) -> None:
         )
         state = initial_state(config, train_pack, world)
         if world.is_main:
+            keep_earlier_run(folder)
             save_config(config, folder)
         with RunLog(config, folder, state.total_steps, world) as log:
             log.say(_summary(config, state, world, folder))

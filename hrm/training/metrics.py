@@ -128,7 +128,6 @@ class RunLog:
         self._file = None
         self._wandb = None
         if world.is_main:
-            _keep_earlier(folder / METRICS_FILE)
             self._file = (folder / METRICS_FILE).open("w", encoding="utf-8")
             self._wandb = _start_wandb(config, folder)
 
@@ -169,15 +168,6 @@ class RunLog:
                     "ACT steps": f"{record['train/steps']:.1f}",
                 }
             self._bar.set_postfix(shown | {"puzzles/s": f"{record['puzzles_per_second']:,.0f}"}, refresh=False)
-
-
-def _keep_earlier(file: Path) -> None:
-    """Move an earlier run's file out of the way, under a number of its own."""
-    if file.exists():
-        number = 1
-        while (kept := file.with_name(f"{file.stem}.{number}{file.suffix}")).exists():
-            number += 1
-        file.rename(kept)
 
 
 def _start_wandb(config: PretrainConfig, folder: Path) -> Any:

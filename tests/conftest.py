@@ -1,0 +1,51 @@
+"""What several test files share: the smallest model that has every part, and data for it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hrm.batch import IGNORE_LABEL_ID, Batch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Models here are so small that threads would only wait for one another, on a busy machine for very long."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_arch() -> dict[str, Any]:
+    """Fields of `config/arch/hrm_v1.yaml`; a test overrides those it is about."""
+    return {
+        "H_layers": 1,
+        "L_layers": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "halt_max_steps": 4,
+        "halt_exploration_prob": 0.0,
+        "forward_dtype": "float32",
+    }
+
+
+@pytest.fixture
+def random_batch() -> Callable[..., Batch]:
+    """A function that draws a batch; about one label in five is ignored."""
+
+    def draw(
+        batch_size: int = 3, seq_len: int = 5, vocab_size: int = 7, num_puzzle_identifiers: int = 4, seed: int = 0
+    ) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+
+        def integers(high: int, *shape: int) -> torch.Tensor:
+            return torch.randint(high, shape, generator=generator, dtype=torch.int32)
+
+        ignored = integers(5, batch_size, seq_len) == 0
+        return {
+            "inputs": integers(vocab_size, batch_size, seq_len),
+            "labels": integers(vocab_size, batch_size, seq_len).masked_fill(ignored, IGNORE_LABEL_ID),
+            "puzzle_identifiers": integers(num_puzzle_identifiers, batch_size),
+        }
+
+    return draw

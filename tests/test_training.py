@@ -1,0 +1,400 @@
+"""The training step and the run around it: what it learns, repeats, spreads over ranks, logs and leaves behind."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from hrm.batch import Batch
+from hrm.config import DataConfig, HRMConfig, KernelsConfig, OptimConfig, PretrainConfig
+from hrm.data.loader import TrainLoader
+from hrm.data.pack import PackMetadata, PackSet, open_pack, write_split
+from hrm.distributed import World
+from hrm.errors import UserError
+from hrm.optim import AdamATan2, SparseSignSGD
+from hrm.training.loop import pretrain
+from hrm.training.metrics import MetricWindow
+from hrm.training.step import TrainState, initial_state, make_train_step
+
+ALONE = World(0, 1, torch.device("cpu"))
+NUM_IDENTIFIERS = 3
+
+ARCH = HRMConfig(
+    hidden_size=32,
+    num_heads=2,
+    H_layers=1,
+    L_layers=1,
+    puzzle_emb_ndim=32,
+    pos_encodings="learned",
+    halt_max_steps=2,
+    forward_dtype="float32",
+)
+
+
+def write_pack(folder: Path, **sizes: int) -> None:
+    """4x4 Latin squares with about half of the cells blank, `sizes` of them in each split.
+
+    Splits of one size are equal.
+    """
+    cell = np.arange(16)
+    for split, size in sizes.items():
+        rng = np.random.default_rng(0)
+        symbols = rng.permuted(np.tile(np.arange(1, 5, dtype=np.uint8), (size, 1)), axis=1)
+        labels = symbols[:, (cell // 4 + cell % 4) % 4]
+        data = PackSet(
+            inputs=np.where(rng.random(labels.shape) < 0.5, 0, labels).astype(np.uint8),
+            labels=labels,
+            puzzle_identifiers=np.arange(size, dtype=np.int32) % NUM_IDENTIFIERS,
+            puzzle_indices=np.arange(size + 1, dtype=np.int32),
+            group_indices=np.arange(size + 1, dtype=np.int32),
+        )
+        metadata = PackMetadata(
+            pad_id=0,
+            ignore_label_id=0,
+            blank_identifier_id=0,
+            vocab_size=5,
+            seq_len=16,
+            num_puzzle_identifiers=NUM_IDENTIFIERS,
+            total_groups=size,
+            mean_puzzle_examples=1.0,
+            sets=("all",),
+        )
+        write_split(folder / split, metadata, {"all": data})
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PretrainConfig:
+    """Two passes of five steps over 20 puzzles, then 6 to test on; a test replaces what it is about."""
+    pack = tmp_path / "pack"
+    write_pack(pack, train=20, test=6)
+    return PretrainConfig(
+        arch=ARCH,
+        data_path=str(pack),
+        data=DataConfig("latin_squares", str(pack), "none"),
+        checkpoint_path=str(tmp_path / "run"),
+        global_batch_size=4,
+        epochs=2,
+        eval_interval=1,
+        log_interval=3,
+        lr=1e-2,
+        lr_warmup_steps=4,
+        device="cpu",
+        wandb="disabled",
+    )
+
+
+def weights(folder: Path | str | None, step: int) -> dict[str, Tensor]:
+    assert folder is not None
+    loaded: dict[str, Tensor] = torch.load(Path(folder) / f"step_{step}", weights_only=True)
+    return loaded
+
+
+def records(folder: Path | str | None) -> list[dict[str, float]]:
+    assert folder is not None
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def start(config: PretrainConfig) -> tuple[TrainState, Iterator[Batch]]:
+    pack = open_pack(config.data_path, "train")
+    loader = TrainLoader(pack, config.global_batch_size, config.seed, epochs_per_pass=config.epochs)
+    return initial_state(config, pack, ALONE), loader.iterate(0)
+
+
+# --- learning ---
+
+
+def test_overfits_a_handful_of_puzzles(config: PretrainConfig, tmp_path: Path) -> None:
+    write_pack(tmp_path / "pack", train=6, test=6)
+    pretrain(replace(config, global_batch_size=6, epochs=150, eval_interval=None, lr=3e-3, log_interval=50))
+    first, *_, last_training, evaluation = records(tmp_path / "run")
+    assert evaluation["all/exact_accuracy"] == evaluation["all/accuracy"] == 1
+    assert last_training["train/lm_loss"] < 0.1 * first["train/lm_loss"]
+
+
+# --- repeating ---
+
+
+def test_seed_decides_every_bit(config: PretrainConfig, tmp_path: Path) -> None:
+    config = replace(config, arch=replace(ARCH, halt_exploration_prob=0.5))
+    global_state = torch.get_rng_state()
+    for name, seed in (("one", 5), ("same", 5), ("other", 6)):
+        torch.manual_seed(len(name))
+        pretrain(replace(config, seed=seed, checkpoint_path=str(tmp_path / name)))
+    torch.set_rng_state(global_state)
+    one, same, other = (weights(tmp_path / name, 10) for name in ("one", "same", "other"))
+    assert one.keys() == same.keys() == other.keys()
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_leaves_the_global_generators_alone(config: PretrainConfig) -> None:
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]  # noqa: NPY002
+    pretrain(replace(config, arch=replace(ARCH, halt_exploration_prob=0.5)))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)  # type: ignore[index]  # noqa: NPY002
+
+
+# --- ranks ---
+
+
+def train_on_rank(rank: int, world_size: int, port: int, config: PretrainConfig) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pretrain(config)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_two_ranks_train_as_one(config: PretrainConfig, tmp_path: Path) -> None:
+    # In float64 forward and backward, so that only the float32 sums over ranks differ. Adam-atan2 would not notice
+    # gradients of a wrong scale; AdamW with a large epsilon does.
+    arch = replace(ARCH, forward_dtype="float64", halt_exploration_prob=0.0, halt_max_steps=3)
+    config = replace(config, arch=arch, optim=OptimConfig("adamw", eps=0.01), log_interval=1)
+    alone, together = (replace(config, checkpoint_path=str(tmp_path / name)) for name in ("alone", "two"))
+    pretrain(alone)
+    spawn(train_on_rank, (2, free_port(), together), nprocs=2)  # type: ignore[no-untyped-call]
+
+    start_state, _ = start(alone)
+    initial = {f"_orig_mod.{name}": weight for name, weight in start_state.model.state_dict().items()}
+    for step in (5, 10):
+        one, two = weights(tmp_path / "alone", step), weights(tmp_path / "two", step)
+        for name, weight in one.items():
+            moved = (weight - initial[name]).abs().max()
+            assert (weight - two[name]).abs().max() <= 1e-4 * moved, name
+    for expected, record in zip(records(tmp_path / "alone"), records(tmp_path / "two"), strict=True):
+        expected.pop("puzzles_per_second", None)
+        record.pop("puzzles_per_second", None)
+        assert record == pytest.approx(expected, rel=1e-5)
+
+
+# --- one step ---
+
+
+def test_initial_state(config: PretrainConfig) -> None:
+    config = replace(config, beta1=0.8, beta2=0.9, weight_decay=0.3, puzzle_emb_lr=0.5, puzzle_emb_weight_decay=0.7)
+    state, _ = start(config)
+    assert state.total_steps == 10  # 2 epochs of 20 groups of 1 example, by 4
+    (dense, dense_lr), (sparse, sparse_lr) = state.optimizers
+    assert isinstance(dense, AdamATan2)
+    assert isinstance(sparse, SparseSignSGD)
+    assert (dense_lr, sparse_lr) == (config.lr, 0.5)
+    assert dense.param_groups[0]["betas"] == (0.8, 0.9)
+    assert dense.param_groups[0]["weight_decay"] == 0.3
+    assert sparse.param_groups[0]["weight_decay"] == 0.7
+    assert {id(param) for param in dense.param_groups[0]["params"]} == set(map(id, state.model.parameters()))
+    without_puzzles, _ = start(replace(config, arch=replace(ARCH, puzzle_emb_ndim=0)))
+    assert [type(optimizer) for optimizer, _ in without_puzzles.optimizers] == [AdamATan2]
+    with pytest.raises(UserError, match=r"2 epochs of .* are 40 examples, fewer than .*global_batch_size=41"):
+        initial_state(replace(config, global_batch_size=41), open_pack(config.data_path, "train"), ALONE)
+
+
+def test_adamw(config: PretrainConfig) -> None:
+    config = replace(config, optim=OptimConfig(name="adamw", eps=1e-6), beta1=0.8, weight_decay=0.3)
+    state, batches = start(config)
+    dense, _ = state.optimizers[0]
+    assert isinstance(dense, torch.optim.AdamW)
+    group = dense.param_groups[0]
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-6, 0.3)
+    before = [param.detach().clone() for param in state.model.parameters()]
+    make_train_step(config, ALONE, state)(next(batches))
+    assert not any(torch.equal(param, old) for param, old in zip(state.model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("optim", [OptimConfig("adam_atan2"), OptimConfig("adamw", eps=0.01)])
+def test_step_by_hand(config: PretrainConfig, optim: OptimConfig) -> None:
+    """A step divides the loss by the global batch and gives either optimizer its own rate on the schedule."""
+    config = replace(config, optim=optim)
+    (state, batches), (by_hand, _) = start(config), start(config)
+    step, model, carry = make_train_step(config, ALONE, state), by_hand.model, None
+    (dense, _), (sparse, _) = by_hand.optimizers
+    for number in range(1, 7):
+        batch = next(batches)
+        metrics = step(batch)
+
+        carry, loss, expected, *_ = model(carry=carry or model.initial_carry(batch), batch=batch)
+        (loss / 4).backward()
+        for optimizer, rate in ((dense, config.lr), (sparse, config.puzzle_emb_lr)):
+            optimizer.param_groups[0]["lr"] = rate * min(number / 4, 1)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert state.step == number
+        assert {name: value.item() for name, value in metrics.items()} == {
+            name: value.item() for name, value in expected.items()
+        }
+        ours, theirs = state.model.state_dict(), model.state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_cuda_graphs_change_nothing(config: PretrainConfig, tmp_path: Path) -> None:
+    # float64 hides the order in which atomic sums came out. The test split is long enough for a replay.
+    write_pack(tmp_path / "pack", train=20, test=18)
+    arch = replace(ARCH, forward_dtype="float64", halt_exploration_prob=0.5, halt_max_steps=4)
+    config = replace(config, arch=arch, device="cuda", log_interval=1, eval_save_outputs=["logits"])
+    eager, graphed = tmp_path / "eager", tmp_path / "graphed"
+    for folder in (eager, graphed):
+        kernels = KernelsConfig(cuda_graphs=folder == graphed)
+        pretrain(replace(config, kernels=kernels, checkpoint_path=str(folder)))
+    for expected, record in zip(records(eager), records(graphed), strict=True):
+        expected.pop("puzzles_per_second", None)
+        record.pop("puzzles_per_second", None)
+        assert record == pytest.approx(expected, rel=1e-5)
+    for file in ("step_10", "step_10_all_preds.0"):
+        one, other = (torch.load(folder / file, weights_only=True, map_location="cpu") for folder in (eager, graphed))
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+# --- metrics ---
+
+
+def sums(**values: float) -> dict[str, Tensor]:
+    return {name: torch.tensor(value) for name, value in values.items()}
+
+
+def test_metric_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 14.0, 15.0, 20.0, 22.0])  # opened, closed, closed, clock restarted, closed
+    monkeypatch.setattr("hrm.training.metrics.time.perf_counter", lambda: next(clock))
+    window = MetricWindow(ALONE, global_batch_size=8)
+    window.add(sums(count=3, accuracy=1.5, steps=9, lm_loss=4.0, q_halt_loss=2.0))
+    window.add(sums(count=0, accuracy=0.0, steps=0, lm_loss=8.0, q_halt_loss=1.0))
+    window.add(sums(count=1, accuracy=1.0, steps=2, lm_loss=12.0, q_halt_loss=0.0))
+    window.close(step=3, lr=0.5)
+    window.add(sums(count=0, accuracy=0.0, steps=0, lm_loss=2.0, q_halt_loss=4.0))
+    window.close(step=4, lr=0.25)
+    window.close(step=4, lr=0.25)  # nothing since
+    window.restart_clock()
+    window.add(sums(count=8, accuracy=4.0, steps=32, lm_loss=16.0, q_halt_loss=0.0))
+    window.close(step=5, lr=0.125)
+    assert window.finished(wait=True) == [
+        {
+            "step": 3,
+            "train/lr": 0.5,
+            "puzzles_per_second": 3 * 8 / 4,
+            "train/lm_loss": 1.0,  # by 3 steps of 8 sequences
+            "train/q_halt_loss": 0.125,
+            "train/accuracy": 0.625,  # by the 4 that halted
+            "train/steps": 2.75,
+        },
+        # Where none halted there is nothing to say of those that did.
+        {"step": 4, "train/lr": 0.25, "puzzles_per_second": 8, "train/lm_loss": 0.25, "train/q_halt_loss": 0.5},
+        {
+            "step": 5,
+            "train/lr": 0.125,
+            "puzzles_per_second": 4,
+            "train/lm_loss": 2.0,
+            "train/q_halt_loss": 0.0,
+            "train/accuracy": 0.5,
+            "train/steps": 4.0,
+        },
+    ]
+    assert window.finished(wait=True) == []
+
+
+LOSSES = {"train/lm_loss", "train/q_halt_loss", "train/q_continue_loss"}
+OF_HALTED = {"train/accuracy", "train/exact_accuracy", "train/q_halt_accuracy", "train/steps"}
+
+
+def test_metrics_file(config: PretrainConfig, tmp_path: Path) -> None:
+    pretrain(config)
+    written = records(tmp_path / "run")
+    training = [record for record in written if "train/lr" in record]
+    evaluations = [record for record in written if "train/lr" not in record]
+    # After step 1, every third, and the last before an evaluation.
+    assert [record["step"] for record in written] == [1, 3, 5, 5, 6, 9, 10, 10]
+    assert [record["step"] for record in training] == [1, 3, 5, 6, 9, 10]
+    for record in training:
+        assert record["train/lr"] == pytest.approx(1e-2 * min(record["step"] / 4, 1))
+        assert record["puzzles_per_second"] > 0
+    common = {"step", "train/lr", "puzzles_per_second"}
+    assert training[0].keys() == common | LOSSES  # no sequence halts at step 1: q's start equal
+    assert training[1].keys() == common | LOSSES | OF_HALTED
+    for record in evaluations:
+        names = ("count", "accuracy", "exact_accuracy", "q_halt_accuracy", "steps", "lm_loss", "q_halt_loss")
+        assert record.keys() == {"step"} | {f"all/{name}" for name in names}
+        assert record["all/count"] == 6
+        assert record["all/steps"] == 2
+        assert 0 < record["all/accuracy"] < 1
+
+
+def test_first_record_is_of_the_first_step(config: PretrainConfig) -> None:
+    """What is logged is what the model gives: per sequence, although summed over the batch."""
+    pretrain(config)
+    state, batches = start(replace(config, epochs=1))
+    batch = next(batches)
+    _, _, metrics, *_ = state.model(carry=state.model.initial_carry(batch), batch=batch)
+    first = records(config.checkpoint_path)[0]
+    for name in ("lm_loss", "q_halt_loss", "q_continue_loss"):
+        assert first[f"train/{name}"] == pytest.approx(metrics[name].item() / 4, rel=1e-6)
+
+
+# --- what a run leaves ---
+
+
+@pytest.mark.parametrize(("every_eval", "steps"), [(True, [5, 10]), (False, [10])])
+def test_weights_are_saved(config: PretrainConfig, tmp_path: Path, every_eval: bool, steps: Sequence[int]) -> None:
+    pretrain(replace(config, checkpoint_every_eval=every_eval, eval_save_outputs=["logits", "inputs"]))
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    outputs = {"step_5_all_preds.0", "step_10_all_preds.0"}
+    assert files == {"all_config.yaml", "metrics.jsonl", *outputs, *(f"step_{step}" for step in steps)}
+    expected = {f"_orig_mod.{name}" for name in start(config)[0].model.state_dict()}
+    assert weights(tmp_path / "run", 10).keys() == expected
+    saved = torch.load(tmp_path / "run" / "step_10_all_preds.0", weights_only=True)
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == {"logits": (6, 16, 5), "inputs": (6, 16)}
+
+
+def test_earlier_runs_are_kept_aside(config: PretrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def contents(where: Path) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in where.iterdir() if file.is_file()}
+
+    left = []
+    for seed in (1, 2, 3):
+        pretrain(replace(config, seed=seed))
+        left.append(contents(folder))
+    assert all(files.keys() == {"all_config.yaml", "metrics.jsonl", "step_5", "step_10"} for files in left)
+    assert contents(folder / "earlier_1") == left[0]
+    assert contents(folder / "earlier_2") == left[1]
+
+
+def run_folder(config: PretrainConfig, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Where a run went below `folder`, and the options it kept."""
+    pretrain(config)
+    (file,) = folder.rglob("all_config.yaml")
+    kept = OmegaConf.to_container(OmegaConf.load(file))
+    assert isinstance(kept, dict)
+    return file.parent.relative_to(folder), {str(name): value for name, value in kept.items()}
+
+
+def test_names_left_open(config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = replace(config, epochs=1, checkpoint_path=None)
+    folder, kept = run_folder(config, tmp_path)
+    assert folder.parts[:2] == ("checkpoints", "Pack ACT-torch")
+    assert folder.name.startswith("HierarchicalReasoningModel_ACTV1 ")
+    assert (kept["project_name"], kept["run_name"]) == folder.parts[1:]
+    assert kept["checkpoint_path"] == str(folder)
+    assert kept["arch"]["name"] == "hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1"
+
+
+def test_names_given(config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = replace(config, epochs=1, checkpoint_path=None, project_name="Mine", run_name="first")
+    assert run_folder(config, tmp_path)[0] == Path("checkpoints/Mine/first")
