@@ -124,7 +124,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # what torch.load raises over damaged files shares no base class
         raise UserError(f"{file} is torn or no checkpoint ({first_sentence(error)}); copy it anew.") from error
-    if not isinstance(loaded, Mapping) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(_is_weight(tensor) for tensor in loaded.values()):
         raise UserError(f"{file} does not hold a state_dict (names and tensors); save model.state_dict().")
     return {str(name).removeprefix(_COMPILED_PREFIX): tensor for name, tensor in loaded.items()}
 
@@ -147,6 +147,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], file: Path) ->
                 f"{tuple(own[name].shape)}: use the config and the pack it was trained with."
             )
     model.load_state_dict(weights)
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.is_floating_point()
 
 
 def _last_weights(folder: Path) -> Path:

@@ -25,6 +25,8 @@ EXIT_INTERRUPTED = 130
 # Values of these options are taken to the letter: Hydra would read 0530 as a number and choke on "=" or "(" in a path.
 _LITERAL_OPTIONS = ("checkpoint", "checkpoint_path", "data_path", "output_dir", "puzzle", "project_name", "run_name")
 
+_KINDS = {"Float": "a number, such as 1e-4", "Integer": "a whole number", "Boolean": "true or false"}
+
 
 def run(schema: type[T], config_name: str, task: Callable[[T], None]) -> None:
     """Compose `config/<config_name>.yaml` with the command line, check it against `schema`, and call `task`.
@@ -43,12 +45,17 @@ def run(schema: type[T], config_name: str, task: Callable[[T], None]) -> None:
             _fail(str(error))
 
     register_schemas()
+    for argument in sys.argv[1:]:
+        if re.match(r"--\w[\w.]*=", argument):  # Hydra's own flags with a value have a dash inside
+            _fail(f"{argument} is not how options are written: leave out the dashes, {argument[2:]}.")
+        if argument.startswith("~"):
+            _fail(f"{argument} cannot be used: options are changed, not removed; write {argument[1:]}=value.")
     sys.argv[1:] = [_quote_literal(argument) for argument in sys.argv[1:]]
     # Hydra's own reports run over many lines; with this set it lets the exceptions through to us.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(checked_task)()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
         if is_composed:
             raise
         _fail(_composition_error(error, config_name))
@@ -110,6 +117,8 @@ def _composition_error(error: Exception, config_name: str) -> str:
             return f"{option}={value} cannot be used: it takes a list, so write {option}=[{value}]."
         if parts := [name for name in _known_options(config_name) if name.startswith(f"{option}.")]:
             return f"{option}={value} cannot be used: {option} stands for several options, {' and '.join(parts)}."
+        if match := re.search(r"could not be converted to (\w+)", reason):
+            return f"{option}={value} cannot be used: it takes {_KINDS[match.group(1)]}."
         return f"{option}={value} cannot be used: {reason}."
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, choice = match.groups()
@@ -122,5 +131,7 @@ def _known_options(config_name: str) -> set[str]:
     """Options and groups that the command line of `config/<config_name>.yaml` may set."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        options = option_names(hydra.compose(config_name))
-    return {*options, *(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())}
+        composed = hydra.compose(config_name, return_hydra_config=True)
+    groups = {group for group in map(str, composed.hydra.runtime.choices) if not group.startswith("hydra/")}
+    options = {name for name in option_names(composed) if not name.startswith("hydra")}
+    return options | groups

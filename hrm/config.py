@@ -61,6 +61,8 @@ def _choice(option: str, value: str, allowed: Iterable[str]) -> None:
 def _at_least(option: str, value: float, least: float) -> None:
     if not value >= least:
         raise UserError(f"{option}={value} is too small: give at least {least}.")
+    if value == math.inf:
+        raise UserError(f"{option}={value} is too large: give a finite number.")
 
 
 def _positive(option: str, value: float) -> None:
@@ -207,7 +209,8 @@ class PretrainConfig:
         _choice("wandb", self.wandb, WANDB_MODES)
         for name in ("global_batch_size", "epochs", "log_interval"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("lr", "lr_min_ratio", "lr_warmup_steps", "weight_decay", "num_workers", "seed"):
+        _fraction("lr_min_ratio", self.lr_min_ratio)
+        for name in ("lr", "lr_warmup_steps", "weight_decay", "num_workers", "seed"):
             _at_least(name, getattr(self, name), 0)
         for name in ("puzzle_emb_lr", "puzzle_emb_weight_decay"):
             _at_least(name, getattr(self, name), 0)
@@ -263,7 +266,7 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(name="pretrain_schema", node=PretrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
-    store.store(group="arch", name="hrm_v1_schema", node=HRMConfig)
+    store.store(group="schema/arch", name="hrm_v1", node=HRMConfig)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,9 +311,10 @@ def arch_config(
         UserError: for unknown fields, wrong types, impossible values, or a contradiction with the data.
     """
     values = dict(OmegaConf.to_container(arch, resolve=True) if isinstance(arch, DictConfig) else arch)  # type: ignore[arg-type]
-    for name, value in (from_data or {}).items():
-        if (claimed := values.pop(name, value)) != value:
-            raise UserError(f"arch.{name}={claimed} contradicts the data, which has {value}: drop it from arch.")
+    for name in ("batch_size", "seq_len", "vocab_size", "num_puzzle_identifiers"):
+        claimed, real = values.pop(name, None), (from_data or {}).get(name)
+        if None not in (claimed, real) and claimed != real:
+            raise UserError(f"arch.{name}={claimed} contradicts the data, which has {real}: drop it from arch.")
     if values.pop("causal", False):
         raise UserError("arch.causal=true is not supported: HRM's attention is non-causal; drop it from arch.")
     return to_typed(HRMConfig, values, where)

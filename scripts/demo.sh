@@ -9,5 +9,5 @@ run=checkpoints/demo
 python pretrain.py experiment=sudoku_demo checkpoint_path=$run "$@"
 python evaluate.py checkpoint=$run show=3
 echo
-echo "One more, from the shell: python evaluate.py checkpoint=$run puzzle=1...2.....3....4"
-python evaluate.py checkpoint=$run puzzle=1...2.....3....4
+echo "One more, from the shell: python evaluate.py checkpoint=$run puzzle=.....41..1.3..41"
+python evaluate.py checkpoint=$run puzzle=.....41..1.3..41

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hrm.config import PROJECT_DIR, DataConfig
+from hrm.config import CONFIG_DIR, PROJECT_DIR, DataConfig
 from hrm.errors import UserError
 
 
@@ -20,11 +20,15 @@ def ensure_pack(data: DataConfig, data_path: str) -> None:
     if Path(data_path).exists():
         return
     if data_path != data.path:
+        names = sorted(file.stem for file in (CONFIG_DIR / "data").glob("*.yaml"))
         raise UserError(
-            f"data_path={data_path} does not exist: build a pack there first, e.g. `python {data.build} --output-dir "
-            f"{data_path}`, or choose one by name with data=..."
+            f"data_path={data_path} does not exist: choose a pack by name, data={' or '.join(names)}, or build one "
+            f"there, e.g. `python {data.build} --output-dir {data_path}`."
         )
-    script, *arguments = shlex.split(data.build)
+    try:
+        script, *arguments = shlex.split(data.build)
+    except ValueError as error:
+        raise UserError(f"data.build={data.build!r} names no builder: give a script and its arguments.") from error
     command = f"python {data.build} --output-dir {data_path}"
     if not (PROJECT_DIR / script).is_file():
         raise UserError(f"{data_path} does not exist; `{command}` makes it, but {script} is not part of this version.")

@@ -149,6 +149,8 @@ def open_pack(data_path: Path | str, split: str) -> Pack:
     """
     path = Path(data_path)
     folder = path / split
+    if path.is_file():
+        raise UserError(f"{path} is a file, not the folder of a data pack; correct data_path.")
     if not path.is_dir():
         raise UserError(f"Data pack {path} does not exist; build it, or correct data_path.")
     if not (folder / "dataset.json").is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,16 +89,22 @@ def _cell_text(digit: int, kind: Cell, color: bool) -> str:
 
 
 def draw_boards(boards: Sequence[Board], file: Path) -> None:
-    """Draw boards side by side into a picture. Needs matplotlib."""
+    """Draw boards into a picture, up to four in a row. Needs matplotlib."""
     from hrm.evaluation.plots import pyplot
 
+    columns = min(4, len(boards))
+    rows = -(-len(boards) // columns)
     figure, all_axes = pyplot().subplots(
-        1, len(boards), figsize=(3.2 * len(boards), 3.8), squeeze=False, layout="constrained"
+        rows, columns, figsize=(3.2 * columns, 3.4 * rows + 0.4), squeeze=False, layout="constrained"
     )
-    for board, axes in zip(boards, all_axes[0], strict=True):
-        _draw(board, axes)
+    for board, axes in zip_longest(boards, all_axes.flat):
+        if board is None:
+            axes.set_axis_off()
+        else:
+            _draw(board, axes)
     legend = "black: given      blue: filled in, right      orange, boxed: wrong"
     figure.supxlabel(legend, fontsize="small")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     figure.savefig(file, dpi=150)
     pyplot().close(figure)
 

@@ -44,18 +44,18 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
 
 def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World) -> None:
     data_path = config.data_path or checkpoint.config.get("data_path")
-    if data_path is None:
-        raise UserError(f"{checkpoint.folder} does not say which data it was trained on: add data_path=...")
+    if not isinstance(data_path, str):
+        raise UserError(f"{checkpoint.config_file} does not say which data it was trained on: add data_path=...")
     batch_size = config.global_batch_size or checkpoint.config.get("global_batch_size", 128)
-    if not isinstance(batch_size, int):
+    if type(batch_size) is not int:
         raise UserError(
             f"{checkpoint.config_file} has global_batch_size: {batch_size}; add global_batch_size=<number>."
         )
     pack = open_pack(data_path, "test")
     if config.show:  # whatever hinders the show is said now, not after minutes of evaluation
-        _check_sudoku(pack)
+        _check_show(pack, world)
         pyplot()
-    folder = Path(config.output_dir) if config.output_dir else checkpoint.folder
+    folder = _output_folder(config, checkpoint)
     make_folder(folder, "output_dir")
     pin_memory = world.device.type == "cuda"
     loader = EvalLoader(pack, batch_size, world.rank, world.size, config.num_workers, pin_memory)
@@ -89,8 +89,8 @@ def _solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, wor
     # A lone puzzle brings no pack, so the sizes that a pack would give are read off the weights.
     weights = read_weights(checkpoint.weights_file)
     table = "model.inner.embed_tokens.embedding_weight"
-    if table not in weights:
-        raise UserError(f"{checkpoint.weights_file} lacks {table}: it is not an HRM's.")
+    if table not in weights or weights[table].ndim != 2:
+        raise UserError(f"{checkpoint.weights_file} has no table {table}: it is not an HRM's.")
     vocab_size = len(weights[table])
     if vocab_size != shape.vocab_size:
         raise UserError(
@@ -114,7 +114,16 @@ def _solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, wor
         print(f"{_rendered(board)}\n{LEGEND}\n{_verdict(board)}")
 
 
-def _check_sudoku(pack: Pack) -> None:
+def _output_folder(config: EvaluateConfig, checkpoint: Checkpoint) -> Path:
+    if config.output_dir:
+        return Path(config.output_dir)
+    from_hub = not Path(config.checkpoint).exists()  # then its folder is the hub's cache
+    return Path("outputs") / config.checkpoint if from_hub else checkpoint.folder
+
+
+def _check_show(pack: Pack, world: World) -> None:
+    if world.size > 1:
+        raise UserError("show= works in a single process: leave out torchrun.")
     sizes = (pack.metadata.seq_len, pack.metadata.vocab_size)
     if sizes not in {(shape.cells, shape.vocab_size) for shape in BoxShape.supported()}:
         raise UserError(
@@ -131,10 +140,13 @@ class _Sizes(NamedTuple):
     vocab_size: int
     num_puzzle_identifiers: int
 
+    def of_data(self) -> dict[str, int]:
+        return {name: size for name, size in self._asdict().items() if name != "batch_size"}
+
 
 def _load_model(config: EvaluateConfig, checkpoint: Checkpoint, sizes: _Sizes, world: World) -> ACTLossHead:
     """The checkpoint's model in evaluation mode."""
-    arch = arch_config(checkpoint.config["arch"], sizes._asdict(), where=f"arch in {checkpoint.config_file}")
+    arch = arch_config(checkpoint.config["arch"], sizes.of_data(), where=f"{checkpoint.config_file}: arch")
     model = build_model(arch, **sizes._asdict(), kernels=config.kernels, device=world.device)
     load_weights(model, read_weights(checkpoint.weights_file), checkpoint.weights_file)
     return model.eval()

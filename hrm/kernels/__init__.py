@@ -39,9 +39,15 @@ BACKENDS: dict[str, ReasoningModule] = {"naive": naive.reasoning_module}
 
 
 def resolve(config: KernelsConfig, device: torch.device) -> KernelsConfig:
-    """The choice with `auto` replaced by the fastest backend and switches that run on `device`."""
+    """The choice with `auto` replaced by the fastest backend and switches that run on `device`.
+
+    Raises:
+        UserError: a switch is set beside `auto`.
+    """
     if config.backend != "auto":
         return config
+    if config.compile or config.cuda_graphs:
+        raise UserError("kernels=auto chooses every switch itself: set kernels.backend too, or drop the switch.")
     fast = device.type == "cuda" and _why_not_compiled(device) is None
     return KernelsConfig(backend="naive", compile=fast, cuda_graphs=device.type == "cuda")
 
