@@ -133,4 +133,6 @@ def write_results(name: str, about: Mapping[str, str], rows: Sequence[Mapping[st
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

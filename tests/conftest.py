@@ -1,10 +1,14 @@
 """What several test files share: the smallest model that has every part, and data for it."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU
 
 from hrm.batch import IGNORE_LABEL_ID, Batch
 

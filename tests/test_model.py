@@ -17,7 +17,7 @@ import hrm
 from hrm.batch import Batch
 from hrm.config import CONFIG_DIR, KernelsConfig, kernels_config
 from hrm.errors import UserError
-from hrm.kernels import BACKENDS, ReasoningModule, make_reasoning_module, naive, resolve
+from hrm.kernels import BACKENDS, Place, ReasoningModule, make_reasoning_module, naive, resolve
 from hrm.kernels.naive import BlockWeights, RotaryTables
 from hrm.models import ACTLossHead
 from hrm.models.hrm_v1 import InnerCarry
@@ -26,6 +26,7 @@ SEQ_LEN, VOCAB_SIZE, NUM_IDENTIFIERS = 5, 7, 4
 EPS = 1e-5
 
 Arch = dict[str, Any]
+ON_CPU = Place(torch.device("cpu"), torch.float32, 64)
 RandomBatch = Callable[..., Batch]
 
 
@@ -365,7 +366,7 @@ def test_naive_module(batch: int, tokens: int, theta: float | None) -> None:
 
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_module_on_cpu() -> None:
-    module = make_reasoning_module(kernels_config("compile"), torch.device("cpu"))
+    module = make_reasoning_module(resolve(kernels_config("compile"), ON_CPU))
     assert module is not naive.reasoning_module
     case = reference_case(batch=2, tokens=17, theta=10000.0, width=48, num_heads=3, inner=40, num_blocks=1)
     with torch._inductor.config.patch({"cpp.vec_isa_ok": True}):  # the trial of the compiler costs as much as the rest
@@ -374,12 +375,12 @@ def test_compiled_module_on_cpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("preset", ["naive", "compile"])
+@pytest.mark.parametrize("preset", ["naive", "compile", "triton"])
 @pytest.mark.parametrize("tokens", [82, 901])
 @pytest.mark.parametrize("batch", [1, 5, 8])
 def test_module_on_gpu(preset: str, tokens: int, batch: int) -> None:
     case = reference_case(batch, tokens, theta=10000.0, width=256, num_heads=4, inner=768)
-    module = make_reasoning_module(kernels_config(preset), torch.device("cuda"))
+    module = make_reasoning_module(resolve(kernels_config(preset), Place(torch.device("cuda"), torch.bfloat16, 64)))
     torch._dynamo.reset()
     # Without it, shapes beyond the limit would silently run uncompiled.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -620,17 +621,33 @@ def test_impossible_data(tiny_arch: Arch, name: str) -> None:
 # --- choosing kernels ---
 
 
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (Place(torch.device("cpu"), torch.bfloat16, 64), "Triton needs an NVIDIA GPU, not cpu"),
+        (Place(torch.device("cuda"), torch.float64, 64), "it has no kernels for float64"),
+        (Place(torch.device("cuda"), torch.float32, 48), "it has kernels for heads of 16, 32, 64 and 128, not 48"),
+    ],
+)
+def test_triton_names_what_it_lacks(place: Place, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError) as raised:
+        resolve(KernelsConfig("triton"), place)
+    assert str(raised.value) == f"kernels.backend=triton cannot run: {said}; take kernels=naive."
+    assert resolve(KernelsConfig("auto"), place).backend == "naive"
+
+
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (CONFIG_DIR / "kernels").glob("*.yaml")))
 def test_presets_load(preset: str) -> None:
     """And run on the CPU, or say why not."""
-    cpu = torch.device("cpu")
-    config = resolve(kernels_config(preset), cpu)
-    assert config.backend in BACKENDS
-    if config.cuda_graphs:
-        with pytest.raises(UserError, match=r"^kernels\.cuda_graphs=true needs an NVIDIA GPU, not cpu"):
-            make_reasoning_module(config, cpu)
+    config = kernels_config(preset)
+    if config.cuda_graphs or config.backend == "triton":
+        with pytest.raises(UserError, match=r"needs an NVIDIA GPU, not cpu; take kernels=naive\.$"):
+            resolve(config, ON_CPU)
     elif not config.compile or shutil.which("c++") or shutil.which("g++"):
-        assert callable(make_reasoning_module(config, cpu))
+        assert resolve(config, ON_CPU).backend in BACKENDS
+        assert callable(make_reasoning_module(resolve(config, ON_CPU)))
 
 
 def test_kernels_from_preset_mapping_or_object(tiny_arch: Arch) -> None:
@@ -655,7 +672,7 @@ def test_impossible_kernels(tiny_arch: Arch, kernels: str | dict[str, str], said
 
 def test_compile_names_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"^kernels\.compile=true cannot run on mps: .* take kernels=naive\.$"):
-        make_reasoning_module(KernelsConfig(compile=True), torch.device("mps"))
+        resolve(KernelsConfig(compile=True), ON_CPU._replace(device=torch.device("mps")))
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"cannot run on cpu: there is no C\+\+ compiler; take kernels=naive\.$"):
-        make_reasoning_module(KernelsConfig(compile=True), torch.device("cpu"))
+        resolve(KernelsConfig(compile=True), ON_CPU)

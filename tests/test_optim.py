@@ -335,3 +335,25 @@ def test_learning_rate_rises_then_falls(warmup_steps: int, cosine_steps: int, mi
 def test_learning_rate_past_the_end_stays_there(min_ratio: float) -> None:
     for step in (101, 150, 200):
         assert learning_rate(step, 2.0, 10, 100, min_ratio) == pytest.approx(2 * min_ratio, abs=1e-12)
+
+
+def test_capturable_rounds_as_the_host_does() -> None:
+    """What CUDA graphs record must not train otherwise than eager steps."""
+    generator = torch.Generator().manual_seed(0)
+    start, *grads = [[torch.randn(shape, generator=generator) for shape in ((7, 5), (11,))] for _ in range(21)]
+    finals = []
+    for capturable in (False, True):
+        params = [param.clone().requires_grad_() for param in start]
+        lr = torch.tensor(0.0, dtype=torch.float64) if capturable else 0.0
+        optimizer = AdamATan2(params, lr, weight_decay=0.3, capturable=capturable)
+        for step, step_grads in enumerate(grads, 1):
+            for param, grad in zip(params, step_grads, strict=True):
+                param.grad = grad
+            if capturable:
+                optimizer.param_groups[0]["lr"].fill_(7e-3 / step)
+            else:
+                optimizer.param_groups[0]["lr"] = 7e-3 / step
+            optimizer.step()
+        finals.append(params)
+    for eager, captured in zip(*finals, strict=True):
+        assert torch.equal(eager, captured)

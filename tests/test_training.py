@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from hrm.batch import Batch
+from hrm.checkpoint import read_weights
 from hrm.config import DataConfig, HRMConfig, KernelsConfig, OptimConfig, PretrainConfig
 from hrm.data.loader import TrainLoader
 from hrm.data.pack import PackMetadata, PackSet, open_pack, write_split
@@ -23,7 +24,7 @@ from hrm.distributed import World
 from hrm.errors import UserError
 from hrm.optim import AdamATan2, SparseSignSGD
 from hrm.training.loop import pretrain
-from hrm.training.metrics import MetricWindow
+from hrm.training.metrics import MetricWindow, RunLog
 from hrm.training.step import TrainState, initial_state, make_train_step
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -398,3 +399,17 @@ def test_names_given(config: PretrainConfig, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     config = replace(config, epochs=1, checkpoint_path=None, project_name="Mine", run_name="first")
     assert run_folder(config, tmp_path)[0] == Path("checkpoints/Mine/first")
+
+
+def test_what_was_learned_survives_a_stop(
+    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(RunLog, "record", fail)
+    with pytest.raises(BrokenPipeError):
+        pretrain(config)
+    (weights,) = (tmp_path / "run").glob("step_*")
+    state = initial_state(config, open_pack(config.data_path, "train"), ALONE)
+    assert read_weights(weights).keys() == state.model.state_dict().keys()

@@ -24,7 +24,6 @@ from hrm.errors import UserError
 from hrm.evaluation.boards import LEGEND, Board, draw_boards, render_text
 from hrm.evaluation.plots import draw_curves, pyplot
 from hrm.evaluation.runner import evaluate, save_outputs, think
-from hrm.kernels import resolve
 from hrm.models import ACTLossHead, build_model
 
 
@@ -64,8 +63,7 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
     model = _load_model(config, checkpoint, sizes, world)
 
     shown = ("inputs", "labels", "logits") if config.show else ()
-    cuda_graphs = resolve(config.kernels, world.device).cuda_graphs
-    metrics, outputs = evaluate(model, loader, world, (*config.save_outputs, *shown), cuda_graphs=cuda_graphs)
+    metrics, outputs = evaluate(model, loader, world, (*config.save_outputs, *shown))
     if world.is_main:
         print(f"{checkpoint.weights_file} on {data_path}/test:\n{_table(metrics)}")
     if config.save_outputs:

@@ -39,12 +39,11 @@ def think(
 
 
 def evaluate(
-    model: ACTLossHead, loader: EvalLoader, world: World, keep: Sequence[str] = (), *, cuda_graphs: bool = False
+    model: ACTLossHead, loader: EvalLoader, world: World, keep: Sequence[str] = ()
 ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
     """Metrics of every set of a test split.
 
     Args:
-        cuda_graphs: launch all ACT steps of a batch at once.
         keep: names of batch fields and outputs to keep, see `hrm.config.SAVEABLE_OUTPUTS`.
 
     Returns:
@@ -55,7 +54,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     work: Callable[[Batch], tuple[dict[str, Tensor], dict[str, Tensor]]] = partial(think, model, return_keys=keep)
-    if cuda_graphs:
+    if model.kernels.cuda_graphs:
         work = GraphedWork(work, world.device, eager_calls=1)
     sums: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, list[Tensor]] = defaultdict(list)

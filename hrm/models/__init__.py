@@ -9,7 +9,7 @@ import torch
 
 from hrm.config import HRMConfig, KernelsConfig, arch_config, kernels_config
 from hrm.errors import UserError
-from hrm.kernels import make_reasoning_module
+from hrm.kernels import Place, resolve
 from hrm.models.hrm_v1 import AdaptiveComputation, HierarchicalReasoningModel
 from hrm.models.losses import ACTLossHead
 
@@ -56,14 +56,20 @@ def build_model(
     for name, size in from_data.items():
         if size < 1:
             raise UserError(f"{name}={size} is too small: give at least 1.")
-    config = arch if isinstance(arch, HRMConfig) else arch_config(arch, from_data)
     device = torch.device(device)
+    config = arch if isinstance(arch, HRMConfig) else arch_config(arch, from_data)
+    place = Place(
+        device,
+        getattr(torch, config.forward_dtype),
+        config.hidden_size // config.num_heads,
+        rotary=config.pos_encodings == "rope",
+    )
     inner = HierarchicalReasoningModel(
         config,
         seq_len=seq_len,
         vocab_size=vocab_size,
         num_puzzle_identifiers=num_puzzle_identifiers,
-        reasoning_module=make_reasoning_module(kernels_config(kernels), device),
+        kernels=resolve(kernels_config(kernels), place),
         generator=torch.Generator().manual_seed(seed),
     )
     return ACTLossHead(AdaptiveComputation(inner, seed), config.loss.loss_type).to(device)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrm.batch import Batch
-from hrm.config import HRMConfig
-from hrm.kernels import ReasoningModule
+from hrm.config import HRMConfig, KernelsConfig
+from hrm.kernels import make_reasoning_module
 from hrm.kernels.naive import BlockWeights, RotaryTables, rotary_tables
 from hrm.models.layers import Embedding, Linear, SparseEmbedding, truncated_normal
 
@@ -123,13 +123,14 @@ class HierarchicalReasoningModel(nn.Module):
         seq_len: int,
         vocab_size: int,
         num_puzzle_identifiers: int,
-        reasoning_module: ReasoningModule,
+        kernels: KernelsConfig,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
         self.config = config
         self.dtype: torch.dtype = getattr(torch, config.forward_dtype)
-        self.reasoning_module = reasoning_module
+        self.kernels = kernels
+        self.reasoning_module = make_reasoning_module(kernels)
         width = config.hidden_size
         self.prefix_len = -(-config.puzzle_emb_ndim // width)
         num_tokens = self.prefix_len + seq_len

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hrm.batch import IGNORE_LABEL_ID, Batch
 
 if TYPE_CHECKING:
+    from hrm.config import KernelsConfig
     from hrm.models.hrm_v1 import AdaptiveComputation, Carry
 
 
@@ -62,6 +63,11 @@ class ACTLossHead(nn.Module):
     def halt_max_steps(self) -> int:
         """ACT steps after which every sequence has halted."""
         return self.model.inner.config.halt_max_steps
+
+    @property
+    def kernels(self) -> KernelsConfig:
+        """What computes the model."""
+        return self.model.inner.kernels
 
     def initial_carry(self, batch: Batch) -> Carry:
         """A carry in which every sequence is halted, so that the first call takes `batch`."""

@@ -34,8 +34,9 @@ class AdamATan2(Optimizer):
         *,
         capturable: bool = False,
     ) -> None:
-        """As for other optimizers; `capturable` keeps the step count on the device, for CUDA graphs (give `lr` as a
-        0-dimensional tensor there, and fill it). All parameters must then have a gradient at every step."""
+        """As for other optimizers; `capturable` keeps the step count on the device, for CUDA graphs: give `lr` as a
+        0-dimensional float64 tensor there, and fill it. All parameters must then have a gradient at every step.
+        """
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "capturable": capturable}
         super().__init__(params, defaults)
 
@@ -85,13 +86,20 @@ class AdamATan2(Optimizer):
         grads = [param.grad for param in params if param.grad is not None]
         first = [self.state[param]["exp_avg"] for param in params]
         second = [self.state[param]["exp_avg_sq"] for param in params]
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        # In float64 until they meet the weights, on the device as on the host, so that both round alike.
+        count = step.double() if isinstance(step, Tensor) else step
+        decay, rate, widen = 1 - lr * weight_decay, -lr / (1 - beta1**count), (1 - beta2**count) ** -0.5
+        torch._foreach_mul_(params, _scalar(decay, params))
         torch._foreach_lerp_(first, grads, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
         update = torch._foreach_sqrt(second)
-        torch._foreach_div_(update, (1 - beta2**step) ** 0.5)
+        torch._foreach_mul_(update, _scalar(widen, params))
         for moment, scale in zip(first, update, strict=True):
             torch.atan2(moment, scale, out=scale)  # there is no multi-tensor atan2
-        torch._foreach_mul_(update, -lr / (1 - beta1**step))
+        torch._foreach_mul_(update, _scalar(rate, params))
         torch._foreach_add_(params, update)
+
+
+def _scalar(value: float | Tensor, params: list[Tensor]) -> float | Tensor:
+    return value.to(params[0].dtype) if isinstance(value, Tensor) else value

@@ -52,7 +52,8 @@ class SparseSignSGD(Optimizer):
         # depends on how many different ids there are (which the host would have to wait for).
         same_id = (ids.unsqueeze(0) == ids.unsqueeze(1)).to(grads.dtype)
         direction = torch.sign(same_id @ grads)
-        rows = table.weights[ids] * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * direction
+        lr = group["lr"]
+        rows = table.weights[ids] * (1 - lr * group["weight_decay"]) - lr * direction
         table.weights.index_copy_(0, ids, rows)
         return loss
 

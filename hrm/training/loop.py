@@ -16,7 +16,6 @@ from hrm.data.pack import Pack, open_pack
 from hrm.distributed import World, join_world, share_from_main
 from hrm.errors import UserError
 from hrm.evaluation.runner import evaluate, save_outputs
-from hrm.kernels import resolve
 from hrm.training.metrics import MetricWindow, RunLog
 from hrm.training.step import TrainState, current_lr, initial_state, make_train_step
 
@@ -62,9 +61,10 @@ def pretrain(config: PretrainConfig) -> None:
             log.say(_summary(config, state, world, folder))
             try:
                 _run(config, world, folder, state, train_loader, eval_loader, log)
-            except KeyboardInterrupt:
-                if world.is_main:
-                    log.say(f"Interrupted; the weights so far are in {save_weights(state.model, folder, state.step)}.")
+            except BaseException as error:  # Ctrl-C, a full disk, a closed terminal: what was learned stays
+                if world.is_main and state.step:
+                    file = save_weights(state.model, folder, state.step)
+                    log.say(f"Stopped by {type(error).__name__}; the weights so far are in {file}.")
                 raise
 
 
@@ -79,7 +79,6 @@ def _run(
 ) -> None:
     window = MetricWindow(world, config.global_batch_size)
     step = make_train_step(config, world, state)
-    kernels = resolve(config.kernels, world.device)
     passes = config.epochs // (config.eval_interval or config.epochs)
     for pass_index in range(passes):
         for batch in train_loader.iterate(pass_index):
@@ -96,9 +95,7 @@ def _run(
             log.record(record)
 
         started = time.perf_counter()
-        metrics, outputs = evaluate(
-            state.model, eval_loader, world, config.eval_save_outputs, cuda_graphs=kernels.cuda_graphs
-        )
+        metrics, outputs = evaluate(state.model, eval_loader, world, config.eval_save_outputs)
         seconds = time.perf_counter() - started
         for set_name, values in metrics.items():
             log.record({"step": state.step} | {f"{set_name}/{name}": value for name, value in values.items()})
@@ -132,7 +129,7 @@ def _check_one_task(train: Pack, test: Pack) -> None:
 
 
 def _summary(config: PretrainConfig, state: TrainState, world: World, folder: Path) -> str:
-    kernels = resolve(config.kernels, world.device)
+    kernels = state.model.kernels
     switches = [name for name, on in asdict(kernels).items() if on is True]
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
     parameters = sum(param.numel() for param in state.model.parameters())

@@ -7,6 +7,7 @@ import netrc
 import os
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -150,7 +151,8 @@ class RunLog:
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         if self._is_main:
-            tqdm.write(line)
+            with suppress(BrokenPipeError):  # whoever read along has left: no reason to stop training
+                tqdm.write(line)
 
     def record(self, record: dict[str, float]) -> None:
         """Keep one record; it has a `step`."""

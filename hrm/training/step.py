@@ -15,7 +15,6 @@ from hrm.cuda_graphs import GraphedWork
 from hrm.data.pack import Pack
 from hrm.distributed import World, broadcast_tensors, sum_over_ranks
 from hrm.errors import UserError
-from hrm.kernels import resolve
 from hrm.models import ACTLossHead, build_model
 from hrm.models.hrm_v1 import Carry
 from hrm.optim import AdamATan2, SparseSignSGD, learning_rate
@@ -59,17 +58,17 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
     broadcast_tensors(model.state_dict().values(), world)
     model.model.seed_exploration(config.seed + world.rank)
 
-    graphed = _is_graphed(config, world)
+    graphed = _is_graphed(model, world)
 
-    def rate(value: float) -> float | Tensor:
-        return torch.tensor(value, device=world.device) if graphed else value
+    def rate(value: float, dtype: torch.dtype = torch.float64) -> float | Tensor:
+        return torch.tensor(value, device=world.device, dtype=dtype) if graphed else value
 
     betas = (config.beta1, config.beta2)
     dense: torch.optim.Optimizer
     if config.optim.name == "adamw":
         dense = torch.optim.AdamW(
             model.parameters(),
-            rate(config.lr),
+            rate(config.lr, torch.float32),
             betas,
             config.optim.eps,
             config.weight_decay,
@@ -89,7 +88,7 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
 def make_train_step(config: PretrainConfig, world: World, state: TrainState) -> TrainStep:
     """The function that advances `state` by one step, run eagerly or as a CUDA graph as `config.kernels` says."""
     update: TrainStep = partial(_update, config, world, state)
-    if _is_graphed(config, world):
+    if _is_graphed(state.model, world):
         exploration = state.model.model.exploration(world.device)
         in_place = partial(_update_in_place, config, world, state)
         update = GraphedWork(in_place, world.device, eager_calls=3, generators=[exploration])
@@ -106,9 +105,9 @@ def current_lr(config: PretrainConfig, state: TrainState, base_lr: float) -> flo
     return learning_rate(state.step, base_lr, config.lr_warmup_steps, state.total_steps, config.lr_min_ratio)
 
 
-def _is_graphed(config: PretrainConfig, world: World) -> bool:
+def _is_graphed(model: ACTLossHead, world: World) -> bool:
     # The exchange of several ranks stays out of graphs.
-    return resolve(config.kernels, world.device).cuda_graphs and world.size == 1
+    return model.kernels.cuda_graphs and world.size == 1
 
 
 def _set_rates(config: PretrainConfig, state: TrainState) -> None:

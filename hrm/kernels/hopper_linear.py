@@ -1,0 +1,503 @@
+"""Matmuls with fused epilogues for Hopper GPUs, warp-specialised by hand in Gluon; `triton_linear` calls them.
+
+One warp streams operands into shared memory with the bulk tensor copy engine (TMA); eight warps multiply with wgmma and
+finish rows in registers. By hand because Triton's pipeliner leaves the tensor cores idle during an epilogue and cannot
+keep a tile of x in shared memory from one output tile to the next.
+
+Shapes: M rows, K inputs, F inner width of the gated MLP, D outputs.
+
+Two kinds of barrier in shared memory pass buffers around: `full` (the copy has arrived) and `empty` (the readers are
+done). A wait names the parity of the phase it waits for, so nobody may run a whole phase ahead of a waiter.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+# A row of an operand tile is 128 bytes, the widest that TMA swizzles against bank conflicts.
+_ROWS, _COLUMNS = 128, 64
+# x stays in shared memory whole: 8 slices of 16 KiB, beside 4 stages of weights and 2 tiles of output of 16 KiB each.
+_MAX_SLICES = 8
+_SWIGLU_STAGES = 4
+# A normalised row passes through the registers as two halves, 256 columns in float32 and 256 in 16 bits.
+_NORM_WIDTH = 512
+# Stages of 16 KiB of x and 32 KiB of weights, beside 64 KiB for residual and output.
+_NORM_STAGES = 3
+# All registers of a multiprocessor over three groups of four warps. Of these 504, the two groups that multiply then
+# take 240 each and the one that loads keeps 24, the least there is.
+_START_REGISTERS = 168
+_MULTIPLY_REGISTERS = gl.constexpr(240)
+_LOAD_REGISTERS = gl.constexpr(24)
+
+
+@gluon.jit
+def _swiglu_load(
+    descs: gl.tuple, buffers: gl.tuple, barriers: gl.tuple, work: gl.tuple, SLICES: gl.constexpr, STAGES: gl.constexpr
+) -> None:
+    x_desc, weight_desc = descs
+    x_tile, weight_ring = buffers
+    x_full, x_empty, weight_full, weight_empty, _ = barriers
+    start, end, tiles_n = work
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    BLOCK_N: gl.constexpr = weight_desc.block_type.shape[1]
+    step = 0
+    x_phase = 0
+    for tile in range(start, end):
+        m = tile // tiles_n * BLOCK_M
+        n = tile % tiles_n * (2 * BLOCK_N)
+        new_rows = (tile == start) | (n == 0)
+        for half in gl.static_range(2):
+            for k in range(SLICES):
+                if half == 0 and new_rows:
+                    mbarrier.wait(x_empty.index(k), x_phase ^ 1)
+                    mbarrier.expect(x_full.index(k), x_desc.block_type.nbytes)
+                    tma.async_copy_global_to_shared(x_desc, [m, k * BLOCK_K], x_full.index(k), x_tile.index(k))
+                stage = step % STAGES
+                full = weight_full.index(stage)
+                mbarrier.wait(weight_empty.index(stage), (step // STAGES & 1) ^ 1)
+                mbarrier.expect(full, weight_desc.block_type.nbytes)
+                at = [0, n + half * BLOCK_N, k * BLOCK_K]
+                tma.async_copy_global_to_shared(weight_desc, at, full, weight_ring.index(stage))
+                step += 1
+        x_phase ^= new_rows.to(gl.int32)
+
+
+@gluon.jit
+def _store_tile(
+    desc: tma.tensor_descriptor, m: gl.tensor, n: gl.tensor, value: gl.tensor, staging: gl.shared_memory_descriptor
+) -> None:
+    """Write `value` to global memory through `staging`, once the store before has left it."""
+    tma.store_wait(0)
+    staging.store(value.to(staging.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(desc, [m, n], staging)
+
+
+@gluon.jit
+def _swiglu_multiply(
+    HALF: gl.constexpr,
+    descs: gl.tuple,
+    buffers: gl.tuple,
+    barriers: gl.tuple,
+    work: gl.tuple,
+    SLICES: gl.constexpr,
+    STAGES: gl.constexpr,
+    SAVE: gl.constexpr,
+) -> None:
+    """One of the two groups of four warps, which take turns: one multiplies while the other one finishes its tile."""
+    out_desc, gate_desc, up_desc = descs
+    x_tile, weight_ring, staging = buffers
+    x_full, x_empty, weight_full, weight_empty, turns = barriers
+    start, end, tiles_n = work
+    BLOCK_M: gl.constexpr = x_tile.type.shape[1]
+    BLOCK_K: gl.constexpr = x_tile.type.shape[2]
+    BLOCK_N: gl.constexpr = weight_ring.type.shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_N, 16])
+    step = HALF * SLICES
+    x_phase = 0
+    turn_phase = 1 - HALF  # The first group finds its first turn given.
+    for tile in range(start, end):
+        m = tile // tiles_n * BLOCK_M
+        n = tile % tiles_n * (2 * BLOCK_N) + HALF * BLOCK_N
+        new_rows = (tile == start) | (tile % tiles_n == 0)
+        last_of_rows = (tile + 1 == end) | ((tile + 1) % tiles_n == 0)
+        acc = gl.zeros([BLOCK_M, 2 * BLOCK_N], gl.float32, layout)
+        # Besides ordering the two, a turn says that the other group has seen all stages before this tile's come full:
+        # without it, the parity of `weight_full` would be ambiguous.
+        mbarrier.wait(turns.index(HALF), turn_phase)
+        turn_phase ^= 1
+        for k in range(SLICES):
+            stage = step % STAGES
+            mbarrier.wait(x_full.index(k), x_phase, pred=new_rows)
+            mbarrier.wait(weight_full.index(stage), step // STAGES & 1)
+            weight = weight_ring.index(stage).reshape([2 * BLOCK_N, BLOCK_K]).permute([1, 0])
+            acc = warpgroup_mma(x_tile.index(k), weight, acc, use_acc=k > 0, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(weight_empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
+            mbarrier.arrive(x_empty.index(gl.maximum(k, 1) - 1), count=1, pred=last_of_rows & (k > 0))
+            step += 1
+        mbarrier.arrive(turns.index(1 - HALF), count=1)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(weight_empty.index((step + STAGES - 1) % STAGES), count=1)
+        mbarrier.arrive(x_empty.index(SLICES - 1), count=1, pred=last_of_rows)
+        step += SLICES
+        x_phase ^= last_of_rows.to(gl.int32)
+
+        gate, up = acc.reshape([BLOCK_M, 2, BLOCK_N]).permute([0, 2, 1]).split()
+        if SAVE:
+            _store_tile(gate_desc, m, n, gate, staging)
+            _store_tile(up_desc, m, n, up, staging)
+        _store_tile(out_desc, m, n, gate * up / (1.0 + gl.exp(-gate)), staging)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _swiglu_kernel(
+    x_desc: tma.tensor_descriptor,
+    weight_desc: tma.tensor_descriptor,
+    out_desc: tma.tensor_descriptor,
+    gate_desc: tma.tensor_descriptor,
+    up_desc: tma.tensor_descriptor,
+    M: gl.tensor,
+    F: gl.tensor,
+    SLICES: gl.constexpr,
+    STAGES: gl.constexpr,
+    SAVE: gl.constexpr,
+) -> None:
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    BLOCK_N: gl.constexpr = weight_desc.block_type.shape[1]
+    dtype: gl.constexpr = x_desc.dtype
+    x_tile = gl.allocate_shared_memory(dtype, [SLICES, BLOCK_M, BLOCK_K], x_desc.layout)
+    weight_ring = gl.allocate_shared_memory(dtype, [STAGES, 2, BLOCK_N, BLOCK_K], weight_desc.layout)
+    staging = gl.allocate_shared_memory(dtype, [2, BLOCK_M, BLOCK_N], out_desc.layout)
+    x_full = gl.allocate_shared_memory(gl.int64, [SLICES, 1], mbarrier.MBarrierLayout())
+    x_empty = gl.allocate_shared_memory(gl.int64, [SLICES, 1], mbarrier.MBarrierLayout())
+    weight_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    weight_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for k in gl.static_range(SLICES):
+        mbarrier.init(x_full.index(k), count=1)
+        mbarrier.init(x_empty.index(k), count=2)  # Both groups read x.
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(weight_full.index(stage), count=1)
+        mbarrier.init(weight_empty.index(stage), count=1)
+    for half in gl.static_range(2):
+        mbarrier.init(turns.index(half), count=1)
+    # Neighbouring tiles share their rows of x, so a program takes a run of them. A tile is 2 BLOCK_N outputs wide.
+    tiles_n = gl.cdiv(F, 2 * BLOCK_N)
+    tiles = gl.cdiv(M, BLOCK_M) * tiles_n
+    tiles_per_program = gl.cdiv(tiles, gl.num_programs(0))
+    start = gl.program_id(0) * tiles_per_program
+    end = gl.minimum(start + tiles_per_program, tiles)
+
+    work = (start, end, tiles_n)
+    barriers = (x_full, x_empty, weight_full, weight_empty, turns)
+    outputs = (out_desc, gate_desc, up_desc)
+    first = (x_tile, weight_ring, staging.index(0))
+    second = (x_tile, weight_ring, staging.index(1))
+    gl.warp_specialize(
+        [
+            (_swiglu_multiply, (0, outputs, first, barriers, work, SLICES, STAGES, SAVE)),
+            (_swiglu_multiply, (1, outputs, second, barriers, work, SLICES, STAGES, SAVE)),
+            (_swiglu_load, ((x_desc, weight_desc), (x_tile, weight_ring), barriers, work, SLICES, STAGES)),
+        ],
+        [4, 1],
+        [_MULTIPLY_REGISTERS, _LOAD_REGISTERS],
+    )
+
+
+@gluon.jit
+def _norm_load(
+    descs: gl.tuple, buffers: gl.tuple, barriers: gl.tuple, M: gl.tensor, K: gl.tensor, STAGES: gl.constexpr
+) -> None:
+    x_desc, weight_desc = descs
+    x_ring, weight_ring = buffers
+    full, empty = barriers
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    HALF: gl.constexpr = weight_desc.block_type.shape[0]
+    step = 0
+    for tile in range(gl.program_id(0), gl.cdiv(M, BLOCK_M), gl.num_programs(0)):
+        for half in range(2):
+            for k in range(0, K, BLOCK_K):
+                stage = step % STAGES
+                mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+                mbarrier.expect(full.index(stage), x_desc.block_type.nbytes + weight_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(x_desc, [tile * BLOCK_M, k], full.index(stage), x_ring.index(stage))
+                at = [half * HALF, k]
+                tma.async_copy_global_to_shared(weight_desc, at, full.index(stage), weight_ring.index(stage))
+                step += 1
+
+
+@gluon.jit
+def _quarters(x: gl.tensor) -> Any:
+    """The columns of x [M, N] in four parts [M, N / 4]; nothing moves between threads."""
+    M: gl.constexpr = x.type.shape[0]
+    N: gl.constexpr = x.type.shape[1]
+    left, right = x.reshape([M, 2, N // 2]).permute([0, 2, 1]).split()
+    a, b = left.reshape([M, 2, N // 4]).permute([0, 2, 1]).split()
+    c, d = right.reshape([M, 2, N // 4]).permute([0, 2, 1]).split()
+    return a, b, c, d
+
+
+@gluon.jit
+def _pack(x: gl.tensor, dtype: gl.constexpr) -> Any:
+    """Neighbouring columns of x [M, N], rounded to 16 bits, in one word: [M, N / 2] of int32.
+
+    In assembly, because the compiler would keep what it rounds as float32 through the next matmul, and spill.
+    """
+    low, high = x.reshape([x.type.shape[0], x.type.shape[1] // 2, 2]).split()
+    pair: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
+    return gl.inline_asm_elementwise("cvt.rn." + pair + ".f32 $0, $2, $1;", "=r,f,f", [low, high], gl.int32, False, 1)
+
+
+@gluon.jit
+def _unpack(words: gl.tensor, dtype: gl.constexpr, layout: gl.constexpr) -> Any:
+    """The numbers in `words` [M, N / 2] as float32 [M, N] in `layout`, the one they were packed from."""
+    widen_bf16: gl.constexpr = (
+        "{ .reg .b32 l, h; shl.b32 l, $2, 16; and.b32 h, $2, 0xffff0000; mov.b32 $0, l; mov.b32 $1, h; }"
+    )
+    widen_fp16: gl.constexpr = "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
+    code: gl.constexpr = widen_bf16 if dtype == gl.bfloat16 else widen_fp16
+    low, high = gl.inline_asm_elementwise(code, "=f,=f,r", [words], (gl.float32, gl.float32), False, 1)
+    pairs = gl.join(low, high).reshape([words.type.shape[0], 2 * words.type.shape[1]])
+    return gl.convert_layout(pairs, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _add_residual(x: gl.tensor, residual: gl.shared_memory_descriptor, PACK: gl.constexpr) -> Any:
+    """x + residual, and the sum of its squares in each row."""
+    x += residual.load(x.type.layout).to(gl.float32)
+    squares = gl.sum(x * x, 1)
+    if PACK:
+        x = _pack(x, residual.dtype)
+    # Orders the read before the copy engine's next write; and the compiler, short of registers, cannot load ahead.
+    fence_async_shared()
+    return x, squares
+
+
+@gluon.jit
+def _half_row(
+    step: gl.tensor,
+    m: gl.tensor,
+    HALF: gl.constexpr,
+    residual_desc: tma.tensor_descriptor,
+    buffers: gl.tuple,
+    barriers: gl.tuple,
+    K: gl.tensor,
+    STAGES: gl.constexpr,
+) -> Any:
+    """Columns of x @ weight.T + residual in quarters (the first half packed), and the sums of their squares."""
+    x_ring, weight_ring, staging = buffers
+    full, empty, residual_full = barriers
+    BLOCK_M: gl.constexpr = x_ring.type.shape[1]
+    BLOCK_K: gl.constexpr = x_ring.type.shape[2]
+    BLOCK_N: gl.constexpr = weight_ring.type.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
+    acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
+    # The first slice is being multiplied while `staging` passes from the last store to this half's residual.
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), step // STAGES & 1)
+    weight = weight_ring.index(stage).permute([1, 0])
+    acc = warpgroup_mma(x_ring.index(stage), weight, acc, use_acc=False, is_async=True)
+    acc = warpgroup_mma_wait(1, deps=(acc,))
+    step += 1
+    tma.store_wait(0)
+    gl.thread_barrier()
+    mbarrier.expect(residual_full, 4 * residual_desc.block_type.nbytes)
+    for j in gl.static_range(4):
+        at = [m, HALF * BLOCK_N + j * (BLOCK_N // 4)]
+        tma.async_copy_global_to_shared(residual_desc, at, residual_full, staging.index(j))
+    for _ in range(BLOCK_K, K, BLOCK_K):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), step // STAGES & 1)
+        acc = warpgroup_mma(x_ring.index(stage), weight_ring.index(stage).permute([1, 0]), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        step += 1
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+    mbarrier.wait(residual_full, HALF)
+    a, b, c, d = _quarters(acc)
+    a, squares_a = _add_residual(a, staging.index(0), HALF == 0)
+    b, squares_b = _add_residual(b, staging.index(1), HALF == 0)
+    c, squares_c = _add_residual(c, staging.index(2), HALF == 0)
+    d, squares_d = _add_residual(d, staging.index(3), HALF == 0)
+    return step, a, b, c, d, squares_a + squares_b + squares_c + squares_d
+
+
+@gluon.jit
+def _store_quarter(
+    j: gl.constexpr,
+    x: gl.tensor,
+    scale: gl.tensor,
+    desc: tma.tensor_descriptor,
+    m: gl.tensor,
+    n: gl.tensor,
+    staging: gl.shared_memory_descriptor,
+) -> None:
+    staging.index(j).store((x * scale).to(staging.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(desc, [m, n + j * x.type.shape[1]], staging.index(j))
+
+
+@gluon.jit
+def _norm_multiply(
+    descs: gl.tuple,
+    rstd: gl.tensor,
+    buffers: gl.tuple,
+    barriers: gl.tuple,
+    M: gl.tensor,
+    K: gl.tensor,
+    eps: gl.tensor,
+    STAGES: gl.constexpr,
+    SAVE: gl.constexpr,
+) -> None:
+    residual_desc, y_desc = descs
+    x_ring, weight_ring, staging = buffers
+    BLOCK_M: gl.constexpr = x_ring.type.shape[1]
+    BLOCK_N: gl.constexpr = weight_ring.type.shape[1]
+    dtype: gl.constexpr = x_ring.dtype
+    step = 0
+    for tile in range(gl.program_id(0), gl.cdiv(M, BLOCK_M), gl.num_programs(0)):
+        m = tile * BLOCK_M
+        step, a, b, c, d, squares_left = _half_row(step, m, 0, residual_desc, buffers, barriers, K, STAGES)
+        step, e, f, g, h, squares_right = _half_row(step, m, 1, residual_desc, buffers, barriers, K, STAGES)
+        layout: gl.constexpr = e.type.layout
+        row_scale = gl.rsqrt((squares_left + squares_right) / (2 * BLOCK_N) + eps)
+        if SAVE:
+            rows = m + gl.arange(0, BLOCK_M, row_scale.type.layout)
+            gl.store(rstd + rows, row_scale, rows < M)
+        scale = gl.expand_dims(row_scale, 1)
+        _store_quarter(0, _unpack(a, dtype, layout), scale, y_desc, m, 0, staging)
+        _store_quarter(1, _unpack(b, dtype, layout), scale, y_desc, m, 0, staging)
+        _store_quarter(2, _unpack(c, dtype, layout), scale, y_desc, m, 0, staging)
+        _store_quarter(3, _unpack(d, dtype, layout), scale, y_desc, m, 0, staging)
+        # Each quarter of the right half waits for its buffer only: the fourth store back.
+        tma.store_wait(3)
+        _store_quarter(0, e, scale, y_desc, m, BLOCK_N, staging)
+        tma.store_wait(3)
+        _store_quarter(1, f, scale, y_desc, m, BLOCK_N, staging)
+        tma.store_wait(3)
+        _store_quarter(2, g, scale, y_desc, m, BLOCK_N, staging)
+        tma.store_wait(3)
+        _store_quarter(3, h, scale, y_desc, m, BLOCK_N, staging)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _norm_kernel(
+    x_desc: tma.tensor_descriptor,
+    weight_desc: tma.tensor_descriptor,
+    residual_desc: tma.tensor_descriptor,
+    y_desc: tma.tensor_descriptor,
+    rstd: gl.tensor,
+    M: gl.tensor,
+    K: gl.tensor,
+    eps: gl.tensor,
+    STAGES: gl.constexpr,
+    SAVE: gl.constexpr,
+) -> None:
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
+    dtype: gl.constexpr = x_desc.dtype
+    x_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    weight_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
+    staging = gl.allocate_shared_memory(dtype, [4, BLOCK_M, BLOCK_N // 4], y_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    residual_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
+    mbarrier.init(residual_full, count=1)
+    buffers = (x_ring, weight_ring, staging)
+    barriers = (full, empty, residual_full)
+    gl.warp_specialize(
+        [
+            (_norm_multiply, ((residual_desc, y_desc), rstd, buffers, barriers, M, K, eps, STAGES, SAVE)),
+            (_norm_load, ((x_desc, weight_desc), (x_ring, weight_ring), (full, empty), M, K, STAGES)),
+        ],
+        [1],
+        [_LOAD_REGISTERS],
+    )
+
+
+def fits_swiglu(K: int) -> bool:
+    """Whether `linear_swiglu` takes rows of `K` inputs."""
+    return K % _COLUMNS == 0 and K <= _MAX_SLICES * _COLUMNS
+
+
+def pays_for_residual_rms(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear_residual_rms` takes these operands, and faster than the library followed by a norm."""
+    # A multiprocessor works on whole rows, so the time is that of full waves of 128 rows each. For every 128 rows it
+    # also reads all weights: with many inputs that is more than the L2 cache delivers in the time.
+    multiprocessors = _multiprocessors(x.device)
+    tiles = triton.cdiv(x.shape[0], _ROWS)
+    full_enough = tiles >= 0.7 * multiprocessors * triton.cdiv(tiles, multiprocessors)
+    few_inputs = x.shape[1] <= 512 and x.shape[1] % 8 == 0
+    return x.dtype in _DTYPES and weight.shape[0] == _NORM_WIDTH and few_inputs and full_enough
+
+
+def linear_swiglu(x: Tensor, gate_up: Tensor, save: bool) -> tuple[Tensor, Tensor | None]:
+    """silu(x @ gate.T) * (x @ up.T) of contiguous x [M, K] and gate_up [2 F, K]; with `save` also x @ gate_up.T."""
+    M, K = x.shape
+    F = gate_up.shape[0] // 2
+    out = x.new_empty(M, F)
+    projected = x.new_empty(M, 2 * F) if save else None
+    out_desc = gate_desc = up_desc = _descriptor(out, _ROWS, _COLUMNS)
+    if projected is not None:
+        gate_desc = _descriptor(projected[:, :F], _ROWS, _COLUMNS)
+        up_desc = _descriptor(projected[:, F:], _ROWS, _COLUMNS)
+    tiles = triton.cdiv(M, _ROWS) * triton.cdiv(F, 2 * _COLUMNS)
+    _swiglu_kernel[(min(tiles, _multiprocessors(x.device)),)](
+        _descriptor(x, _ROWS, _COLUMNS),
+        _descriptor(gate_up.view(2, F, K), 2, _COLUMNS, _COLUMNS),
+        out_desc,
+        gate_desc,
+        up_desc,
+        M,
+        F,
+        SLICES=K // _COLUMNS,
+        STAGES=_SWIGLU_STAGES,
+        SAVE=save,
+        num_warps=4,
+        maxnreg=_START_REGISTERS,
+    )
+    return out, projected
+
+
+def linear_residual_rms(
+    x: Tensor, weight: Tensor, residual: Tensor, eps: float, save: bool
+) -> tuple[Tensor, Tensor | None]:
+    """rms_norm(residual + x @ weight.T) of contiguous operands; with `save` also 1 / rms of the rows [M], float32."""
+    M, K = x.shape
+    y = torch.empty_like(residual)
+    rstd = x.new_empty(M, dtype=torch.float32) if save else None
+    _norm_kernel[(min(triton.cdiv(M, _ROWS), _multiprocessors(x.device)),)](
+        _descriptor(x, _ROWS, _COLUMNS),
+        _descriptor(weight, _NORM_WIDTH // 2, _COLUMNS),
+        _descriptor(residual, _ROWS, _NORM_WIDTH // 8),
+        _descriptor(y, _ROWS, _NORM_WIDTH // 8),
+        rstd,
+        M,
+        K,
+        eps,
+        STAGES=_NORM_STAGES,
+        SAVE=save,
+        num_warps=8,
+        maxnreg=_START_REGISTERS,
+    )
+    return y, rstd
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _descriptor(tensor: Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(block), _layout(tensor.dtype, block))
+
+
+@functools.cache
+def _layout(dtype: torch.dtype, block: tuple[int, ...]) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
