@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,8 +51,11 @@ def join_world(device: str) -> Iterator[World]:
     )
     try:
         yield World(dist.get_rank(), dist.get_world_size(), chosen)
+        dist.barrier()  # a rank that takes its connections down early makes the others abort at times
     finally:
         dist.destroy_process_group()
+        # A group that lives on in a reference cycle may abort the process while Python ends (PyTorch #179291).
+        gc.collect()
 
 
 def _pick_device(device: str, local_rank: int) -> torch.device:

@@ -65,6 +65,6 @@ def _gather_ranks(local: Tensor) -> Tensor:
     """Concatenate the rows of all ranks."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return local
-    everyone = local.new_empty(dist.get_world_size() * local.shape[0], *local.shape[1:])
-    dist.all_gather_into_tensor(everyone, local.contiguous())
-    return everyone
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, local.contiguous())
+    return torch.cat(parts)
