@@ -153,6 +153,7 @@ def train_on_rank(rank: int, world_size: int, port: int, config: PretrainConfig)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     pretrain(config)
+    os._exit(0)  # what gloo's threads hold may abort a process while Python ends, now and then (PyTorch #179291)
 
 
 def free_port() -> int:
