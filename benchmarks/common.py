@@ -60,8 +60,7 @@ def median_ms(work: Callable[[], object], device: torch.device, warmup: int, rep
 def block_flops(arch: HRMConfig, num_tokens: int) -> float:
     """Floating-point operations of one token's way through one block, among `num_tokens`."""
     width = arch.hidden_size
-    inner = -(-round(arch.expansion * width * 2 / 3) // 256) * 256
-    return 2 * (4 * width**2 + 3 * width * inner) + 4 * num_tokens * width
+    return 2 * (4 * width**2 + 3 * width * arch.inner_size) + 4 * num_tokens * width
 
 
 def act_step_blocks(arch: HRMConfig) -> int:

@@ -82,7 +82,7 @@ def _measure(
     arch = config.arch
     # Two recurrences forward (the second for the target), and a backward of twice the cost through the last L and H.
     passes = 2 * act_step_blocks(arch) + 2 * (arch.L_layers + arch.H_layers)
-    num_tokens = -(-arch.puzzle_emb_ndim // arch.hidden_size) + shape.seq_len
+    num_tokens = arch.prefix_len + shape.seq_len
     tflops = shape.batch_size * num_tokens * passes * block_flops(arch, num_tokens) / ms / 1e9
     return {
         "kernels": preset,

@@ -112,6 +112,16 @@ class HRMConfig:
     rope_theta: float = 10000.0
     forward_dtype: str = "bfloat16"  # of activations; the master weights are float32
 
+    @property
+    def inner_size(self) -> int:
+        """Inner width of the gated MLP."""
+        return -(-round(self.expansion * self.hidden_size * 2 / 3) // 256) * 256
+
+    @property
+    def prefix_len(self) -> int:
+        """Tokens that a puzzle's vector takes."""
+        return -(-self.puzzle_emb_ndim // self.hidden_size)
+
     def __post_init__(self) -> None:
         if self.puzzle_emb_ndim == II(".hidden_size"):  # made in Python, where nobody resolves interpolations
             self.puzzle_emb_ndim = self.hidden_size

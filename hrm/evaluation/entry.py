@@ -60,7 +60,7 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
     loader = EvalLoader(pack, batch_size, world.rank, world.size, config.num_workers, pin_memory)
     meta = pack.metadata
     sizes = _Sizes(batch_size // world.size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
-    model = _load_model(config, checkpoint, sizes, world)
+    model = _load_model(config, checkpoint, read_weights(checkpoint.weights_file), sizes, world)
 
     shown = ("inputs", "labels", "logits") if config.show else ()
     metrics, outputs = evaluate(model, loader, world, (*config.save_outputs, *shown))
@@ -99,7 +99,7 @@ def _solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, wor
     sizes = _Sizes(1, shape.cells, vocab_size, num_identifiers)
     if config.kernels.backend == "auto":
         config = replace(config, kernels=KernelsConfig("naive"))  # compiling would outlast one puzzle by far
-    model = _load_model(config, checkpoint, sizes, world)
+    model = _load_model(config, checkpoint, weights, sizes, world)
     batch = {
         "inputs": torch.from_numpy(encode_tokens(puzzle)).int().unsqueeze(0),
         "labels": torch.full((1, shape.cells), IGNORE_LABEL_ID, dtype=torch.int32),
@@ -142,11 +142,13 @@ class _Sizes(NamedTuple):
         return {name: size for name, size in self._asdict().items() if name != "batch_size"}
 
 
-def _load_model(config: EvaluateConfig, checkpoint: Checkpoint, sizes: _Sizes, world: World) -> ACTLossHead:
+def _load_model(
+    config: EvaluateConfig, checkpoint: Checkpoint, weights: Mapping[str, Tensor], sizes: _Sizes, world: World
+) -> ACTLossHead:
     """The checkpoint's model in evaluation mode."""
     arch = arch_config(checkpoint.config["arch"], sizes.of_data(), where=f"{checkpoint.config_file}: arch")
     model = build_model(arch, **sizes._asdict(), kernels=config.kernels, device=world.device)
-    load_weights(model, read_weights(checkpoint.weights_file), checkpoint.weights_file)
+    load_weights(model, weights, checkpoint.weights_file)
     return model.eval()
 
 

@@ -73,9 +73,8 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """Weights of the gated MLP; the rows of `gate_up_proj` are the gate's, then the up projection's."""
 
-    def __init__(self, width: int, expansion: float, generator: torch.Generator) -> None:
+    def __init__(self, width: int, inner: int, generator: torch.Generator) -> None:
         super().__init__()
-        inner = -(-round(expansion * width * 2 / 3) // 256) * 256
         self.gate_up_proj = _linear(2 * inner, width, generator)
         self.down_proj = _linear(width, inner, generator)
 
@@ -86,7 +85,7 @@ class Block(nn.Module):
     def __init__(self, config: HRMConfig, generator: torch.Generator) -> None:
         super().__init__()
         self.self_attn = Attention(config.hidden_size, generator)
-        self.mlp = SwiGLU(config.hidden_size, config.expansion, generator)
+        self.mlp = SwiGLU(config.hidden_size, config.inner_size, generator)
 
     def weights(self, dtype: torch.dtype) -> BlockWeights:
         return BlockWeights(
@@ -132,7 +131,7 @@ class HierarchicalReasoningModel(nn.Module):
         self.kernels = kernels
         self.reasoning_module = make_reasoning_module(kernels)
         width = config.hidden_size
-        self.prefix_len = -(-config.puzzle_emb_ndim // width)
+        self.prefix_len = config.prefix_len
         num_tokens = self.prefix_len + seq_len
 
         def table(rows: int) -> Embedding:
