@@ -424,7 +424,7 @@ def build(arguments: argparse.Namespace) -> str:
         if arguments.generate is not None:
             shape = arguments.generate
             train, test = generate(shape, arguments.train_size, arguments.test_size, arguments.givens, rng)
-            held_out, source = test.answers, f"generated puzzles with {arguments.givens} givens"
+            held_out, source, files = test.answers, f"generated puzzles with {arguments.givens} givens", {}
         else:
             if arguments.source_dir is not None:
                 train_file, test_file = (local_file(arguments.source_dir, split) for split in SPLITS)
@@ -432,6 +432,7 @@ def build(arguments: argparse.Namespace) -> str:
             else:
                 train_file, test_file = (hub_file(arguments.source_repo, split) for split in SPLITS)
                 source = f"hub dataset {arguments.source_repo}"
+            files = {file.name: file for file in (train_file, test_file)}
             shape, train, test = read_source(train_file, test_file, arguments.min_difficulty)
             held_out = test.answers[:0]
             if arguments.subsample_size is not None and arguments.subsample_size < len(train):
@@ -447,7 +448,7 @@ def build(arguments: argparse.Namespace) -> str:
         write_identifiers(folder, ["<blank>"])
         # Where the pack lies is no part of how it was made, so that two copies are equal byte for byte.
         recorded = {name: value for name, value in vars(arguments).items() if name != "output_dir"}
-        write_provenance(folder, "dataset/build_sudoku_dataset.py", recorded, source)
+        write_provenance(folder, "dataset/build_sudoku_dataset.py", recorded, source, files)
     return (
         f"{arguments.output_dir}: {len(train):,} training puzzles with {arguments.num_aug:,} augmentations each and "
         f"{len(test):,} test puzzles of {shape.side}x{shape.side} cells, from {source}, "

@@ -1,7 +1,7 @@
 """The data pack: puzzles as .npy files that training maps into memory, and the metadata that describe them.
 
     <pack>/identifiers.json      names of the puzzle identifiers
-    <pack>/provenance.json       how the pack was built
+    <pack>/provenance.json       where it came from and how it was built
     <pack>/<split>/dataset.json  PackMetadata
     <pack>/<split>/<set>__<array>.npy   the arrays of PackSet
 
@@ -9,6 +9,7 @@ A group is one original puzzle with its augmentations, a puzzle is one augmentat
 one row of inputs and labels. A pack is checked whole when it is opened, so that what reads it later need not doubt it.
 """
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -93,17 +94,58 @@ def write_identifiers(folder: Path, identifiers: Sequence[str]) -> None:
     _write_json(folder / "identifiers.json", list(identifiers))
 
 
-def write_provenance(folder: Path, builder: str, arguments: Mapping[str, object], source: str) -> None:
+def read_identifiers(folder: Path, count: int) -> list[str]:
+    """The names of `count` puzzle identifiers, from `<folder>/identifiers.json`.
+
+    Raises:
+        UserError: the file is missing, broken or too short.
+    """
+    file = folder / "identifiers.json"
+    try:
+        names = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _broken(file, f"cannot be read ({error})") from error
+    if not _is_name_list(names) or len(names) < count:
+        raise _broken(file, f"is no list of the {count} names that its dataset.json calls for")
+    return list(names)
+
+
+def write_provenance(
+    folder: Path, builder: str, arguments: Mapping[str, object], source: str, files: Mapping[str, Path] | None = None
+) -> None:
     """Write `<folder>/provenance.json`: where the puzzles came from, and what to run to build the same pack again.
 
-    It has no date, so that the same build gives the same bytes.
+    It names the SHA-256 of each of the `files` that the puzzles were read from and counts what the splits hold, so it
+    is written after them. It has no date, so that the same build gives the same bytes.
     """
     try:
         hrm_version = version("hrm")
     except PackageNotFoundError:  # run from a source tree that is not installed
         hrm_version = "unknown"
     provenance = {"builder": builder, "hrm_version": hrm_version, "source": source, "arguments": dict(arguments)}
+    if files:
+        provenance["sha256"] = {name: _sha256(file) for name, file in files.items()}
+    if splits := _splits_in(folder):
+        provenance["counts"] = {split: _counts(folder, split) for split in splits}
     _write_json(folder / "provenance.json", provenance)
+
+
+def read_provenance(data_path: Path | str) -> dict[str, Any]:
+    """What `<data_path>/provenance.json` holds; empty for packs without one, such as those of the published code.
+
+    Raises:
+        UserError: it is not valid JSON.
+    """
+    file = Path(data_path) / "provenance.json"
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _broken(file, f"is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise _broken(file, f"holds a {type(content).__name__} where an object belongs")
+    return content
 
 
 @contextmanager
@@ -169,6 +211,20 @@ def open_pack(data_path: Path | str, split: str) -> Pack:
 
 def _splits_in(path: Path) -> list[str]:
     return [split for split in SPLITS if (path / split / "dataset.json").is_file()]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _counts(folder: Path, split: str) -> dict[str, int]:
+    pack = _map_pack(folder, split, _read_metadata(folder / split / "dataset.json"))
+    return {
+        "groups": pack.metadata.total_groups,
+        "puzzles": sum(len(data.puzzle_identifiers) for data in pack.sets.values()),
+        "examples": sum(len(data.inputs) for data in pack.sets.values()),
+    }
 
 
 def _array_file(folder: Path, set_name: str, array: str) -> Path:

@@ -1,0 +1,71 @@
+"""The registry of data sets: what `config/data/` says of each, and which packs lie here already.
+
+An entry is a file of `config/data/` with the fields of `hrm.config.DataConfig`. What was really built stands in the
+pack's own provenance.json.
+"""
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from hrm.config import CONFIG_DIR
+from hrm.data.pack import SPLITS, read_provenance
+
+# Columns of the listing and their widths in characters.
+COLUMNS = {"name": 18, "source": 30, "version": 16, "licence": 12, "augmentation": 20, "shape": 15, "built": 14}
+
+
+def read_registry() -> dict[str, DictConfig]:
+    """The entries of `config/data/` by the name that `data=` takes."""
+    entries = {}
+    for file in sorted((CONFIG_DIR / "data").glob("*.yaml")):
+        entry = OmegaConf.load(file)
+        assert isinstance(entry, DictConfig)
+        entries[file.stem] = entry
+    return entries
+
+
+def built(pack: Path) -> str:
+    """How many puzzles the pack holds to train and to test on, augmentations not counted; or that there is none."""
+    if not is_pack(pack):
+        return "no"
+    counts = read_provenance(pack).get("counts")
+    if counts is None:
+        return "yes, uncounted"
+    return " + ".join(f"{counts[split]['groups']:,}" for split in SPLITS)
+
+
+def is_pack(folder: Path) -> bool:
+    """Whether both splits are whole."""
+    return all((folder / split / "dataset.json").is_file() for split in SPLITS)
+
+
+def listing(registry: Mapping[str, DictConfig]) -> str:
+    """A table of the registry, with the command that makes each pack, and the other packs that lie beside theirs."""
+    lines = [*_row(list(COLUMNS)), *_row(["-" * width for width in COLUMNS.values()])]
+    for name, entry in registry.items():
+        known = {column: str(entry.get(column, "")) for column in COLUMNS} | {"name": name}
+        lines += _row(list((known | {"built": built(Path(entry.path))}).values()))
+        lines += [f"    python {entry.build} --output-dir {entry.path}", ""]
+    paths = {Path(entry.path) for entry in registry.values()}
+    others = sorted({pack for path in paths for pack in path.parent.glob("*") if is_pack(pack)} - paths)
+    if others:
+        lines.append("Other packs here:")
+        lines += [f"    {pack}: {built(pack)}, {_origin(pack)}" for pack in others]
+    return "\n".join(lines).rstrip()
+
+
+def _origin(pack: Path) -> str:
+    provenance = read_provenance(pack)
+    return f"{provenance['source']}, by {provenance['builder']}" if provenance else "of unknown origin"
+
+
+def _row(cells: Sequence[str]) -> Iterator[str]:
+    """The lines of one row of the table."""
+    widths = list(COLUMNS.values())
+    wrapped = [textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(cells, widths, strict=True)]
+    for parts in zip_longest(*wrapped, fillvalue=""):
+        yield "  ".join(f"{part:<{width}}" for part, width in zip(parts, widths, strict=True)).rstrip()
