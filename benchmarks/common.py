@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +18,19 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from hrm.batch import Batch
-from hrm.config import HRMConfig
+from hrm.config import CONFIG_DIR, HRMConfig, PretrainConfig, register_schemas
 from hrm.data.loader import TrainLoader
 from hrm.data.pack import Pack, PackMetadata, PackSet, open_pack, write_split
+from hrm.distributed import World, join_world
+from hrm.errors import UserError
+
+# The published code's way: the plain model through torch.compile, with the best attention PyTorch has.
+BASELINE = "compile"
+PRESETS = "naive,compile,cuda_graphs,triton,triton_unrolled,head_parallel,cute,chunked,fp8"
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,99 @@ class Shape:
         """The shape written as `384x81`, batch size first."""
         batch_size, seq_len = text.split("x")
         return cls(int(batch_size), int(seq_len))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One preset at one shape, on real batches."""
+
+    config: PretrainConfig
+    shape: Shape
+    world: World
+    pack: Pack
+    batches: Iterator[Batch]
+    repeats: int
+    matmul_tflops: float  # the device's rate, the ceiling that shares are given of
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a sequence, its puzzle prefix included."""
+        return int(self.config.arch.prefix_len) + self.shape.seq_len
+
+    def rates(self, ms: float, block_passes: int) -> dict[str, float]:
+        """Columns that follow from the time of a step in which each token goes through so many blocks."""
+        tokens = self.shape.batch_size * self.num_tokens
+        tflops = tokens * block_passes * block_flops(self.config.arch, self.num_tokens) / ms / 1e9
+        return {
+            "puzzles/s": 1000 * self.shape.batch_size / ms,
+            "tokens/s": 1000 * tokens / ms,
+            "TFLOP/s": tflops,
+            "of matmul": tflops / self.matmul_tflops,
+        }
+
+
+def compare_presets(
+    name: str, description: str, shapes: str, measure: Callable[[Trial], dict[str, Any]], argv: Sequence[str] | None
+) -> None:
+    """The main function of a benchmark: `measure` every preset at every shape in one run, and write a table.
+
+    Args:
+        name: of the result files.
+        description: the benchmark's docstring.
+        shapes: the default ones.
+        measure: returns a row, with the time in `ms`.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="a pack of real puzzles; shapes of another length get random tokens")
+    parser.add_argument("--presets", default=PRESETS)
+    parser.add_argument("--shapes", default=shapes, help="batch size x sequence length, several")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("overrides", nargs="*", help="options of pretrain.py, e.g. arch=hrm_small")
+    arguments = parser.parse_args(argv)
+
+    register_schemas()
+    rows = []
+    with join_world(arguments.device) as world, tempfile.TemporaryDirectory() as scratch:
+        ceiling = matmul_tflops(world.device)
+        for shape in map(Shape.parse, arguments.shapes.split(",")):
+            measured: list[dict[str, Any]] = []
+            for preset in arguments.presets.split(","):
+                row = {"kernels": preset, "S": shape.seq_len, "batch": shape.batch_size}
+                try:
+                    config = preset_config(preset, shape, arguments.overrides)
+                    pack, stream = batches(arguments.data, shape, Path(scratch))
+                    torch.compiler.reset()  # what other shapes compiled would count against the limit
+                    if world.device.type == "cuda":
+                        torch.cuda.empty_cache()
+                        torch.cuda.reset_peak_memory_stats()
+                    row |= measure(Trial(config, shape, world, pack, stream, arguments.repeats, ceiling))
+                except UserError as error:
+                    row["cannot run"] = str(error)
+                measured.append(row)
+                print(row, flush=True)
+            baseline = next((row.get("ms") for row in measured if row["kernels"] == BASELINE), None)
+            for row in measured:
+                if baseline and "ms" in row:
+                    row[f"x {BASELINE}"] = baseline / row["ms"]
+            rows += measured
+    about = machine(world.device) | {"bf16 matmul ceiling": f"{ceiling:.0f} TFLOP/s"}
+    print(write_results(name, about, rows, arguments.output_dir))
+
+
+def preset_config(preset: str, shape: Shape, overrides: Sequence[str]) -> PretrainConfig:
+    """The options of pretrain.py under a kernel preset, for batches of `shape`; call `register_schemas` first."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        chosen = [*overrides, f"kernels={preset}", f"global_batch_size={shape.batch_size}"]
+        config = OmegaConf.to_object(compose("pretrain", overrides=chosen))
+    assert isinstance(config, PretrainConfig)
+    return config
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """Most memory that tensors took at once since the preset began, on CUDA."""
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 
 
 def median_ms(work: Callable[[], object], device: torch.device, warmup: int, repeats: int) -> float:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU
+
+from entry_points import TINY_RUN, TRAINED_EXAMPLES, make_pack, train
 
 from hrm.batch import IGNORE_LABEL_ID, Batch
 
@@ -53,3 +56,21 @@ def random_batch() -> Callable[..., Batch]:
         }
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `pack` (4x4 boards with one blank) and `run`, which solves some of them and not others."""
+    root = tmp_path_factory.mktemp("trained")
+    make_pack(root / "pack", train_size=60, test_size=TRAINED_EXAMPLES, givens=15)
+    train(
+        *TINY_RUN,
+        f"data_path={root / 'pack'}",
+        f"checkpoint_path={root / 'run'}",
+        "global_batch_size=12",
+        "epochs=16",
+        "eval_interval=8",
+        "lr=3e-3",
+        "lr_warmup_steps=10",
+    )
+    return root

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import runpy
 import sys
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 from unittest import mock
 
 from dataset import build_sudoku_dataset
+from hrm.batch import Batch
+from hrm.models.hrm_v1 import HierarchicalReasoningModel, InnerCarry
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,6 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = ["arch=hrm_small", "arch.hidden_size=32", "arch.num_heads=2", "arch.halt_max_steps=2"]
 TINY_RUN = [*TINY_MODEL, "kernels=naive", "device=cpu", "wandb=disabled", "global_batch_size=4", "epochs=2"]
 TINY_RUN += ["eval_interval=1", "log_interval=1"]
+CPU = ["kernels=naive", "device=cpu"]
+
+TRAINED_EXAMPLES = 60  # of the test split of the fixture `trained`; 12 divides it, 8 and 7 do not
 
 
 @dataclass(frozen=True)
@@ -58,3 +64,23 @@ def train(*argv: str) -> None:
     """A training run that must succeed."""
     outcome = run_script("pretrain.py", *argv)
     assert outcome.status == 0, outcome.err
+
+
+def evaluated(*argv: str) -> tuple[dict[str, float], str]:
+    """The metrics that `evaluate.py` prints, and all it prints."""
+    outcome = run_script("evaluate.py", *CPU, *argv)
+    assert outcome.status == 0, outcome.err
+    return printed_metrics(outcome.out), outcome.out
+
+
+def printed_metrics(out: str) -> dict[str, float]:
+    """Of the set `all`, by name."""
+    metrics = {name: float(value) for name, value in re.findall(r"^ +all/(\S+) +([\d.]+)$", out, re.MULTILINE)}
+    assert metrics, out
+    return metrics
+
+
+def fresh_state(inner: HierarchicalReasoningModel, batch: Batch) -> InnerCarry:
+    """The state in which sequences begin."""
+    zeros = inner.initial_carry(batch)
+    return InnerCarry(zeros.z_H + inner.H_init.to(inner.dtype), zeros.z_L + inner.L_init.to(inner.dtype))

@@ -16,7 +16,18 @@ import numpy.typing as npt
 import pytest
 import torch
 import yaml
-from entry_points import ROOT, TINY_RUN, make_pack, run_script, train
+from entry_points import (
+    CPU,
+    ROOT,
+    TINY_RUN,
+    TRAINED_EXAMPLES,
+    evaluated,
+    fresh_state,
+    make_pack,
+    printed_metrics,
+    run_script,
+    train,
+)
 from torch import Tensor
 
 from hrm.batch import IGNORE_LABEL_ID
@@ -28,40 +39,7 @@ from hrm.distributed import World
 from hrm.evaluation.runner import evaluate
 from hrm.models import ACTLossHead, build_model
 
-EXAMPLES = 60  # of the test split; 12 divides it, 8 and 7 do not
 ALONE = World(0, 1, torch.device("cpu"))
-CPU = ["kernels=naive", "device=cpu"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `pack` (4x4 boards with one blank) and `run`, which solves some of them and not others."""
-    root = tmp_path_factory.mktemp("trained")
-    make_pack(root / "pack", train_size=60, test_size=EXAMPLES, givens=15)
-    train(
-        *TINY_RUN,
-        f"data_path={root / 'pack'}",
-        f"checkpoint_path={root / 'run'}",
-        "global_batch_size=12",
-        "epochs=16",
-        "eval_interval=8",
-        "lr=3e-3",
-        "lr_warmup_steps=10",
-    )
-    return root
-
-
-def evaluated(*argv: str) -> tuple[dict[str, float], str]:
-    """The metrics that `evaluate.py` prints, and all it prints."""
-    outcome = run_script("evaluate.py", *CPU, *argv)
-    assert outcome.status == 0, outcome.err
-    return printed_metrics(outcome.out), outcome.out
-
-
-def printed_metrics(out: str) -> dict[str, float]:
-    metrics = {name: float(value) for name, value in re.findall(r"^ +all/(\w+) +([\d.]+)$", out, re.MULTILINE)}
-    assert metrics, out
-    return metrics
 
 
 def saved_by(folder: Path, step: int, rank: int = 0) -> dict[str, Tensor]:
@@ -93,7 +71,7 @@ def think_alone(model: ACTLossHead, tokens: npt.NDArray[np.int64]) -> tuple[npt.
     """Logits [S, V] and the halting logit of one board, after all steps, without the wrapper that batches and halts."""
     inner = model.model.inner
     batch = {"inputs": torch.from_numpy(tokens)[None], "puzzle_identifiers": torch.zeros(1, dtype=torch.int32)}
-    state = inner.reset_carry(inner.initial_carry(batch), torch.ones(1, dtype=torch.bool))
+    state = fresh_state(inner, batch)
     for _ in range(inner.config.halt_max_steps):
         state = inner.recur(state, inner.prepare(batch))
     return inner.logits(state)[0].double().numpy(), float(inner.q_values(state)[0])
@@ -142,7 +120,7 @@ def test_ignored_labels_count_in_nothing(trained: Path, tmp_path: Path) -> None:
     metrics, _ = evaluate(model, EvalLoader(open_pack(pack, "test"), 12), ALONE)
     answers = np.stack([think_alone(model, board.astype(np.int64))[0].argmax(-1) for board in inputs[5:]])
     solved = float((answers == labels[5:])[inputs[5:] == 1].mean())
-    assert metrics["all"]["count"] == EXAMPLES - 5
+    assert metrics["all"]["count"] == TRAINED_EXAMPLES - 5
     assert metrics["all"]["accuracy"] == pytest.approx(solved)
     assert metrics["all"]["exact_accuracy"] == pytest.approx(solved)
 
@@ -228,12 +206,12 @@ def test_a_shorter_run_in_the_same_folder_is_not_mistaken_for_the_earlier(traine
 # --- saved outputs ---------------------------------------------------------------------------------------------------
 
 SHAPES = {
-    "inputs": (EXAMPLES, 16),
-    "labels": (EXAMPLES, 16),
-    "puzzle_identifiers": (EXAMPLES,),
-    "logits": (EXAMPLES, 16, 6),
-    "q_halt_logits": (EXAMPLES,),
-    "q_continue_logits": (EXAMPLES,),
+    "inputs": (TRAINED_EXAMPLES, 16),
+    "labels": (TRAINED_EXAMPLES, 16),
+    "puzzle_identifiers": (TRAINED_EXAMPLES,),
+    "logits": (TRAINED_EXAMPLES, 16, 6),
+    "q_halt_logits": (TRAINED_EXAMPLES,),
+    "q_continue_logits": (TRAINED_EXAMPLES,),
 }
 
 
@@ -270,8 +248,8 @@ def test_outputs_go_beside_the_weights_and_hold_what_was_asked(trained: Path, tm
     assert {file.name for file in run.iterdir()} - before == {"step_40_all_preds.0"}
     saved = saved_by(run, 40)
     assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == {
-        "q_halt_logits": (EXAMPLES,),
-        "inputs": (EXAMPLES, 16),
+        "q_halt_logits": (TRAINED_EXAMPLES,),
+        "inputs": (TRAINED_EXAMPLES, 16),
     }
     assert str(run / "step_40_all_preds.0") in out
     assert find_checkpoint(str(run)).step == 80  # the outputs are not taken for weights
@@ -287,7 +265,7 @@ def test_training_saves_the_same_outputs(trained: Path, tmp_path: Path) -> None:
     for name, tensor in by_evaluation.items():
         assert by_training[name].shape == tensor.shape
         assert torch.equal(by_training[name], tensor), name
-    assert saved_by(run, 5)["labels"].shape == (EXAMPLES, 16)
+    assert saved_by(run, 5)["labels"].shape == (TRAINED_EXAMPLES, 16)
 
 
 def test_labels_are_saved_as_the_model_saw_them(trained: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,15 +15,19 @@ from torch import Tensor
 
 from hrm.batch import IGNORE_LABEL_ID
 from hrm.checkpoint import METRICS_FILE, Checkpoint, find_checkpoint, load_weights, make_folder, read_weights
-from hrm.config import EvaluateConfig, KernelsConfig, arch_config
+from hrm.config import EnsembleConfig, EvaluateConfig, KernelsConfig, arch_config
 from hrm.data.loader import EvalLoader
 from hrm.data.pack import Pack, open_pack
 from hrm.data.sudoku import BoxShape, Grids, conflicts, decode_tokens, encode_tokens, parse_grid, solve
 from hrm.distributed import World, join_world
 from hrm.errors import UserError
 from hrm.evaluation.boards import LEGEND, Board, draw_boards, render_text
+from hrm.evaluation.early_halting import EarlyHalting, halting_metrics
+from hrm.evaluation.ensemble import evaluate_ensemble
 from hrm.evaluation.plots import draw_curves, pyplot
-from hrm.evaluation.runner import evaluate, save_outputs, think
+from hrm.evaluation.runner import Pace, Sums, evaluate, parts, save_outputs, think
+from hrm.evaluation.tasks import ReportWriter, symmetries, task_examiners
+from hrm.kernels import describe
 from hrm.models import ACTLossHead, build_model
 
 
@@ -50,27 +54,113 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
         raise UserError(
             f"{checkpoint.config_file} has global_batch_size: {batch_size}; add global_batch_size=<number>."
         )
+    _check_modes(config)
     pack = open_pack(data_path, "test")
     if config.show:  # whatever hinders the show is said now, not after minutes of evaluation
         _check_show(pack, world)
         pyplot()
     folder = _output_folder(config, checkpoint)
     make_folder(folder, "output_dir")
+    if config.report:
+        make_folder(Path(config.report), "report")
     pin_memory = world.device.type == "cuda"
     loader = EvalLoader(pack, batch_size, world.rank, world.size, config.num_workers, pin_memory)
     meta = pack.metadata
     sizes = _Sizes(batch_size // world.size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
     model = _load_model(config, checkpoint, read_weights(checkpoint.weights_file), sizes, world)
-
-    shown = ("inputs", "labels", "logits") if config.show else ()
-    metrics, outputs = evaluate(model, loader, world, (*config.save_outputs, *shown))
     if world.is_main:
-        print(f"{checkpoint.weights_file} on {data_path}/test:\n{_table(metrics)}")
+        print(f"{checkpoint.weights_file} on {data_path}/test, kernels: {describe(model.kernels)}")
+    if config.ensemble != EnsembleConfig():
+        others = [find_checkpoint(name) for name in config.ensemble.checkpoints]
+        more = [_load_model(config, other, read_weights(other.weights_file), sizes, world) for other in others]
+        _evaluate_ensemble(config, [model, *more], pack, loader, world, folder)
+        return
+    if config.act != "halt":
+        _evaluate_full(config, checkpoint, model, pack, loader, world, folder)
+    if config.act != "full":
+        _evaluate_early(config, model, pack, loader, sizes.batch_size, world, folder)
+
+
+def _check_modes(config: EvaluateConfig) -> None:
+    """UserError for options that have no meaning together."""
+    outputs = {"save_outputs": config.save_outputs, "show": config.show, "report": config.report}
+    asked = [name for name, value in outputs.items() if value]
+    if asked and config.act == "halt":
+        raise UserError(f"{asked[0]}= needs every step of every puzzle: take act=full or act=both.")
+    if config.ensemble != EnsembleConfig() and (asked or config.act != "full"):
+        raise UserError(f"ensemble.* does not go with {(asked or ['act'])[0]}=: leave one of them out.")
+
+
+def _evaluate_full(
+    config: EvaluateConfig,
+    checkpoint: Checkpoint,
+    model: ACTLossHead,
+    pack: Pack,
+    loader: EvalLoader,
+    world: World,
+    folder: Path,
+) -> None:
+    """All ACT steps for every puzzle, and whatever is to be kept or shown of them."""
+    examiners, pace = task_examiners(pack), Pace(world)
+    report = ReportWriter(pack, examiners) if config.report else None
+    shown = ("inputs", "labels", "logits") if config.show else ()
+    recorder = report.recorder if report else None
+    metrics, outputs = evaluate(model, loader, world, (*config.save_outputs, *shown), examiners, recorder, pace)
+    verdicts = [each.verdict(world, folder) for each in examiners]
+    _print_result(world, "all steps for every puzzle", metrics, pace, verdicts)
     if config.save_outputs:
         wanted = {name: outputs[name] for name in config.save_outputs}
         print(f"Saved {', '.join(wanted)} in {save_outputs(wanted, folder, checkpoint.step, world)}.")
     if config.show and world.is_main:
         _show(outputs, config.show, checkpoint, folder)
+    if report and config.report and (file := report.write(Path(config.report), checkpoint.weights_file, world)):
+        print(f"Wrote {file}, and GIFs beside it.")
+
+
+def _evaluate_early(
+    config: EvaluateConfig,
+    model: ACTLossHead,
+    pack: Pack,
+    loader: EvalLoader,
+    batch_size: int,
+    world: World,
+    folder: Path,
+) -> None:
+    """As many ACT steps for each puzzle as q_halt asks for."""
+    examiners, pace, sums = task_examiners(pack), Pace(world), Sums(world)
+    early = EarlyHalting(model, batch_size, world.device, config.act_margin)
+    for set_name, puzzles, answers in early.answer(parts(loader, world), pace):
+        sums.add(set_name, halting_metrics(puzzles, answers))
+        for examiner in examiners:
+            examiner(set_name, puzzles, answers)
+    verdicts = [each.verdict(world, folder) for each in examiners]
+    _print_result(world, "as many steps as q_halt asks for", sums.averages(), pace, verdicts)
+
+
+def _evaluate_ensemble(
+    config: EvaluateConfig,
+    models: Sequence[ACTLossHead],
+    pack: Pack,
+    loader: EvalLoader,
+    world: World,
+    folder: Path,
+) -> None:
+    """The vote of several answers to every puzzle."""
+    examiners, pace = task_examiners(pack), Pace(world)
+    images = symmetries(pack, config.ensemble.augmentations)
+    metrics = evaluate_ensemble(models, images, parts(loader, world), world, examiners, pace)
+    verdicts = [each.verdict(world, folder) for each in examiners]
+    voters = len(models) * len(images)
+    what = f"vote of {voters} answers, checkpoints: {len(models)}, images of each puzzle: {len(images)}"
+    _print_result(world, what, metrics, pace, verdicts)
+
+
+def _print_result(
+    world: World, what: str, metrics: Mapping[str, Mapping[str, float]], pace: Pace, verdicts: Sequence[str]
+) -> None:
+    rate = pace.per_second()
+    if world.is_main:
+        print("\n".join([f"{what}, {rate:,.0f} puzzles/s:", _table(metrics), *filter(None, verdicts)]))
 
 
 def _solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, world: World) -> None:
@@ -147,6 +237,8 @@ def _load_model(
 ) -> ACTLossHead:
     """The checkpoint's model in evaluation mode."""
     arch = arch_config(checkpoint.config["arch"], sizes.of_data(), where=f"{checkpoint.config_file}: arch")
+    if config.act_max_steps is not None:
+        arch = replace(arch, halt_max_steps=config.act_max_steps)
     model = build_model(arch, **sizes._asdict(), kernels=config.kernels, device=world.device)
     load_weights(model, weights, checkpoint.weights_file)
     return model.eval()

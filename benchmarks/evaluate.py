@@ -1,0 +1,44 @@
+"""Time evaluation under the kernel presets, side by side: all ACT steps of a batch, as `evaluate.py` runs them.
+
+python -m benchmarks.evaluate --data data/sudoku-extreme-1k-aug-1000
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.common import Trial, act_step_blocks, compare_presets, median_ms, peak_gib
+from hrm.evaluation.runner import make_thinking
+from hrm.training.step import initial_state
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    compare_presets("evaluate", __doc__, "1x81,64x81,384x81,768x81,96x900", _measure, argv)
+
+
+def _measure(trial: Trial) -> dict[str, Any]:
+    device, arch = trial.world.device, trial.config.arch
+    model = initial_state(trial.config, trial.pack, trial.world).model.eval()
+    thinking = make_thinking(model, trial.world)
+
+    def answer() -> object:
+        batch = next(trial.batches)
+        return thinking({name: field.to(device, non_blocking=True) for name, field in batch.items()})
+
+    first_ms = median_ms(answer, device, 0, 1)
+    steps = arch.halt_max_steps
+    ms = median_ms(answer, device, 2, max(1, trial.repeats // 5)) / steps
+    rates = trial.rates(ms, act_step_blocks(arch))
+    return {
+        "ms": ms,
+        **rates,
+        "puzzles/s": rates["puzzles/s"] / steps,
+        "tokens/s": rates["tokens/s"] / steps,
+        "GiB": peak_gib(device),
+        "first batch s": first_ms / 1000,
+    }
+
+
+if __name__ == "__main__":
+    main()

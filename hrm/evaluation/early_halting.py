@@ -1,0 +1,130 @@
+"""Evaluation that spends on a puzzle only the ACT steps it asks for: whoever halts makes room for the next puzzle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import groupby, islice
+
+import torch
+from torch import Tensor
+
+from hrm.batch import IGNORE_LABEL_ID, Batch
+from hrm.cuda_graphs import GraphedWork
+from hrm.evaluation.runner import Answers, Pace, Part, score
+from hrm.models import ACTLossHead
+from hrm.models.hrm_v1 import Carry
+
+# Batches on the device at once. At the end of such a pool slots run empty, for at most the steps of one puzzle: a small
+# part of the work when each slot has seen this many.
+_PARTS_PER_POOL = 64
+# ACT steps between looks at whether a pool is done. A look waits for the device.
+_STEPS_PER_LOOK = 4
+
+
+class _Slots:
+    """B puzzles in the making, refilled from a pool; all of it stays on the device."""
+
+    def __init__(self, model: ACTLossHead, pool_size: int, slots: int, margin: float, device: torch.device) -> None:
+        """`model` is in evaluation mode; the pool's last row stands for "none left"."""
+        self._model = model
+        self._margin = margin
+        self._pool: Batch = {}
+        self.answers: Answers
+        self._pool_size, self._slots, self._device = pool_size, slots, device
+        self._carry: Carry | None = None
+        self._rows = torch.full((slots,), pool_size, dtype=torch.int64, device=device)  # which puzzle is in a slot
+        self._next = torch.zeros((), dtype=torch.int64, device=device)
+        self._count = torch.zeros((), dtype=torch.int64, device=device)  # puzzles in the pool
+        self.finished = torch.zeros((), dtype=torch.int64, device=device)
+
+    def fill(self, puzzles: Batch) -> None:
+        """Start over with these puzzles, on the host, at most `pool_size` of them."""
+        count = len(puzzles["inputs"])
+        for name, field in puzzles.items():
+            if name not in self._pool:
+                self._pool[name] = field.new_zeros((self._pool_size + 1, *field.shape[1:])).to(self._device)
+            self._pool[name][:count] = field.to(self._device)
+        if self._carry is None:
+            seq_len = puzzles["inputs"].shape[1]
+            rows = self._pool_size + 1
+            self.answers = Answers(
+                torch.zeros(rows, seq_len, dtype=torch.int32, device=self._device),
+                torch.zeros(rows, device=self._device),
+                torch.zeros(rows, dtype=torch.int32, device=self._device),
+            )
+            self._carry = self._model.initial_carry({name: field[: self._slots] for name, field in self._pool.items()})
+        self._carry.halted.fill_(True)
+        self._next.zero_()
+        self._count.fill_(count)
+        self.finished.zero_()
+
+    def step(self, _: Batch) -> None:
+        """One ACT step of every slot. Nothing here waits for the device."""
+        assert self._carry is not None
+        kept, none_left = self._carry, self._pool_size
+        wanted = self._next + kept.halted.cumsum(0) - 1
+        self._next += kept.halted.sum()
+        self._rows.copy_(torch.where(kept.halted, torch.where(wanted < self._count, wanted, none_left), self._rows))
+        batch = {name: field[self._rows] for name, field in self._pool.items()}
+        carry, outputs = self._model.model(kept, batch)
+        q_halt = outputs["q_halt_logits"]
+        halted = (q_halt > outputs["q_continue_logits"] + self._margin) | (carry.steps >= self._model.halt_max_steps)
+        # Slots that go on, or are empty, write to the row that nobody reads.
+        rows = torch.where(halted, self._rows, none_left)
+        said = Answers(outputs["logits"].argmax(-1).int(), q_halt.float(), carry.steps)
+        for kept_answer, answer in zip(self.answers, said, strict=True):
+            kept_answer.index_copy_(0, rows, answer)
+        self.finished += (rows < none_left).sum()
+        for before, after in zip(kept.tensors(), replace(carry, halted=halted).tensors(), strict=True):
+            before.copy_(after)
+
+
+class EarlyHalting:
+    """Answers puzzles, each at the step where q_halt > q_continue + `margin`, or at the last.
+
+    Args:
+        model: in evaluation mode; its `halt_max_steps` is the last step.
+        slots: puzzles worked on at a time.
+    """
+
+    def __init__(self, model: ACTLossHead, slots: int, device: torch.device, margin: float = 0.0) -> None:
+        self._state = _Slots(model, slots * _PARTS_PER_POOL, slots, margin, device)
+        graphed = model.kernels.cuda_graphs
+        self._step = GraphedWork(self._state.step, device, eager_calls=2) if graphed else self._state.step
+
+    @torch.no_grad()
+    def answer(self, parts: Iterable[Part], pace: Pace) -> Iterator[tuple[str, Batch, Answers]]:
+        """Answer this rank's `parts`, of at most `slots` puzzles each.
+
+        Yields:
+            `(set name, puzzles, their answers)`, pool by pool and in order, on the CPU.
+        """
+        warm = False
+        for set_name, of_set in groupby(parts, lambda part: part.set_name):
+            while pool := list(islice(of_set, _PARTS_PER_POOL)):
+                puzzles = {name: torch.cat([part.batch[name][: part.real] for part in pool]) for name in pool[0].batch}
+                count = len(puzzles["inputs"])
+                self._state.fill(puzzles)
+                if not warm:
+                    for _ in range(3):  # two eager steps compile and tune, the third is recorded
+                        self._step({})
+                    self._state.fill(puzzles)
+                    pace.start()
+                    warm = True
+                while int(self._state.finished) < count:
+                    for _ in range(_STEPS_PER_LOOK):
+                        self._step({})
+                pace.count(count)
+                yield set_name, puzzles, Answers(*(field[:count].cpu() for field in self._state.answers))
+
+
+def halting_metrics(puzzles: Batch, answers: Answers) -> dict[str, Tensor]:
+    """Sums over a pool under the names of `ACTLossHead.forward`'s metrics, without the losses."""
+    labels = puzzles["labels"]
+    scores = score(labels, answers.tokens)
+    counted = (labels != IGNORE_LABEL_ID).any(-1)
+    exact = ((labels == IGNORE_LABEL_ID) | (answers.tokens == labels)).all(-1)
+    scores["q_halt_accuracy"] = (counted & ((answers.q_halt >= 0) == exact)).sum()
+    scores["steps"] = answers.steps[counted].sum()
+    return scores

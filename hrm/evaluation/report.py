@@ -1,0 +1,341 @@
+"""A report that people can look at: one HTML file with a model's answers step by step, and totals over a whole split.
+
+The file needs no network and nothing beside it. What it shows is recorded by `hrm.evaluation.trajectory`.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrm.batch import IGNORE_LABEL_ID
+from hrm.data.arc import GRID_SIDE, NUM_COLORS, SEQ_LEN, Grid, Pair, Task, decode, split_name
+from hrm.data.arc import VOCAB_SIZE as ARC_VOCAB_SIZE
+from hrm.data.custom import VOCABULARY_FILE, read_vocabulary
+from hrm.data.maze import CHARSET, FREE, PATH, is_shortest_path
+from hrm.data.maze import VOCAB_SIZE as MAZE_VOCAB_SIZE
+from hrm.data.pack import Pack
+from hrm.data.sudoku import BoxShape
+from hrm.errors import UserError
+from hrm.evaluation.arc import Answer, ArcScorer
+from hrm.evaluation.trajectory import Recording, Scores, Trajectories, kinds
+
+REPORT_FILE = "report.html"
+
+NO_LABEL = 255
+
+# Bars of puzzles by rating: enough to see a trend, few enough to hold many puzzles each.
+_MOST_BARS = 8
+
+
+@dataclass(frozen=True)
+class View:
+    """How the tokens of a pack are drawn.
+
+    `kind` is sudoku, maze, arc or tokens. In a row stand `columns` tokens, None where a sequence is no grid. `symbols`
+    says what each token is written as. Where an input leaves the token `blank` to be filled in, answers are
+    drawn over their inputs, elsewhere beside them.
+    """
+
+    kind: str
+    symbols: tuple[str, ...]
+    columns: int | None
+    blank: int | None = None
+    box: BoxShape | None = None  # of Sudoku
+
+    @classmethod
+    def sudoku(cls, box: BoxShape) -> View:
+        symbols = ("", "", *(str(digit) for digit in range(1, box.side + 1)))
+        return cls("sudoku", symbols, box.side, blank=1, box=box)
+
+    @classmethod
+    def maze(cls, columns: int) -> View:
+        return cls("maze", ("", *CHARSET), columns, blank=FREE)
+
+    @classmethod
+    def arc(cls) -> View:
+        return cls("arc", ("", "", *map(str, range(NUM_COLORS))), GRID_SIDE)
+
+    @classmethod
+    def tokens(cls, vocab_size: int, names: Sequence[str] | None = None, columns: int | None = None) -> View:
+        """Anything else; `names` [vocab_size] are what the tokens mean, if that is known."""
+        return cls("tokens", tuple(names or map(str, range(vocab_size))), columns)
+
+    @classmethod
+    def of_pack(cls, pack: Pack) -> View:
+        """The view that fits a pack: of your own data by its vocabulary and shape, of the known tasks by its sizes."""
+        length, vocab_size = pack.metadata.seq_len, pack.metadata.vocab_size
+        if (vocabulary := pack.path / VOCABULARY_FILE).is_file():
+            return cls.tokens(vocab_size, ["", *map(str, read_vocabulary(vocabulary).symbols)], _columns(pack))
+        for box in BoxShape.supported():
+            if (length, vocab_size) == (box.cells, box.vocab_size):
+                return cls.sudoku(box)
+        if (length, vocab_size) == (SEQ_LEN, ARC_VOCAB_SIZE):
+            return cls.arc()
+        side = math.isqrt(length)
+        return cls.maze(side) if (length, vocab_size) == (side**2, MAZE_VOCAB_SIZE) else cls.tokens(vocab_size)
+
+
+def _columns(pack: Pack) -> int | None:
+    """Of the grids in a pack of your own data, by the shape (such as 9x9) that its builder put on record."""
+    try:
+        provenance = json.loads((pack.path / "provenance.json").read_text(encoding="utf-8"))
+        _, columns = provenance["arguments"]["shape"].split("x")
+        return int(columns)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # lists of symbols, or no record
+        return None
+
+
+@dataclass(frozen=True)
+class Rating:
+    """A number `values` [N] for every example of a split, in its order, that says how hard it is."""
+
+    name: str  # as in "accuracy by <name>"
+    values: NDArray[np.floating[Any]] | NDArray[np.integer[Any]]
+
+    @classmethod
+    def of_pack(cls, pack: Pack, view: View) -> Rating | None:
+        """What can be told of a pack: the arrays `<set>__ratings.npy` [N] beside its inputs, if it has them; else the
+        length of a maze's path, or the blanks of a Sudoku. None for other tasks, or where all puzzles are alike.
+
+        Raises:
+            UserError: such an array has another length than its set.
+        """
+        stored = {name: pack.path / pack.split / f"{name}__ratings.npy" for name in pack.sets}
+        if all(file.is_file() for file in stored.values()):
+            values = [_read_ratings(file, len(pack.sets[name].inputs)) for name, file in stored.items()]
+            rating = cls("difficulty rating", np.concatenate(values))
+        elif view.kind == "maze":
+            moves = [(data.labels == PATH).sum(1) + 1 for data in pack.sets.values()]
+            rating = cls("length of the path", np.concatenate(moves))
+        elif view.kind == "sudoku":
+            blanks = [(data.inputs == view.blank).sum(1) for data in pack.sets.values()]
+            rating = cls("blanks to fill", np.concatenate(blanks))
+        else:
+            return None
+        return rating if len(np.unique(rating.values)) > 1 else None
+
+
+def _read_ratings(file: Path, count: int) -> NDArray[Any]:
+    values: NDArray[Any] = np.load(file)
+    if values.shape != (count,):
+        raise UserError(
+            f"{file} has shape {values.shape}, but its set has {count} examples; write one rating for each."
+        )
+    return values
+
+
+@dataclass(frozen=True)
+class ArcTask:
+    """What an ARC example is shown with: its task's demonstrations, and the answers that augmentations voted for."""
+
+    demonstrations: Sequence[Pair] = ()
+    ranking: Sequence[Answer] = ()
+
+
+def originals(names: Sequence[str]) -> NDArray[np.bool_]:
+    """Which puzzle identifiers of an ARC pack, by their names, are not augmented: for `Recorder(may_show=...)`."""
+    return np.array([split_name(name)[0] == name for name in names])
+
+
+def arc_demonstrations(pack: Pack) -> dict[str, list[Pair]]:
+    """By task name, from the pack's test_puzzles.json; packs of the published builder have none."""
+    try:
+        content = json.loads((pack.path / "test_puzzles.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return {name: Task.parse(name, task, evaluated=True).train for name, task in content.items()}
+
+
+def arc_tasks(
+    shown: Trajectories, names: Sequence[str], scorer: ArcScorer, demonstrations: Mapping[str, Sequence[Pair]]
+) -> dict[int, ArcTask]:
+    """By place in the split, what goes with the examples shown; all must be originals.
+
+    Args:
+        names: of the puzzle identifiers.
+        scorer: with all votes counted.
+        demonstrations: by task name; tasks may be missing.
+    """
+    tasks = {}
+    for index, identifier, grid in zip(shown.scores.index, shown.puzzle_identifiers, decode(shown.inputs), strict=True):
+        name = names[identifier]
+        test = next(n for n, pair in enumerate(scorer.tests[name]) if np.array_equal(pair.input, grid))
+        tasks[int(index)] = ArcTask(demonstrations.get(name, ()), scorer.ranking(name, test))
+    return tasks
+
+
+def write_report(
+    folder: Path,
+    recording: Recording,
+    view: View,
+    *,
+    title: str,
+    subtitle: str = "",
+    per_kind: int = 8,
+    rating: Rating | None = None,
+    names: Sequence[str] | None = None,
+    tasks: Mapping[int, ArcTask] | None = None,
+) -> Path:
+    """Write `<folder>/report.html`.
+
+    Args:
+        title: what was evaluated, in a few words.
+        subtitle: on what, and which checkpoint.
+        per_kind: as the recorder's.
+        names: of the puzzle identifiers, where puzzles have any.
+        tasks: for ARC, by place in the split.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: there is nothing to show, or the folder or the file cannot be written.
+    """
+    if not len(recording.shown.inputs):
+        raise UserError("No test puzzle has a label to compare answers with: leave out report=.")
+    content = _content(recording, view, per_kind, rating, names, tasks or {}) | {"title": title, "subtitle": subtitle}
+    # "<" could end the script element it stands in; JSON has another way to write it.
+    data = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    parts = files("hrm.evaluation")
+    page = (parts / "report_template.html").read_text(encoding="utf-8")
+    style, script = ((parts / f"report_template.{ending}").read_text(encoding="utf-8") for ending in ("css", "js"))
+    slots = {"title": html.escape(title), "style": style, "data": data, "script": script}
+    page = re.sub(r"\{\{(\w+)\}\}", lambda slot: slots[slot[1]], page)
+    file = folder / REPORT_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"report={folder} cannot be written ({error.strerror}): choose another folder.") from error
+    return file
+
+
+def _content(
+    recording: Recording,
+    view: View,
+    per_kind: int,
+    rating: Rating | None,
+    names: Sequence[str] | None,
+    tasks: Mapping[int, ArcTask],
+) -> dict[str, Any]:
+    """What the page's script reads."""
+    shown, scores = recording.shown, recording.shown.scores
+    tags: dict[int, list[str]] = {}
+    for kind, columns in kinds(scores, per_kind).items():
+        for column in columns.tolist():
+            tags.setdefault(column, []).append(kind)
+    puzzles = []
+    for row, index in enumerate(scores.index.tolist()):
+        puzzle = {
+            "index": index,
+            "name": names[shown.puzzle_identifiers[row]] if names and view.kind == "arc" else "",
+            "tags": tags.get(row, []),
+            "qHalt": _rounded(scores.q_halt[:, row]),
+            "qContinue": _rounded(scores.q_continue[:, row]),
+        }
+        if view.kind == "arc":
+            puzzle |= _arc_content(shown, row, tasks.get(index, ArcTask()))
+        elif view.kind == "maze":
+            puzzle["shortest"] = bool(
+                is_shortest_path(shown.inputs[row : row + 1], shown.answers[-1, row : row + 1])[0]
+            )
+        puzzles.append(puzzle)
+    return {
+        "view": {
+            "kind": view.kind,
+            "symbols": view.symbols,
+            "columns": view.columns,
+            "blank": view.blank,
+            "box": [view.box.rows, view.box.cols] if view.box else None,
+        },
+        "steps": len(shown.answers),
+        "length": shown.inputs.shape[1],
+        "puzzles": puzzles,
+        "tokens": _packed(shown),
+        "totals": _totals(recording.scores, rating),
+    }
+
+
+def _packed(shown: Trajectories) -> str:
+    """Input, label and answers of every puzzle, uint8 [M, 2 + T, S], compressed: an answer as its difference to the one
+    before, modulo 256, which is mostly zeros.
+    """
+    labels = np.where(shown.labels == IGNORE_LABEL_ID, NO_LABEL, shown.labels).astype(np.uint8)
+    answers = np.diff(shown.answers, axis=0, prepend=np.uint8(0)).transpose(1, 0, 2)
+    rows = np.concatenate([shown.inputs[:, None], labels[:, None], answers], axis=1)
+    return base64.b64encode(zlib.compress(rows.tobytes(), 9)).decode("ascii")
+
+
+def _arc_content(shown: Trajectories, row: int, task: ArcTask) -> dict[str, Any]:
+    def shape(tokens: NDArray[Any]) -> list[int]:
+        return list(decode(tokens)[0].shape)
+
+    def rows(grid: Grid) -> list[str]:
+        return ["".join(map(str, line)) for line in grid.tolist()]
+
+    return {
+        "inputShape": shape(shown.inputs[row]),
+        "labelShape": shape(shown.labels[row]),
+        "shapes": [list(grid.shape) for grid in decode(shown.answers[:, row])],
+        "demonstrations": [[rows(pair.input), rows(pair.output)] for pair in task.demonstrations],
+        "votes": [{"grid": rows(a.grid), "votes": a.votes, "q": round(a.q_halt, 4)} for a in task.ranking[:2]],
+        "allVotes": sum(answer.votes for answer in task.ranking),
+    }
+
+
+def _totals(scores: Scores, rating: Rating | None) -> dict[str, Any]:
+    exact, halting = scores.exact, scores.halting_step()
+    last = len(exact)
+    used = np.minimum(halting, last)
+    at_halt = exact[used - 1, np.arange(exact.shape[1])]
+    by_used = [
+        {"label": str(step) if step <= last else "never", "count": int(at.sum()), "right": int(at_halt[at].sum())}
+        for step in range(1, last + 2)
+        if (at := halting == step).any()
+    ]
+    totals = {
+        "count": exact.shape[1],
+        "exact": _rounded(exact.mean(1)),
+        "cells": _rounded(scores.right.mean(1, dtype=np.float64)),
+        "halt": {"exact": round(float(at_halt.mean()), 4), "steps": round(float(used.mean()), 2)},
+        "byUsed": by_used,
+        "byRating": None,
+    }
+    if rating is not None:
+        bars = _by_rating(rating.values[scores.index], exact[-1])
+        totals["byRating"] = {"name": rating.name, "bars": bars}
+    return totals
+
+
+def _by_rating(values: NDArray[Any], right: NDArray[np.bool_]) -> list[dict[str, Any]]:
+    """Bars of about equally many puzzles, or one for each rating where there are few."""
+    distinct = np.unique(values)
+    starts = distinct
+    if len(distinct) > _MOST_BARS:
+        starts = np.unique(np.quantile(values, np.arange(_MOST_BARS) / _MOST_BARS, method="lower"))
+    bar = np.searchsorted(starts, values, side="right") - 1
+    bars = []
+    for number in range(len(starts)):
+        inside = bar == number
+        low, high = (f"{value:.4g}" for value in (values[inside].min(), values[inside].max()))
+        label = low if low == high else f"{low}–{high}"
+        bars.append({"label": label, "count": int(inside.sum()), "right": int(right[inside].sum())})
+    return bars
+
+
+def _rounded(values: NDArray[np.floating[Any]]) -> list[float]:
+    """For JSON, which has no NaN: those of a model that diverged become 0."""
+    return [round(value, 4) for value in np.nan_to_num(values).tolist()]

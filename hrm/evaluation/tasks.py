@@ -1,0 +1,145 @@
+"""What evaluation does for one kind of task only: symmetries for ensembles, and scores beside the exact match."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hrm.batch import Batch
+from hrm.data.maze import is_shortest_path
+from hrm.data.pack import Pack, read_identifiers
+from hrm.distributed import World, gather_on_main
+from hrm.errors import UserError
+from hrm.evaluation.arc import ArcScorer
+from hrm.evaluation.ensemble import Symmetry, identity, maze_symmetries, sudoku_symmetries
+from hrm.evaluation.gif import require_pillow, write_gifs
+from hrm.evaluation.report import Rating, View, arc_demonstrations, arc_tasks, originals, write_report
+from hrm.evaluation.runner import Answers, Examiner, Sums
+from hrm.evaluation.trajectory import Recorder, check_vocabulary
+
+# Puzzles that a report shows of those answered right, wrong, and right at last.
+_SHOWN_PER_KIND = 8
+
+
+def symmetries(pack: Pack, count: int) -> list[Symmetry]:
+    """`count` maps of the pack's puzzles to others of the same rules, the identity first.
+
+    Raises:
+        UserError: the task has none that are known, or fewer.
+    """
+    meta, view = pack.metadata, View.of_pack(pack)
+    if count == 1:
+        return [identity(meta.seq_len, meta.vocab_size)]
+    if view.box is not None:
+        return sudoku_symmetries(view.box, count)
+    if view.kind == "maze":
+        if count > 8:
+            raise UserError(f"ensemble.augmentations={count} is too large: a square maze has 8 images.")
+        return maze_symmetries(meta.seq_len, meta.vocab_size, count)
+    if view.kind == "arc":
+        raise UserError(
+            f"ensemble.augmentations={count} does not go with an ARC pack, whose augmentations are in it and vote "
+            "already: leave it out."
+        )
+    raise UserError(f"ensemble.augmentations={count} needs a Sudoku or a maze pack, for {pack.path} holds neither.")
+
+
+def task_examiners(pack: Pack) -> list[Examiner]:
+    """Those that the pack's task has."""
+    kind = View.of_pack(pack).kind
+    if kind == "maze":
+        return [MazeExaminer()]
+    return [ArcExaminer(pack)] if kind == "arc" else []
+
+
+class MazeExaminer:
+    """Counts answers that mark a shortest path, be it the label's or another one."""
+
+    counts_votes = False
+
+    def __init__(self) -> None:
+        self._marks: dict[str, list[torch.Tensor]] = {}
+
+    def __call__(self, set_name: str, puzzles: Batch, answers: Answers) -> None:
+        valid = is_shortest_path(puzzles["inputs"].numpy(), answers.tokens.numpy())
+        self._marks.setdefault(set_name, []).append(torch.from_numpy(valid))
+
+    def verdict(self, world: World, folder: Path) -> str:
+        sums = Sums(world)
+        for set_name, marks in self._marks.items():
+            valid = torch.cat(marks).to(world.device)
+            sums.add(set_name, {"shortest": valid.sum(), "count": torch.full_like(valid, 1, dtype=torch.int64).sum()})
+        return "\n".join(
+            f"  {set_name}: {100 * values['shortest']:.2f} % of {values['count']:.0f} answers are a shortest path, the "
+            "label's or another one."
+            for set_name, values in sums.averages().items()
+        )
+
+
+class ArcExaminer:
+    """Lets the augmentations of each test input vote, and writes what to submit."""
+
+    counts_votes = True
+
+    def __init__(self, pack: Pack) -> None:
+        self.scorer = ArcScorer(pack)
+
+    def __call__(self, set_name: str, puzzles: Batch, answers: Answers) -> None:
+        self.scorer.add(
+            puzzles["puzzle_identifiers"].numpy(),
+            puzzles["inputs"].numpy(),
+            answers.tokens.numpy(),
+            answers.q_halt.float().numpy(),
+        )
+
+    def verdict(self, world: World, folder: Path) -> str:
+        gathered = gather_on_main(self.scorer.votes, world)
+        for votes in gathered[1:]:
+            self.scorer.merge(votes)
+        if not gathered:
+            return ""
+        result = self.scorer.result()
+        file = folder / "submission.json"
+        file.write_text(json.dumps(result.submission) + "\n")
+        passed = ", ".join(f"{100 * share:.2f} % at {count}" for count, share in result.pass_at.items())
+        return f"  Tasks solved, by answers allowed: {passed}.\n  Saved the first two answers in {file}."
+
+
+class ReportWriter:
+    """Records an evaluation step by step and writes the HTML report of it, and a GIF of a puzzle of each kind."""
+
+    def __init__(self, pack: Pack, examiners: Sequence[Examiner]) -> None:
+        check_vocabulary(pack.metadata.vocab_size)
+        require_pillow()  # said now, not after minutes of evaluation
+        self._pack = pack
+        self._view = View.of_pack(pack)
+        self._scorer = next((each.scorer for each in examiners if isinstance(each, ArcExaminer)), None)
+        self._names = read_identifiers(pack.path, pack.metadata.num_puzzle_identifiers)
+        may_show = originals(self._names) if self._view.kind == "arc" else None
+        self.recorder = Recorder(_SHOWN_PER_KIND, may_show)
+
+    def write(self, folder: Path, weights_file: Path, world: World) -> Path | None:
+        """The report on the answers of all ranks; its file on rank 0, None elsewhere."""
+        recordings = gather_on_main(self.recorder.recording(), world)
+        if not recordings:
+            return None
+        recording = self.recorder.merge(recordings)
+        tasks = None
+        if self._scorer:
+            tasks = arc_tasks(recording.shown, self._names, self._scorer, arc_demonstrations(self._pack))
+        file = write_report(
+            folder,
+            recording,
+            self._view,
+            title=self._pack.path.name,
+            subtitle=str(weights_file),
+            per_kind=_SHOWN_PER_KIND,
+            rating=Rating.of_pack(self._pack, self._view),
+            names=self._names if self._pack.metadata.num_puzzle_identifiers > 1 else None,
+            tasks=tasks,
+        )
+        write_gifs(folder, recording.shown, self._view)
+        return file
