@@ -67,23 +67,24 @@ PATIENCE = 4096
 
 @dataclass(frozen=True)
 class Puzzles:
-    """Puzzles and their solutions, digits `[N, cells]`."""
+    """Puzzles and their solutions, digits `[N, cells]`, and how hard they are rated `[N]`, if that is known."""
 
     questions: Grids
     answers: Grids
+    ratings: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.questions)
 
     def take(self, rows: NDArray[np.int64]) -> "Puzzles":
-        return Puzzles(self.questions[rows], self.answers[rows])
+        return Puzzles(self.questions[rows], self.answers[rows], None if self.ratings is None else self.ratings[rows])
 
 
 # Puzzles from CSV files.
 
 
 def read_csv(path: Path, min_difficulty: int | None) -> tuple[BoxShape, Puzzles]:
-    """The puzzles of a CSV file (gzipped if its name ends so) with columns question, answer and, to filter, rating.
+    """The puzzles of a CSV file (gzipped if its name ends so) with columns question, answer and, where given, rating.
 
     Raises:
         UserError: if the file cannot be read or a line is malformed; names the line.
@@ -98,22 +99,29 @@ def read_csv(path: Path, min_difficulty: int | None) -> tuple[BoxShape, Puzzles]
             if column not in header:
                 found = ", ".join(header) or "none"
                 raise UserError(f"{path} has no column {column!r} (its first line names: {found}); add it.")
+        if min_difficulty is None and "rating" in header:
+            columns.append("rating")
         rows = ((reader.line_num, row) for row in reader)
         chunks = _csv_chunks(rows, [header.index(column) for column in columns], path, min_difficulty)
-        for lines, questions, answers in chunks:
+        for lines, questions, answers, ratings in chunks:
             if shape is None:
                 with _located(path, lines[0], "question"):
                     shape = BoxShape.from_cells(len(questions[0]))
             block = Puzzles(
                 _parse_column(questions, shape, path, lines, "question"),
                 _parse_column(answers, shape, path, lines, "answer"),
+                np.array(ratings) if len(columns) > 2 else None,
             )
             _check_answers(block, shape, path, lines)
             blocks.append(block)
     if shape is None:
         rated = "" if min_difficulty is None else f" rated {min_difficulty} or more; lower --min-difficulty"
         raise UserError(f"{path} holds no puzzle{rated or '; add lines to it'}.")
-    return shape, Puzzles(np.concatenate([b.questions for b in blocks]), np.concatenate([b.answers for b in blocks]))
+    return shape, Puzzles(
+        np.concatenate([block.questions for block in blocks]),
+        np.concatenate([block.answers for block in blocks]),
+        np.concatenate([block.ratings for block in blocks if block.ratings is not None]) if len(columns) > 2 else None,
+    )
 
 
 @contextmanager
@@ -127,33 +135,37 @@ def _csv_text(path: Path) -> Iterator[TextIO]:
 
 def _csv_chunks(
     rows: Iterator[tuple[int, list[str]]], columns: list[int], path: Path, min_difficulty: int | None
-) -> Iterator[tuple[list[int], list[str], list[str]]]:
-    """Chunks of line numbers, questions and answers; lines rated below `min_difficulty` are left out."""
+) -> Iterator[tuple[list[int], list[str], list[str], list[int]]]:
+    """Chunks of line numbers, questions, answers and ratings, where there are any; lines rated below `min_difficulty`
+    are left out.
+    """
     lines: list[int] = []
     questions: list[str] = []
     answers: list[str] = []
+    ratings: list[int] = []
     for line, row in tqdm(rows, desc=f"Reading {path.name}", unit=" lines", delay=2, leave=False):
         if not row:
             continue
         if len(row) <= max(columns):
             raise UserError(f"{path}, line {line}: its {len(row)} fields are too few; correct or remove the line.")
-        if min_difficulty is not None:
-            rating = row[columns[2]]
+        if len(columns) > 2:
             try:
-                if int(rating) < min_difficulty:
-                    continue
+                rating = int(row[columns[2]])
             except ValueError as error:
                 raise UserError(
-                    f"{path}, line {line}: rating {rating!r} is no whole number; correct or remove the line."
+                    f"{path}, line {line}: rating {row[columns[2]]!r} is no whole number; correct or remove the line."
                 ) from error
+            if min_difficulty is not None and rating < min_difficulty:
+                continue
+            ratings.append(rating)
         lines.append(line)
         questions.append(row[columns[0]])
         answers.append(row[columns[1]])
         if len(lines) == CHUNK:
-            yield lines, questions, answers
-            lines, questions, answers = [], [], []
+            yield lines, questions, answers, ratings
+            lines, questions, answers, ratings = [], [], [], []
     if lines:
-        yield lines, questions, answers
+        yield lines, questions, answers, ratings
 
 
 @contextmanager
@@ -317,24 +329,32 @@ def _draw_puzzles(
 # The pack.
 
 
-def augment(puzzles: Puzzles, shape: BoxShape, num_aug: int, held_out: Grids, rng: np.random.Generator) -> PackSet:
-    """One group for every puzzle: the puzzle itself and `num_aug` random images of it, each with its one example.
+def augment(
+    puzzles: Puzzles, shape: BoxShape, num_aug: int, hints: int, held_out: Grids, rng: np.random.Generator
+) -> PackSet:
+    """One group for every puzzle: the puzzle itself, `num_aug` random images of it and `hints` more that are easier,
+    each with its one example.
 
-    Images whose solution is among the complete grids `held_out` (`[M, cells]`, M may be 0) are drawn again.
+    Easier ones have a share of their blanks filled in, drawn uniformly from none to all for each. Images whose solution
+    is among the complete grids `held_out` (`[M, cells]`, M may be 0) are drawn again.
     """
-    size = 1 + num_aug
+    extra = num_aug + hints
+    size = 1 + extra
     inputs, labels = (np.empty((len(puzzles) * size, shape.cells), dtype=np.uint8) for _ in range(2))
     inputs[::size], labels[::size] = encode_tokens(puzzles.questions), encode_tokens(puzzles.answers)
-    images = len(puzzles) * num_aug
+    images = len(puzzles) * extra
     for start in tqdm(range(0, images, CHUNK), desc="Augmenting", delay=2, leave=False):
         image = np.arange(start, min(start + CHUNK, images))
         while image.size:
-            group, number = np.divmod(image, num_aug)
+            group, number = np.divmod(image, extra)
             row = group * size + 1 + number
             symmetries = random_symmetries(image.size, shape, rng)
-            answers = symmetries.apply(puzzles.answers[group])
-            inputs[row] = encode_tokens(symmetries.apply(puzzles.questions[group]))
-            labels[row] = encode_tokens(answers)
+            questions, answers = (symmetries.apply(grids[group]) for grids in (puzzles.questions, puzzles.answers))
+            if hints:
+                share = np.where(number < num_aug, 0, rng.random(image.size))
+                filled = rng.random(questions.shape) < share[:, None]
+                questions = np.where(filled, answers, questions)
+            inputs[row], labels[row] = encode_tokens(questions), encode_tokens(answers)
             image = image[np.isin(_row_keys(answers), _row_keys(held_out))]
     return PackSet(
         inputs=inputs,
@@ -368,6 +388,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output-dir", type=Path, default=Path("data/sudoku-extreme-full"), help="the pack to write (%(default)s)"
     )
     parser.add_argument("--num-aug", type=int, default=0, help="augmentations of each training puzzle (%(default)s)")
+    parser.add_argument(
+        "--hints",
+        type=int,
+        default=0,
+        help="easier images of each training puzzle, some blanks filled in (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=42, help="of every random choice (%(default)s)")
     source = parser.add_argument_group("source: one of")
     source.add_argument("--source-repo", help=f"hub dataset with train.csv and test.csv (default: {DEFAULT_REPO})")
@@ -393,7 +419,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             place = "does not apply to generated puzzles" if generating else "applies to generated puzzles only"
             mend = "leave it out" if generating else "leave it out or add --generate"
             raise UserError(f"{_option(name)} {place}; {mend}.")
-    for name, least in (("num_aug", 0), ("seed", 0), ("subsample_size", 1), ("train_size", 1), ("test_size", 1)):
+    for name, least in (
+        ("num_aug", 0),
+        ("hints", 0),
+        ("seed", 0),
+        ("subsample_size", 1),
+        ("train_size", 1),
+        ("test_size", 1),
+    ):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UserError(f"{_option(name)} {value} is too small; choose {least} or more.")
@@ -438,19 +471,23 @@ def build(arguments: argparse.Namespace) -> str:
             if arguments.subsample_size is not None and arguments.subsample_size < len(train):
                 train = train.take(np.sort(rng.choice(len(train), arguments.subsample_size, replace=False)))
         most_images = np.iinfo(np.int32).max // len(train) - 1  # a pack's offsets are int32
-        if arguments.num_aug > most_images:
+        if arguments.num_aug + arguments.hints > most_images:
             raise UserError(
-                f"--num-aug {arguments.num_aug} of {len(train)} puzzles is more than a pack can hold; choose at most "
-                f"{most_images}, or fewer puzzles."
+                f"--num-aug {arguments.num_aug} and --hints {arguments.hints} of {len(train)} puzzles are more than a "
+                f"pack can hold; choose at most {most_images} together, or fewer puzzles."
             )
-        write_puzzles(folder / "train", shape, augment(train, shape, arguments.num_aug, held_out, rng))
-        write_puzzles(folder / "test", shape, augment(test, shape, 0, held_out, rng))
+        examples = augment(train, shape, arguments.num_aug, arguments.hints, held_out, rng)
+        write_puzzles(folder / "train", shape, examples)
+        write_puzzles(folder / "test", shape, augment(test, shape, 0, 0, held_out, rng))
+        if test.ratings is not None:  # for accuracy by difficulty
+            np.save(folder / "test" / "all__ratings.npy", test.ratings)
         write_identifiers(folder, ["<blank>"])
         # Where the pack lies is no part of how it was made, so that two copies are equal byte for byte.
         recorded = {name: value for name, value in vars(arguments).items() if name != "output_dir"}
         write_provenance(folder, "dataset/build_sudoku_dataset.py", recorded, source, files)
     return (
-        f"{arguments.output_dir}: {len(train):,} training puzzles with {arguments.num_aug:,} augmentations each and "
+        f"{arguments.output_dir}: {len(train):,} training puzzles with {arguments.num_aug:,} augmentations"
+        f"{f' and {arguments.hints:,} easier ones' if arguments.hints else ''} each and "
         f"{len(test):,} test puzzles of {shape.side}x{shape.side} cells, from {source}, "
         f"in {time.perf_counter() - begin:.1f} s"
     )

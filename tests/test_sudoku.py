@@ -406,8 +406,38 @@ def test_an_image_is_redrawn_until_it_is_not_held_out() -> None:
     other = images[(images != grid).any(1)][0]
     allowed = rows_of(np.stack([grid[0], other]))
     held_out = np.array([image for image in images if bytes(image) not in allowed])
-    augmented = builder.augment(builder.Puzzles(grid, grid), SMALL, 30, held_out, rng)
+    augmented = builder.augment(builder.Puzzles(grid, grid), SMALL, 30, 0, held_out, rng)
     assert rows_of(sudoku.decode_tokens(augmented.labels)) == allowed
+
+
+def test_hints_make_easier_images(tmp_path: Path) -> None:
+    sizes = ("--generate", "2x3", "--train-size", 10, "--test-size", 5, "--givens", 12, "--num-aug", 2, "--hints", 40)
+    train, test = run(tmp_path / "pack", *sizes)
+    data, shape = train.sets["all"], BoxShape(2, 3)
+    groups = np.diff(data.puzzle_indices[data.group_indices])
+    assert groups.tolist() == [43] * 10
+    givens = (sudoku.decode_tokens(data.inputs) != 0).sum(1).reshape(10, 43)
+    assert (givens[:, :3] == 12).all()
+    assert (givens[:, 3:] >= 12).all()
+    # A uniform share of the 24 blanks: about 12 on average, and anything from none to all.
+    assert abs(givens[:, 3:].mean() - 24) < 1
+    assert len(np.unique(givens[:, 3:])) > 20
+    inputs, labels = sudoku.decode_tokens(data.inputs), sudoku.decode_tokens(data.labels)
+    assert ((inputs == 0) | (inputs == labels)).all()
+    assert sudoku.is_solved(labels, shape).all()
+    assert len(test.sets["all"].inputs) == 5
+
+
+def test_ratings_of_test_puzzles_are_kept(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    grids = sudoku.random_grids(6, SMALL, rng)
+    for split, rows in (("train", grids[:3]), ("test", grids[3:])):
+        lines = ["source,question,answer,rating"]
+        lines += [f"here,{''.join(map(str, row))},{''.join(map(str, row))},{7 * n}" for n, row in enumerate(rows)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    run(tmp_path / "pack", "--source-dir", tmp_path, "--num-aug", 1)
+    assert np.load(tmp_path / "pack/test/all__ratings.npy").tolist() == [0, 7, 14]
+    assert not (tmp_path / "pack/train/all__ratings.npy").exists()
 
 
 def test_9x9_training_and_test_grids_are_not_equivalent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -552,7 +582,10 @@ def failure(capsys: pytest.CaptureFixture[str], output: Path, *arguments: object
         ("--source-dir d --subsample-size 0", "--subsample-size 0 is too small; choose 1 or more."),
         ("--generate 3x3 --givens 16", "--givens 16 is out of range for 3x3 boxes; choose 17 to 80."),
         ("--generate 2x2 --givens 16", "--givens 16 is out of range for 2x2 boxes; choose 4 to 15."),
-        ("--generate 2x2 --train-size 3 --test-size 2 --num-aug 999999999", "--num-aug 999999999 of 3 puzzles is more"),
+        (
+            "--generate 2x2 --train-size 3 --test-size 2 --num-aug 999999999",
+            "--num-aug 999999999 and --hints 0 of 3 puzzles are more",
+        ),
         # 144 grids a side, of which each has 16 puzzles with one blank
         (
             "--generate 2x2 --givens 15 --train-size 2305 --test-size 2305",

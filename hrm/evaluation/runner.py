@@ -202,6 +202,11 @@ def _average(totals: dict[str, Tensor], world: World) -> dict[str, float]:
     return {"count": count} | {name: value / max(count, 1) for name, value in values.items()}
 
 
+def _natural(name: str) -> list[str | int]:
+    """A key that sorts of_2 before of_16."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
 class Pace:
     """Puzzles a second of all ranks together."""
 
