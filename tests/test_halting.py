@@ -147,10 +147,10 @@ def test_training_halts_when_halting_is_worth_more(tiny_arch: Arch, random_batch
 
 
 def scripted_q(pairs: list[tuple[list[float], list[float]]]) -> Callable[[InnerCarry], tuple[Tensor, Tensor]]:
-    """Stands in for `q_values`: the first call of a training step is the step's own, the second looks ahead."""
+    """Stands in for functions that read q off a state: each call takes the next pair."""
     script: Iterator[tuple[list[float], list[float]]] = iter(pairs)
 
-    def q_values(_: InnerCarry) -> tuple[Tensor, Tensor]:
+    def q_values(*_: object) -> tuple[Tensor, Tensor]:
         q_halt, q_continue = next(script)
         return torch.tensor(q_halt), torch.tensor(q_continue)
 
@@ -184,8 +184,7 @@ def test_a_single_step(tiny_arch: Arch, random_batch: RandomBatch) -> None:
 def test_target_formula(tiny_arch: Arch, random_batch: RandomBatch, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = build(tiny_arch), random_batch()
     next_halt, next_continue = [0.3, -2.0, -2.0], [-0.7, 1.5, 1.5]
-    script = [([0.0] * 3, [0.0] * 3), (next_halt, next_continue)]
-    monkeypatch.setattr(model.model.inner, "q_values", scripted_q(script))
+    monkeypatch.setattr(model.model.inner, "recur_to_q_values", scripted_q([(next_halt, next_continue)]))
     carry = replace(model.initial_carry(batch), halted=torch.zeros(3, dtype=torch.bool), steps=torch.tensor([0, 1, 3]))
     _, outputs = step(model, carry, batch)
     better = [0.3, 1.5, -2.0]  # the last of the four steps cannot go on

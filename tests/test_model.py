@@ -4,7 +4,7 @@ import functools
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,8 @@ import hrm
 from hrm.batch import Batch
 from hrm.config import CONFIG_DIR, KernelsConfig, kernels_config
 from hrm.errors import UserError
-from hrm.kernels import BACKENDS, Place, ReasoningModule, make_reasoning_module, naive, resolve
+from hrm.kernels import BACKENDS, Kernels, Place, ReasoningModule, make_kernels, naive, resolve
+from hrm.kernels.cycles import chunked, looped
 from hrm.kernels.naive import BlockWeights, RotaryTables
 from hrm.models import ACTLossHead
 from hrm.models.hrm_v1 import InnerCarry
@@ -366,7 +367,7 @@ def test_naive_module(batch: int, tokens: int, theta: float | None) -> None:
 
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_module_on_cpu() -> None:
-    module = make_reasoning_module(resolve(kernels_config("compile"), ON_CPU))
+    module = make_kernels(resolve(kernels_config("compile"), ON_CPU)).reasoning_module
     assert module is not naive.reasoning_module
     case = reference_case(batch=2, tokens=17, theta=10000.0, width=48, num_heads=3, inner=40, num_blocks=1)
     with torch._inductor.config.patch({"cpp.vec_isa_ok": True}):  # the trial of the compiler costs as much as the rest
@@ -380,7 +381,8 @@ def test_compiled_module_on_cpu() -> None:
 @pytest.mark.parametrize("batch", [1, 5, 8])
 def test_module_on_gpu(preset: str, tokens: int, batch: int) -> None:
     case = reference_case(batch, tokens, theta=10000.0, width=256, num_heads=4, inner=768)
-    module = make_reasoning_module(resolve(kernels_config(preset), Place(torch.device("cuda"), torch.bfloat16, 64)))
+    place = Place(torch.device("cuda"), torch.bfloat16, 64, num_tokens=tokens, batch_size=batch, width=256)
+    module = make_kernels(resolve(kernels_config(preset), place)).reasoning_module
     torch._dynamo.reset()
     # Without it, shapes beyond the limit would silently run uncompiled.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -479,6 +481,19 @@ def test_one_step_gradient(tiny_arch: Arch, random_batch: RandomBatch, cycles: t
         )
 
 
+def computed_by(kernels: Kernels, module: ReasoningModule) -> Kernels:
+    """`kernels` with all modules computed by `module`, and blocks of the first token on weights of any dtype."""
+
+    def first_token_block(
+        x: Tensor, weights: BlockWeights, rotary: RotaryTables | None, num_heads: int, eps: float
+    ) -> Tensor:
+        cast = BlockWeights(*(weight.to(x.dtype) for weight in weights))
+        return naive.first_token_block(x, cast, rotary, num_heads, eps)
+
+    cycles = looped({"H": module, "L": module})
+    return replace(kernels, reasoning_module=module, first_token_block=first_token_block, cycles=cycles)
+
+
 def test_updates_in_order(tiny_arch: Arch, random_batch: RandomBatch) -> None:
     """L, L, H, L, L, H, gradient only in the last two; H is injected z_L, L is injected z_H + E."""
     model = build(tiny_arch)
@@ -497,7 +512,7 @@ def test_updates_in_order(tiny_arch: Arch, random_batch: RandomBatch) -> None:
         calls.append((state, injection, blocks, output, torch.is_grad_enabled()))
         return output
 
-    inner.reasoning_module = recording
+    inner.kernels = computed_by(inner.kernels, recording)
     prepared, z = inner.prepare(batch), random_carry(model, batch)
     result = inner.recur(z, prepared)
     assert [grad for *_, grad in calls] == [False] * 4 + [True] * 2
@@ -517,6 +532,36 @@ def test_updates_in_order(tiny_arch: Arch, random_batch: RandomBatch) -> None:
     assert result.z_L is z_L
 
 
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+@pytest.mark.parametrize("H_layers", [1, 3])
+def test_target_needs_the_first_token_only(
+    positions: str, H_layers: int, tiny_arch: Arch, random_batch: RandomBatch
+) -> None:
+    arch = tiny_arch | {"pos_encodings": positions, "H_layers": H_layers, "forward_dtype": "float64"}
+    model = randomised(build(arch)).double()
+    inner = model.model.inner
+    with torch.no_grad():
+        prepared, carry = inner.prepare(random_batch()), random_carry(model, random_batch())
+        expected = inner.q_values(inner.recur(carry, prepared))
+        found = inner.recur_to_q_values(carry, prepared)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 3, 5])
+def test_chunks_change_nothing(sequences: int, tiny_arch: Arch, random_batch: RandomBatch) -> None:
+    model = randomised(build(tiny_arch | {"H_cycles": 3, "forward_dtype": "float64"})).double()
+    inner, batch = model.model.inner, random_batch(batch_size=5)
+    with torch.no_grad():
+        prepared, carry = inner.prepare(batch), random_carry(model, batch)
+        before = [carry.z_H.clone(), carry.z_L.clone()]
+        expected = inner.recur(carry, prepared)
+        inner.kernels = replace(inner.kernels, cycles=chunked(inner.kernels.cycles, sequences))
+        found = inner.recur(carry, prepared)
+    torch.testing.assert_close([found.z_H, found.z_L], [expected.z_H, expected.z_L], rtol=1e-12, atol=1e-12)
+    assert torch.equal(carry.z_H, before[0])
+    assert torch.equal(carry.z_L, before[1])
+
+
 def test_casting_weights_once_changes_nothing(
     tiny_arch: Arch, random_batch: RandomBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -531,16 +576,15 @@ def test_casting_weights_once_changes_nothing(
         num_heads: int,
         eps: float,
     ) -> Tensor:
-        assert {weight.dtype for block in blocks for weight in block} == {torch.float32}
+        assert {weight.dtype for block in blocks for weight in block} <= {torch.float32}
         cast = [BlockWeights(*(weight.to(state.dtype) for weight in block)) for block in blocks]
         return naive.reasoning_module(state, injection, cast, rotary, num_heads, eps)
 
     inner = each_time.model.inner
-    inner.reasoning_module = casting
-    for level in (inner.H_level, inner.L_level):
-        masters = level.weights(torch.float32)
-        monkeypatch.setattr(level, "weights", lambda dtype, masters=masters: masters)
-    outputs, expected = train_step(once, batch), train_step(each_time, batch)
+    inner.kernels = computed_by(inner.kernels, casting)
+    outputs = train_step(once, batch)
+    monkeypatch.setattr("hrm.models.hrm_v1.in_dtype", lambda weights, dtype: tuple(weights))
+    expected = train_step(each_time, batch)
     assert all(torch.equal(outputs[name], expected[name]) for name in expected)
     found, wanted = gradients(once), gradients(each_time)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -631,6 +675,7 @@ def test_impossible_data(tiny_arch: Arch, name: str) -> None:
 )
 def test_triton_names_what_it_lacks(place: Place, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError) as raised:
         resolve(KernelsConfig("triton"), place)
@@ -642,17 +687,17 @@ def test_triton_names_what_it_lacks(place: Place, said: str, monkeypatch: pytest
 def test_presets_load(preset: str) -> None:
     """And run on the CPU, or say why not."""
     config = kernels_config(preset)
-    if config.cuda_graphs or config.backend == "triton":
+    if config.cuda_graphs:
         with pytest.raises(UserError, match=r"needs an NVIDIA GPU, not cpu; take kernels=naive\.$"):
             resolve(config, ON_CPU)
     elif not config.compile or shutil.which("c++") or shutil.which("g++"):
         assert resolve(config, ON_CPU).backend in BACKENDS
-        assert callable(make_reasoning_module(resolve(config, ON_CPU)))
+        assert callable(make_kernels(resolve(config, ON_CPU)).reasoning_module)
 
 
 def test_kernels_from_preset_mapping_or_object(tiny_arch: Arch) -> None:
     for kernels in ("naive", "auto", {"backend": "naive"}, {}, KernelsConfig()):
-        assert build(tiny_arch, kernels=kernels).model.inner.reasoning_module is naive.reasoning_module
+        assert build(tiny_arch, kernels=kernels).model.inner.kernels.config.backend == "naive"
 
 
 @pytest.mark.parametrize(

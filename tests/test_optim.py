@@ -158,6 +158,34 @@ def test_adam_atan2_continues_from_its_state() -> None:
     assert not any(torch.equal(one, other) for one, other in zip(whole, forgetful, strict=True))
 
 
+@pytest.mark.parametrize(("first", "second"), [(False, True), (True, False), (True, True)])
+def test_states_continue_on_device_or_host(first: bool, second: bool) -> None:
+    """Where count and rate are kept is no part of a state; a tensor that a CUDA graph reads the rate from stays."""
+
+    def make(params: Sequence[torch.nn.Parameter], capturable: bool, lr: float) -> AdamATan2:
+        rate = torch.tensor(lr, dtype=torch.float64) if capturable else lr
+        return AdamATan2(params, rate, BETAS, WEIGHT_DECAY, capturable=capturable)
+
+    def take(optimizer: AdamATan2, params: Sequence[torch.nn.Parameter], step: int) -> None:
+        set_grads(params, step, every=True)
+        optimizer.step()
+
+    whole, half = initial_params(torch.float32), initial_params(torch.float32)
+    reference, earlier, later = make(whole, False, 0.1), make(half, first, 0.1), make(half, second, 5.0)
+    own_rate = later.param_groups[0]["lr"]
+    for step in range(1, 4):
+        take(reference, whole, step)
+        take(earlier, half, step)
+    later.load_state_dict(through_a_file(earlier.state_dict()))
+    assert later.param_groups[0]["lr"] == 0.1
+    assert not second or later.param_groups[0]["lr"] is own_rate
+    assert {type(state["step"]) for state in later.state.values()} == {torch.Tensor if second else int}
+    for step in range(4, NUM_STEPS + 1):
+        take(reference, whole, step)
+        take(later, half, step)
+    assert all(torch.equal(one, other) for one, other in zip(whole, half, strict=True))
+
+
 # --- sparse SignSGD ---
 
 LR, NDIM = 0.1, 6
@@ -252,13 +280,16 @@ def test_evaluation_between_backward_and_step_does_not_disturb() -> None:
     assert torch.equal(table.weights, same.weights)
 
 
-def test_sparse_sign_sgd_continues_from_its_state() -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_sparse_sign_sgd_continues_from_its_state(on_device: bool) -> None:
     table = make_table(4, torch.float32)
     optimizer = SparseSignSGD(table, LR, weight_decay=0.7)
     optimizer.param_groups[0]["lr"] = 0.025
     copy = make_table(4, torch.float32)
-    second = SparseSignSGD(copy, lr=1.0)
+    second = SparseSignSGD(copy, lr=torch.tensor(1.0, dtype=torch.float64) if on_device else 1.0)
+    rate = second.param_groups[0]["lr"]
     second.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert second.param_groups[0]["lr"] is rate or not on_device
     for each, stepping in ((table, optimizer), (copy, second)):
         read_rows(each, [1, 3, 1], random_gradient(3, 0).float())
         stepping.step()

@@ -1,5 +1,6 @@
 """The attention kernels against `naive`: in Triton's interpreter where there is no GPU, compiled where there is one."""
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -10,9 +11,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from hrm.errors import UserError
-from hrm.kernels import naive
+from hrm.kernels import Place, naive
+from hrm.kernels.attention import PROVIDERS
 from hrm.kernels.naive import BlockWeights, RotaryTables, rotary_tables
-from hrm.kernels.triton_attention import attention
+from hrm.kernels.triton_attention import attention, first_token_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.gpu
@@ -74,12 +76,20 @@ def errors(results: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> list
     return [relative(results[0], exact[0]), *(relative(x, y) for x, y in gradients)]
 
 
-def check(batch: int, tokens: int, num_heads: int, head_size: int, dtype: torch.dtype, rotate: bool = True) -> None:
+def check(
+    batch: int,
+    tokens: int,
+    num_heads: int,
+    head_size: int,
+    dtype: torch.dtype,
+    rotate: bool = True,
+    attend: Run = attention,
+) -> None:
     """In float32 to rounding; in 16 bit as near to float64 as `naive` comes."""
     qkv, rotary, grad = draw(batch, tokens, num_heads, head_size, dtype, rotate)
     wide = RotaryTables(rotary.cos.double(), rotary.sin.double()) if rotary is not None else None
     exact = result_and_gradient(reference, qkv.double(), wide, grad.double(), num_heads)
-    results = result_and_gradient(attention, qkv, rotary, grad, num_heads)
+    results = result_and_gradient(attend, qkv, rotary, grad, num_heads)
     assert results[0].dtype == results[1].dtype == dtype
     if dtype == torch.float32:
         limits = [1e-5] * 4
@@ -222,12 +232,61 @@ def test_on_the_gpu(batch: int, tokens: int, head_size: int, dtype: torch.dtype)
     check(batch, tokens, 3, head_size, dtype)
 
 
+def check_first_token(
+    batch: int, tokens: int, num_heads: int, head_size: int, dtype: torch.dtype, rotate: bool = True
+) -> None:
+    """As near to the first row of the definition as rounding the result comes."""
+    qkv, rotary, _ = draw(batch, tokens, num_heads, head_size, dtype, rotate)
+    width = num_heads * head_size
+    wide = RotaryTables(rotary.cos.double(), rotary.sin.double()) if rotary is not None else None
+    exact = reference(qkv.double(), wide, num_heads)[:, 0]
+    ours = first_token_attention(qkv[:, 0, :width], qkv[..., width:], rotary, num_heads)
+    assert ours.dtype == dtype
+    limit = max(1e-6, 1.5 * ((exact.to(dtype).double() - exact).norm() / exact.norm()).item())
+    assert (ours.double() - exact).norm() / exact.norm() < limit
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("tokens", "head_size"), [(1, 16), (5, 128), (64, 32), (82, 64), (150, 16)])
+def test_first_token(tokens: int, head_size: int, dtype: torch.dtype, rotate: bool) -> None:
+    check_first_token(3, tokens, 2, head_size, dtype, rotate)
+
+
+@pytest.mark.parametrize(
+    ("q_shape", "kv_shape", "named"),
+    [((2, 64), (2, 5, 64), r"\(2, 32\)"), ((3, 32), (2, 5, 64), r"\(3, 32\)"), ((2, 32), (2, 5, 62), "kv has shape")],
+)
+def test_first_token_errors_name_the_culprit(q_shape: tuple[int, ...], kv_shape: tuple[int, ...], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        first_token_attention(torch.zeros(q_shape), torch.zeros(kv_shape), None, 2)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("head_size", [16, 32, 64, 128])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (7, 82), (3, 901)])
+def test_first_token_on_the_gpu(batch: int, tokens: int, head_size: int, dtype: torch.dtype) -> None:
+    check_first_token(batch, tokens, 3, head_size, dtype)
+
+
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [82, 901])
 def test_on_the_gpu_without_rotation(tokens: int, dtype: torch.dtype) -> None:
     check(5, tokens, 3, 64, dtype, rotate=False)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_for_hopper_and_their_gradient(dtype: torch.dtype) -> None:
+    place = Place(torch.device("cuda"), dtype, 64, num_tokens=901)
+    if reason := PROVIDERS["gluon"].why_not(place):
+        pytest.skip(reason)
+    check(45, 901, 3, 64, dtype, attend=functools.partial(attention, gluon=True))
 
 
 @gpu

@@ -1,7 +1,9 @@
-"""The maths of a reasoning module, once per backend.
+"""The maths of a reasoning module, once per backend, and the choice between them.
 
-A backend is a function with the signature and the meaning of `naive.reasoning_module`. To add one, write a file with
-such a function, name it in `BACKENDS`, and add a preset to `config/kernels/`.
+A backend is a module of this package with two functions of the signature and meaning of those in `naive`:
+`reasoning_module` and `first_token_block`. To add one, write such a file, name it in `BACKENDS`, and add a preset to
+`config/kernels/`. What may be combined with a backend, and leaves the maths alone, are switches of
+`hrm.config.KernelsConfig`.
 """
 
 from __future__ import annotations
@@ -12,13 +14,16 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hrm.config import KernelsConfig, neighbours
 from hrm.errors import UserError
+from hrm.kernels import attention, naive
+from hrm.kernels.cycles import Cycles, FreeModule, chunked, looped
 from hrm.kernels.naive import BlockWeights, RotaryTables
 
 
@@ -36,20 +41,70 @@ class ReasoningModule(Protocol):
     ) -> Tensor: ...
 
 
+class FirstTokenBlock(Protocol):
+    """See `hrm.kernels.naive.first_token_block`."""
+
+    def __call__(
+        self, x: Tensor, weights: BlockWeights, rotary: RotaryTables | None, num_heads: int, eps: float
+    ) -> Tensor: ...
+
+
+class Restart(Protocol):
+    """See `hrm.kernels.naive.restart`."""
+
+    def __call__(
+        self,
+        z_H: Tensor,
+        z_L: Tensor,
+        H_init: Tensor,
+        L_init: Tensor,
+        halted: Tensor,
+        steps: Tensor,
+        data: Sequence[Tensor],
+        fresh: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What computes a model."""
+
+    config: KernelsConfig  # resolved: no `auto` in it
+    reasoning_module: ReasoningModule  # differentiable
+    first_token_block: FirstTokenBlock
+    restart: Restart
+    cycles: Cycles  # updates that need no gradient
+    fp8_levels: str  # of H and L, those whose updates without gradient are computed in fp8
+
+    def prepare(self, level: str, blocks: Sequence[BlockWeights]) -> Sequence[Any]:
+        """The blocks of level `H` or `L` as `cycles` wants them."""
+        if level not in self.fp8_levels:
+            return blocks
+        from hrm.kernels import fp8
+
+        return fp8.quantize_blocks(blocks)
+
+
 class Place(NamedTuple):
-    """Where and on what a reasoning module is to run."""
+    """Where and on what reasoning modules are to run."""
 
     device: torch.device
     dtype: torch.dtype  # of the activations
     head_size: int
     rotary: bool = True
+    num_tokens: int = 82  # of a sequence, the puzzle prefix included
+    batch_size: int = 384  # sequences on this rank
+    width: int = 512  # hidden size
 
 
 class Backend(NamedTuple):
-    """A module of this package with a function `reasoning_module`, imported when it is asked for."""
+    """A module of this package, imported when it is asked for."""
 
     module: str
     why_not: Callable[[Place], str | None]  # the reason why it cannot run there, or None
+    unrolled: str | None = None  # a module whose function `cycles` computes all updates without gradient at once
+    takes_attention: bool = False  # whether its `reasoning_module` has an argument `attend`
+    compiles: bool = True  # whether torch.compile can take it into a graph
 
 
 def _anywhere(place: Place) -> str | None:
@@ -74,14 +129,23 @@ def _is_measured(place: Place) -> bool:
     return place.rotary and torch.cuda.get_device_capability(place.device) == (9, 0)
 
 
+def _why_not_cute(place: Place) -> str | None:
+    from hrm.kernels import cute_module
+
+    return cute_module.why_not(place)
+
+
 BACKENDS = {
-    "naive": Backend("hrm.kernels.naive", _anywhere),
-    "triton": Backend("hrm.kernels.triton_module", _why_not_triton),
+    "naive": Backend("hrm.kernels.naive", _anywhere, takes_attention=True),
+    "triton": Backend("hrm.kernels.triton_module", _why_not_triton, takes_attention=True),
+    "triton_unrolled": Backend("hrm.kernels.triton_module", _why_not_triton, unrolled="hrm.kernels.triton_unrolled"),
+    "head_parallel": Backend("hrm.kernels.head_parallel", _why_not_triton),
+    "cute": Backend("hrm.kernels.cute_module", _why_not_cute, compiles=False),
 }
 
 
 def resolve(config: KernelsConfig, place: Place) -> KernelsConfig:
-    """The choice with `auto` replaced by the fastest backend and switches that run at `place`.
+    """The choice with every `auto` replaced by the fastest that runs at `place`.
 
     Raises:
         UserError: a backend or a switch does not exist or cannot run there; the sentence gives the reason.
@@ -89,32 +153,82 @@ def resolve(config: KernelsConfig, place: Place) -> KernelsConfig:
     on_cuda = place.device.type == "cuda"
     if config.backend == "auto":
         if config.compile or config.cuda_graphs:
-            raise UserError("kernels=auto chooses every switch itself: set kernels.backend too, or drop the switch.")
+            raise UserError(
+                "kernels.backend=auto chooses compile and cuda_graphs itself: name a backend too, or drop the switch."
+            )
         if on_cuda and _why_not_triton(place) is None and _is_measured(place):
-            return KernelsConfig("triton", cuda_graphs=True)
-        return KernelsConfig("naive", compile=on_cuda and _why_not_compiled(place) is None, cuda_graphs=on_cuda)
+            config = replace(config, backend="triton", cuda_graphs=True)
+        else:
+            compiled = on_cuda and _why_not_compiled(place) is None
+            config = replace(config, backend="naive", compile=compiled, cuda_graphs=on_cuda)
     if config.backend not in BACKENDS:
         raise UserError(f"kernels.backend={config.backend} is not one; {neighbours(config.backend, BACKENDS)}")
-    if reason := BACKENDS[config.backend].why_not(place):
+    backend = BACKENDS[config.backend]
+    if reason := backend.why_not(place):
         raise UserError(f"kernels.backend={config.backend} cannot run: {reason}; take kernels=naive.")
+    if config.compile and not backend.compiles:
+        raise UserError(f"kernels.compile=true does not go with kernels.backend={config.backend}: drop one of them.")
     if config.compile and (reason := _why_not_compiled(place)):
         raise UserError(f"kernels.compile=true cannot run on {place.device.type}: {reason}; take kernels=naive.")
     if config.cuda_graphs and not on_cuda:
         raise UserError(f"kernels.cuda_graphs=true needs an NVIDIA GPU, not {place.device.type}; take kernels=naive.")
-    return config
+    if config.fused_step and (reason := _why_not_triton(place)):
+        raise UserError(f"kernels.fused_step=true cannot run: {reason}; take kernels=naive.")
+    if backend.unrolled and config.fp8 != "none":
+        raise UserError(f"kernels.fp8={config.fp8} does not go with kernels.backend={config.backend}: take triton.")
+    return replace(config, attention=_resolve_attention(config, backend, place))
+
+
+def _resolve_attention(config: KernelsConfig, backend: Backend, place: Place) -> str:
+    if backend.takes_attention:
+        return attention.choose(config.attention, place, compiled=config.compile)
+    if config.attention != "auto":
+        raise UserError(f"kernels.backend={config.backend} has an attention of its own: drop kernels.attention.")
+    return "own"
+
+
+def describe(config: KernelsConfig) -> str:
+    """A resolved choice in a few words."""
+    attend = [] if config.attention == "own" else [f"attention {config.attention}"]
+    switches = [name for name in ("compile", "cuda_graphs", "fused_step") if getattr(config, name)]
+    chunk = [f"chunks of {config.chunk}"] if config.chunk else []
+    fp8 = [f"fp8 in {config.fp8}"] if config.fp8 != "none" else []
+    return ", ".join([config.backend, *attend, *switches, *chunk, *fp8])
+
+
+def make_kernels(config: KernelsConfig) -> Kernels:
+    """The functions behind a choice that `resolve` returned."""
+    module, first_token_block = _load(config.backend, config.attention, config.compile)
+    fp8_levels = {"none": "", "both": "HL"}.get(config.fp8, config.fp8)
+    if unrolled := BACKENDS[config.backend].unrolled:
+        cycles: Cycles = importlib.import_module(unrolled).cycles
+    else:
+        free_modules: dict[str, FreeModule] = dict.fromkeys("HL", module)
+        if fp8_levels:
+            from hrm.kernels import fp8
+
+            free_modules |= dict.fromkeys(fp8_levels, fp8.reasoning_module)
+        cycles = looped(free_modules)
+    if config.chunk:
+        cycles = chunked(cycles, config.chunk)
+    restart: Restart = naive.restart
+    if config.fused_step:
+        restart = importlib.import_module("hrm.kernels.triton_carry").restart
+    return Kernels(config, module, first_token_block, restart, cycles, fp8_levels)
 
 
 @functools.cache
-def _load(backend: str, compiled: bool) -> ReasoningModule:
-    module: ReasoningModule = importlib.import_module(BACKENDS[backend].module).reasoning_module
-    # Shapes are static within a run, so each gets code of its own. With fullgraph, too many of them (PyTorch's limit
-    # is 8) are an error instead of a silent fall back to uncompiled code.
-    return torch.compile(module, dynamic=False, fullgraph=True) if compiled else module
-
-
-def make_reasoning_module(config: KernelsConfig) -> ReasoningModule:
-    """The function that computes reasoning modules under a choice that `resolve` returned."""
-    return _load(config.backend, config.compile)
+def _load(backend: str, attend: str, compiled: bool) -> tuple[ReasoningModule, FirstTokenBlock]:
+    module = importlib.import_module(BACKENDS[backend].module)
+    reasoning_module, first_token_block = module.reasoning_module, module.first_token_block
+    if BACKENDS[backend].takes_attention:
+        reasoning_module = functools.partial(reasoning_module, attend=attention.get(attend))
+    if compiled:
+        # Shapes are static within a run, so each gets code of its own. With fullgraph, too many of them (PyTorch's
+        # limit is 8) are an error instead of a silent fall back to uncompiled code.
+        reasoning_module = torch.compile(reasoning_module, dynamic=False, fullgraph=True)
+        first_token_block = torch.compile(first_token_block, dynamic=False, fullgraph=True)
+    return reasoning_module, first_token_block
 
 
 def _why_not_compiled(place: Place) -> str | None:

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
 # A row of an operand tile is 128 bytes, the widest that TMA swizzles against bank conflicts.
 _ROWS, _COLUMNS = 128, 64
 # x stays in shared memory whole: 8 slices of 16 KiB, beside 4 stages of weights and 2 tiles of output of 16 KiB each.
@@ -263,9 +263,9 @@ def _unpack(words: gl.tensor, dtype: gl.constexpr, layout: gl.constexpr) -> Any:
 
 
 @gluon.jit
-def _add_residual(x: gl.tensor, residual: gl.shared_memory_descriptor, PACK: gl.constexpr) -> Any:
-    """x + residual, and the sum of its squares in each row."""
-    x += residual.load(x.type.layout).to(gl.float32)
+def _add_residual(x: gl.tensor, residual: gl.shared_memory_descriptor, SCALE: gl.constexpr, PACK: gl.constexpr) -> Any:
+    """SCALE x + residual, and the sum of its squares in each row."""
+    x = SCALE * x + residual.load(x.type.layout).to(gl.float32)
     squares = gl.sum(x * x, 1)
     if PACK:
         x = _pack(x, residual.dtype)
@@ -283,15 +283,18 @@ def _half_row(
     buffers: gl.tuple,
     barriers: gl.tuple,
     K: gl.tensor,
+    SCALE: gl.constexpr,
     STAGES: gl.constexpr,
 ) -> Any:
-    """Columns of x @ weight.T + residual in quarters (the first half packed), and the sums of their squares."""
+    """Columns of SCALE x @ weight.T + residual in quarters (the first half packed), and the sums of their squares."""
     x_ring, weight_ring, staging = buffers
     full, empty, residual_full = barriers
     BLOCK_M: gl.constexpr = x_ring.type.shape[1]
     BLOCK_K: gl.constexpr = x_ring.type.shape[2]
     BLOCK_N: gl.constexpr = weight_ring.type.shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
+    # A matrix instruction takes 32 bytes of each row.
+    inputs: gl.constexpr = 256 // x_ring.dtype.primitive_bitwidth
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_M // 16, 1], [16, BLOCK_N, inputs])
     acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
     # The first slice is being multiplied while `staging` passes from the last store to this half's residual.
     stage = step % STAGES
@@ -317,26 +320,43 @@ def _half_row(
     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
     mbarrier.wait(residual_full, HALF)
     a, b, c, d = _quarters(acc)
-    a, squares_a = _add_residual(a, staging.index(0), HALF == 0)
-    b, squares_b = _add_residual(b, staging.index(1), HALF == 0)
-    c, squares_c = _add_residual(c, staging.index(2), HALF == 0)
-    d, squares_d = _add_residual(d, staging.index(3), HALF == 0)
+    a, squares_a = _add_residual(a, staging.index(0), SCALE, HALF == 0)
+    b, squares_b = _add_residual(b, staging.index(1), SCALE, HALF == 0)
+    c, squares_c = _add_residual(c, staging.index(2), SCALE, HALF == 0)
+    d, squares_d = _add_residual(d, staging.index(3), SCALE, HALF == 0)
     return step, a, b, c, d, squares_a + squares_b + squares_c + squares_d
 
 
 @gluon.jit
 def _store_quarter(
-    j: gl.constexpr,
+    J: gl.constexpr,
     x: gl.tensor,
     scale: gl.tensor,
-    desc: tma.tensor_descriptor,
+    descs: gl.tuple,
     m: gl.tensor,
-    n: gl.tensor,
-    staging: gl.shared_memory_descriptor,
+    HALF: gl.constexpr,
+    buffers: gl.tuple,
+    ROUND: gl.constexpr,
 ) -> None:
-    staging.index(j).store((x * scale).to(staging.dtype))
+    """Write a quarter of half a row to y and, with ROUND, also in e4m3."""
+    y_desc, y8_desc = descs
+    staging, staging8 = buffers
+    quarter: gl.constexpr = 4 * HALF + J
+    n: gl.constexpr = quarter * x.type.shape[1]
+    # A buffer is free when what left from it last has been read: the store four quarters back; in e4m3, which leaves as
+    # a store of its own, two quarters back. Before the first half, `_half_row` waited for all of the tile before.
+    if ROUND:
+        tma.store_wait(2)
+    elif HALF == 1:
+        tma.store_wait(3)
+    y = x * scale
+    staging.index(J).store(y.to(staging.dtype))
+    if ROUND:
+        staging8.index(J % 2).store(y.to(staging8.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(desc, [m, n + j * x.type.shape[1]], staging.index(j))
+    tma.async_copy_shared_to_global(y_desc, [m, n], staging.index(J))
+    if ROUND:
+        tma.async_copy_shared_to_global(y8_desc, [m, n], staging8.index(J % 2))
 
 
 @gluon.jit
@@ -348,38 +368,38 @@ def _norm_multiply(
     M: gl.tensor,
     K: gl.tensor,
     eps: gl.tensor,
+    SCALE: gl.constexpr,
     STAGES: gl.constexpr,
     SAVE: gl.constexpr,
+    ROUND: gl.constexpr,
 ) -> None:
-    residual_desc, y_desc = descs
-    x_ring, weight_ring, staging = buffers
+    residual_desc, y_desc, y8_desc = descs
+    x_ring, weight_ring, staging, staging8 = buffers
     BLOCK_M: gl.constexpr = x_ring.type.shape[1]
     BLOCK_N: gl.constexpr = weight_ring.type.shape[1]
-    dtype: gl.constexpr = x_ring.dtype
+    dtype: gl.constexpr = staging.dtype
+    operands = (x_ring, weight_ring, staging)
+    results = (y_desc, y8_desc)
+    stagings = (staging, staging8)
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(M, BLOCK_M), gl.num_programs(0)):
         m = tile * BLOCK_M
-        step, a, b, c, d, squares_left = _half_row(step, m, 0, residual_desc, buffers, barriers, K, STAGES)
-        step, e, f, g, h, squares_right = _half_row(step, m, 1, residual_desc, buffers, barriers, K, STAGES)
+        step, a, b, c, d, squares_left = _half_row(step, m, 0, residual_desc, operands, barriers, K, SCALE, STAGES)
+        step, e, f, g, h, squares_right = _half_row(step, m, 1, residual_desc, operands, barriers, K, SCALE, STAGES)
         layout: gl.constexpr = e.type.layout
         row_scale = gl.rsqrt((squares_left + squares_right) / (2 * BLOCK_N) + eps)
         if SAVE:
             rows = m + gl.arange(0, BLOCK_M, row_scale.type.layout)
             gl.store(rstd + rows, row_scale, rows < M)
         scale = gl.expand_dims(row_scale, 1)
-        _store_quarter(0, _unpack(a, dtype, layout), scale, y_desc, m, 0, staging)
-        _store_quarter(1, _unpack(b, dtype, layout), scale, y_desc, m, 0, staging)
-        _store_quarter(2, _unpack(c, dtype, layout), scale, y_desc, m, 0, staging)
-        _store_quarter(3, _unpack(d, dtype, layout), scale, y_desc, m, 0, staging)
-        # Each quarter of the right half waits for its buffer only: the fourth store back.
-        tma.store_wait(3)
-        _store_quarter(0, e, scale, y_desc, m, BLOCK_N, staging)
-        tma.store_wait(3)
-        _store_quarter(1, f, scale, y_desc, m, BLOCK_N, staging)
-        tma.store_wait(3)
-        _store_quarter(2, g, scale, y_desc, m, BLOCK_N, staging)
-        tma.store_wait(3)
-        _store_quarter(3, h, scale, y_desc, m, BLOCK_N, staging)
+        _store_quarter(0, _unpack(a, dtype, layout), scale, results, m, 0, stagings, ROUND)
+        _store_quarter(1, _unpack(b, dtype, layout), scale, results, m, 0, stagings, ROUND)
+        _store_quarter(2, _unpack(c, dtype, layout), scale, results, m, 0, stagings, ROUND)
+        _store_quarter(3, _unpack(d, dtype, layout), scale, results, m, 0, stagings, ROUND)
+        _store_quarter(0, e, scale, results, m, 1, stagings, ROUND)
+        _store_quarter(1, f, scale, results, m, 1, stagings, ROUND)
+        _store_quarter(2, g, scale, results, m, 1, stagings, ROUND)
+        _store_quarter(3, h, scale, results, m, 1, stagings, ROUND)
     tma.store_wait(0)
 
 
@@ -389,20 +409,25 @@ def _norm_kernel(
     weight_desc: tma.tensor_descriptor,
     residual_desc: tma.tensor_descriptor,
     y_desc: tma.tensor_descriptor,
+    y8_desc: tma.tensor_descriptor,
     rstd: gl.tensor,
     M: gl.tensor,
     K: gl.tensor,
     eps: gl.tensor,
+    SCALE: gl.constexpr,
     STAGES: gl.constexpr,
     SAVE: gl.constexpr,
+    ROUND: gl.constexpr,
 ) -> None:
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
-    dtype: gl.constexpr = x_desc.dtype
-    x_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
-    weight_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
-    staging = gl.allocate_shared_memory(dtype, [4, BLOCK_M, BLOCK_N // 4], y_desc.layout)
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    weight_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
+    staging = gl.allocate_shared_memory(y_desc.dtype, [4, BLOCK_M, BLOCK_N // 4], y_desc.layout)
+    staging8 = staging
+    if ROUND:
+        staging8 = gl.allocate_shared_memory(y8_desc.dtype, [2, BLOCK_M, BLOCK_N // 4], y8_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     residual_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -410,11 +435,12 @@ def _norm_kernel(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=1)
     mbarrier.init(residual_full, count=1)
-    buffers = (x_ring, weight_ring, staging)
+    descs = (residual_desc, y_desc, y8_desc)
+    buffers = (x_ring, weight_ring, staging, staging8)
     barriers = (full, empty, residual_full)
     gl.warp_specialize(
         [
-            (_norm_multiply, ((residual_desc, y_desc), rstd, buffers, barriers, M, K, eps, STAGES, SAVE)),
+            (_norm_multiply, (descs, rstd, buffers, barriers, M, K, eps, SCALE, STAGES, SAVE, ROUND)),
             (_norm_load, ((x_desc, weight_desc), (x_ring, weight_ring), (full, empty), M, K, STAGES)),
         ],
         [1],
@@ -472,18 +498,22 @@ def linear_residual_rms(
     """rms_norm(residual + x @ weight.T) of contiguous operands; with `save` also 1 / rms of the rows [M], float32."""
     M, K = x.shape
     y = torch.empty_like(residual)
+    y_desc = _descriptor(y, _ROWS, _NORM_WIDTH // 8)
     rstd = x.new_empty(M, dtype=torch.float32) if save else None
     _norm_kernel[(min(triton.cdiv(M, _ROWS), _multiprocessors(x.device)),)](
         _descriptor(x, _ROWS, _COLUMNS),
         _descriptor(weight, _NORM_WIDTH // 2, _COLUMNS),
         _descriptor(residual, _ROWS, _NORM_WIDTH // 8),
-        _descriptor(y, _ROWS, _NORM_WIDTH // 8),
+        y_desc,
+        y_desc,
         rstd,
         M,
         K,
         eps,
+        SCALE=1.0,
         STAGES=_NORM_STAGES,
         SAVE=save,
+        ROUND=False,
         num_warps=8,
         maxnreg=_START_REGISTERS,
     )

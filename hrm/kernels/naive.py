@@ -6,8 +6,8 @@ gated MLP.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ class RotaryTables(NamedTuple):
     sin: Tensor  # [T, K], float32
 
 
+Attend: TypeAlias = Callable[[Tensor, RotaryTables | None, int], Tensor]  # qkv, rotary, num_heads: see `sdpa`
+
+
 def rotary_tables(num_tokens: int, head_size: int, theta: float) -> RotaryTables:
     """Angles of RoPE (Su et al. 2021) for positions 0 to `num_tokens` - 1."""
     inverse_frequency = theta ** -(torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
@@ -50,15 +53,34 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def attention(x: Tensor, weights: BlockWeights, rotary: RotaryTables | None, num_heads: int) -> Tensor:
-    """Non-causal self-attention over `x` [B, T, D]."""
-    batch, tokens, width = x.shape
-    qkv = F.linear(x, weights.qkv).view(batch, tokens, 3, num_heads, width // num_heads)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+def split_heads(qkv: Tensor, rotary: RotaryTables | None, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [B, N, T, K] of projected tokens `qkv` [B, T, 3 D], q and k turned by their positions."""
+    batch, tokens, _ = qkv.shape
+    q, k, v = qkv.view(batch, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
-    mixed = F.scaled_dot_product_attention(q, k, v)
-    return F.linear(mixed.transpose(1, 2).reshape(batch, tokens, width), weights.o)
+    return q, k, v
+
+
+def sdpa(qkv: Tensor, rotary: RotaryTables | None, num_heads: int) -> Tensor:
+    """Non-causal self-attention of projected tokens: the definition of `Attend`.
+
+    Args:
+        qkv: [B, T, 3 D], the features of all heads of q, then k, then v.
+        rotary: tables for T tokens, or None.
+
+    Returns:
+        [B, T, D].
+    """
+    mixed = F.scaled_dot_product_attention(*split_heads(qkv, rotary, num_heads))
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def attention(
+    x: Tensor, weights: BlockWeights, rotary: RotaryTables | None, num_heads: int, attend: Attend = sdpa
+) -> Tensor:
+    """Non-causal self-attention over `x` [B, T, D] with its two projections."""
+    return F.linear(attend(F.linear(x, weights.qkv), rotary, num_heads), weights.o)
 
 
 def swiglu(x: Tensor, weights: BlockWeights) -> Tensor:
@@ -74,6 +96,7 @@ def reasoning_module(
     rotary: RotaryTables | None,
     num_heads: int,
     eps: float,
+    attend: Attend = sdpa,
 ) -> Tensor:
     """Add the injection to the state and run the post-norm blocks (paper section 2).
 
@@ -81,12 +104,73 @@ def reasoning_module(
         state, injection: [B, T, D] of one dtype.
         blocks: weights of each block, in the same dtype.
         rotary: position tables, or None where positions are learned.
+        attend: the core of attention, one that `hrm.kernels.attention.get` gives.
 
     Returns:
         The new state [B, T, D].
     """
     x = state + injection
     for weights in blocks:
-        x = rms_norm(x + attention(x, weights, rotary, num_heads), eps)
+        x = rms_norm(x + attention(x, weights, rotary, num_heads, attend), eps)
         x = rms_norm(x + swiglu(x, weights), eps)
     return x
+
+
+def first_token_block(
+    x: Tensor, weights: BlockWeights, rotary: RotaryTables | None, num_heads: int, eps: float
+) -> Tensor:
+    """One block where only token 0 of the result is wanted: the others still give their keys and values.
+
+    Args:
+        x: [B, T, D].
+
+    Returns:
+        [B, D], what `reasoning_module` would put into token 0.
+    """
+    batch, _, width = x.shape
+    first = x[:, 0]
+
+    def heads(rows: Tensor) -> Tensor:
+        return rows.view(batch, -1, num_heads, width // num_heads).transpose(1, 2)
+
+    q = heads(F.linear(first, weights.qkv[:width]))  # rotary positions do not turn token 0
+    k, v = map(heads, F.linear(x, weights.qkv[width:]).chunk(2, dim=-1))
+    if rotary is not None:
+        k = rotate(k, rotary)
+    mixed = F.scaled_dot_product_attention(q, k, v).reshape(batch, width)
+    first = rms_norm(first + F.linear(mixed, weights.o), eps)
+    return rms_norm(first + swiglu(first, weights), eps)
+
+
+def restart(
+    z_H: Tensor,
+    z_L: Tensor,
+    H_init: Tensor,
+    L_init: Tensor,
+    halted: Tensor,
+    steps: Tensor,
+    data: Sequence[Tensor],
+    fresh: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Give halted places their initial state and new data, and count the step.
+
+    Args:
+        z_H, z_L: [B, T, D].
+        H_init, L_init: [D].
+        halted: [B] bool.
+        steps: [B] integers.
+        data, fresh: fields [B, ...] of the sequences in hand and of the batch to take from.
+
+    Returns:
+        The new `(z_H, z_L, steps, data)`.
+    """
+
+    def choose(if_halted: Tensor, otherwise: Tensor) -> Tensor:
+        return torch.where(halted.view(-1, *[1] * (otherwise.ndim - 1)), if_halted, otherwise)
+
+    return (
+        choose(H_init.to(z_H.dtype), z_H),
+        choose(L_init.to(z_L.dtype), z_L),
+        torch.where(halted, 0, steps) + 1,
+        [choose(new, old) for new, old in zip(fresh, data, strict=True)],
+    )

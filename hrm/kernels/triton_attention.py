@@ -10,8 +10,9 @@ log2(e) / sqrt(K), and `lse` is the logarithm to base 2 of a row's normaliser.
 
 Two forms:
 - one tile: up to 128 tokens in 16 bit, one program has a whole head on chip, and the backward needs `qkv` alone;
-- tiled: online softmax over tiles of keys (Milakov and Gimelshein 2018, Dao et al. 2022); the backward recomputes the
-  probabilities from `lse`, once along rows for dq and once along columns for dk and dv.
+- tiled: online softmax over tiles of keys (Milakov and Gimelshein 2018, Dao et al. 2022), on Hopper GPUs by
+  `hopper_attention` where that is faster; the backward recomputes the probabilities from `lse`, once along rows for dq
+  and once along columns for dk and dv.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def _one_tile_forward_kernel(
         p = tl.exp2(scores * SCALE - (tl.max(scores, 1) * SCALE)[:, None])
         mixed = tl.dot(p.to(v.dtype), v) * (1.0 / tl.sum(p, 1))[:, None]
         at = out + token * D + feature + rows[:, None] * D + tl.arange(0, K)[None, :]
-        tl.store(at, mixed.to(v.dtype), mask=(rows < T)[:, None])
+        tl.store(at, mixed.to(out.dtype.element_ty), mask=(rows < T)[:, None])
 
 
 @triton.jit
@@ -301,7 +302,7 @@ def _tiled_forward_kernel(
         peak, total, mixed = _attend(q, k_at, v_at, FULL, peak, total, mixed, T, K, D, REST, True)
     inside = rows < T
     at = out + token * D + feature + rows[:, None] * D + tl.arange(0, K)[None, :]
-    tl.store(at, (mixed * (1.0 / total)[:, None]).to(q.dtype), mask=inside[:, None])
+    tl.store(at, (mixed * (1.0 / total)[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
     if lse is not None:
         tl.store(lse + head * T + rows, peak + tl.log2(total), mask=inside)
 
@@ -451,6 +452,51 @@ def _tiled_dk_dv_kernel(
     _store_unrotated(dk_at, dk * (K**-0.5), cos, sin, keys, T, 3 * D, K)
 
 
+# ---- the first token alone
+
+
+@triton.jit
+def _first_token_kernel(
+    q: tl.tensor,
+    kv: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    out: tl.tensor,
+    T: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> None:
+    """A head of one query. Bound by reading `kv`: products in float32, without matrix units, take less time."""
+    D: tl.constexpr = N * K
+    SCALE: tl.constexpr = _LOG2_E * K**-0.5
+    _, token, feature, head = _head_of_program(T, N, K, 1)
+    k_at = kv + token * (2 * D) + feature
+    q_at = q + head * K + tl.arange(0, K // 2)
+    first = tl.load(q_at).to(tl.float32)[None, :] * SCALE
+    second = tl.load(q_at + K // 2).to(tl.float32)[None, :] * SCALE
+    peak = float("-inf")
+    total = 0.0
+    mixed = tl.zeros((K,), tl.float32)
+    for start in range(0, T, KEYS):
+        keys = start + tl.arange(0, KEYS)
+        a = _load(k_at, keys, T, 2 * D, K // 2).to(tl.float32)
+        b = _load(k_at + K // 2, keys, T, 2 * D, K // 2).to(tl.float32)
+        v = _load(k_at + D, keys, T, 2 * D, K).to(tl.float32)
+        products = first * a + second * b
+        if cos is not None:
+            c, s = _load_angles(cos, sin, keys, T, K)
+            products = products * c + (second * a - first * b) * s
+        scores = tl.where(keys < T, tl.sum(products, 1), float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 0))
+        p = tl.exp2(scores - new_peak)
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(p, 0)
+        mixed = mixed * shrink + tl.sum(p[:, None] * v, 0)
+        peak = new_peak
+    tl.store(out + head * K + tl.arange(0, K), mixed / total)
+
+
 # ---- launchers
 
 
@@ -463,9 +509,9 @@ def _sizes(qkv: Tensor, num_heads: int) -> dict[str, int]:
     return {"T": qkv.shape[1], "N": num_heads, "K": qkv.shape[2] // (3 * num_heads)}
 
 
-def _empty_result(qkv: Tensor) -> Tensor:
+def _empty_result(qkv: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     batch, tokens, width = qkv.shape
-    return qkv.new_empty(batch, tokens, width // 3)
+    return qkv.new_empty(batch, tokens, width // 3, dtype=dtype)
 
 
 def _tile_rows(tokens: int, most: int) -> int:
@@ -473,19 +519,23 @@ def _tile_rows(tokens: int, most: int) -> int:
     return min(most, max(16, 1 << (tokens - 1).bit_length()))
 
 
-def _one_tile_forward(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int) -> Tensor:
+def _one_tile_forward(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, dtype: torch.dtype | None = None
+) -> Tensor:
     tokens = qkv.shape[1]
-    out = _empty_result(qkv)
+    sizes = _sizes(qkv, num_heads)
+    out = _empty_result(qkv, dtype)
     _one_tile_forward_kernel[(qkv.shape[0] * num_heads,)](
         qkv,
         cos,
         sin,
         out,
-        **_sizes(qkv, num_heads),
+        **sizes,
         # 64 queries are the least that Hopper's matrix unit takes, and leave registers for 4 programs on an SM.
         ROWS=_tile_rows(tokens, 64),
         KEYS=_tile_rows(tokens, 128),
         num_warps=4,
+        maxnreg=128 if sizes["K"] <= 64 else None,
     )
     return out
 
@@ -534,12 +584,24 @@ def _rotate_keys(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads:
 
 
 def _tiled_forward(
-    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, *, save_lse: bool
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    *,
+    save_lse: bool,
+    dtype: torch.dtype | None = None,
+    gluon: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The result and, if it is to be saved, `lse` [B, N, T]."""
+    """The result and, if it is to be saved, `lse` [B, N, T]; with `gluon` by `hopper_attention` where that pays."""
+    if gluon and cos is not None and sin is not None:
+        from hrm.kernels import hopper_attention  # imported here: Gluon's interface changes with every Triton
+
+        if hopper_attention.pays(qkv, num_heads):
+            return hopper_attention.attention_forward(qkv, cos, sin, num_heads, save_lse=save_lse)
     batch, tokens, _ = qkv.shape
     k = _rotate_keys(qkv, cos, sin, num_heads)
-    out = _empty_result(qkv)
+    out = _empty_result(qkv, dtype)
     lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32) if save_lse else None
     rows = 32 if qkv.element_size() == 4 else 64
     sizes = _tiles(qkv, num_heads, kept=rows, streamed=rows)
@@ -575,18 +637,18 @@ def _tiled_backward(
 
 @torch.library.custom_op("hrm::attention", mutates_args=())
 def _attention(
-    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, differentiable: bool
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, differentiable: bool, gluon: bool
 ) -> tuple[Tensor, Tensor]:
     """The result and what the backward needs of it besides: `lse` for the tiled form, else nothing."""
     if _one_tile_holds(qkv):
         return _one_tile_forward(qkv, cos, sin, num_heads), qkv.new_empty(0)
-    out, lse = _tiled_forward(qkv, cos, sin, num_heads, save_lse=differentiable)
+    out, lse = _tiled_forward(qkv, cos, sin, num_heads, save_lse=differentiable, gluon=gluon)
     return out, qkv.new_empty(0) if lse is None else lse
 
 
 @_attention.register_fake
 def _attention_shapes(
-    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, differentiable: bool
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, differentiable: bool, gluon: bool
 ) -> tuple[Tensor, Tensor]:
     if _one_tile_holds(qkv) or not differentiable:
         return _empty_result(qkv), qkv.new_empty(0)
@@ -611,20 +673,38 @@ def _attention_backward_shapes(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cos, sin, ctx.num_heads, _ = inputs
+    qkv, cos, sin, ctx.num_heads, *_ = inputs
     out, lse = output
     ctx.save_for_backward(qkv, cos, sin, None if _one_tile_holds(qkv) else out, lse)
     ctx.set_materialize_grads(False)  # lse has no gradient
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None, None, None]:
-    return _attention_backward(grad, *ctx.saved_tensors, ctx.num_heads), None, None, None, None
+def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    return _attention_backward(grad, *ctx.saved_tensors, ctx.num_heads), *[None] * 5
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
 
 
-def attention(qkv: Tensor, rotary: RotaryTables | None, num_heads: int) -> Tensor:
+@torch.library.custom_op("hrm::first_token_attention", mutates_args=())
+def _first_token_attention(q: Tensor, kv: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int) -> Tensor:
+    batch, tokens, _ = kv.shape
+    out = torch.empty_like(q)
+    head_size = q.shape[1] // num_heads
+    # One warp a head, so that no sum crosses warps, and as many keys at once as its registers take.
+    keys = _tile_rows(tokens, min(128, 8192 // head_size))
+    _first_token_kernel[(batch * num_heads,)](
+        q, kv, cos, sin, out, T=tokens, N=num_heads, K=head_size, KEYS=keys, num_warps=1
+    )
+    return out
+
+
+@_first_token_attention.register_fake
+def _first_token_shape(q: Tensor, kv: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int) -> Tensor:
+    return torch.empty_like(q)
+
+
+def attention(qkv: Tensor, rotary: RotaryTables | None, num_heads: int, *, gluon: bool = False) -> Tensor:
     """Non-causal self-attention of projected tokens.
 
     Args:
@@ -632,6 +712,7 @@ def attention(qkv: Tensor, rotary: RotaryTables | None, num_heads: int) -> Tenso
         rotary: tables as `naive.rotary_tables` makes them (the halves of a row alike), for T tokens and heads of
             D / num_heads features, or None.
         num_heads: heads of 16, 32, 64 or 128 features.
+        gluon: use the kernels made for Hopper in Gluon where they pay.
 
     Returns:
         [B, T, D] in the dtype of `qkv`, differentiable in `qkv`.
@@ -642,18 +723,56 @@ def attention(qkv: Tensor, rotary: RotaryTables | None, num_heads: int) -> Tenso
     _check(qkv, rotary, num_heads)
     cos, sin = (None, None) if rotary is None else rotary
     differentiable = torch.is_grad_enabled() and qkv.requires_grad
-    result: Tensor = _attention(qkv.contiguous(), cos, sin, num_heads, differentiable)[0]
+    result: Tensor = _attention(qkv.contiguous(), cos, sin, num_heads, differentiable, gluon)[0]
     return result
 
 
-def _check(qkv: Tensor, rotary: RotaryTables | None, num_heads: int) -> None:
-    if qkv.dtype not in _DTYPES:
-        raise UserError(f"attention in Triton has no {qkv.dtype} kernel; take bfloat16, float16 or float32.")
-    if qkv.ndim != 3 or qkv.shape[-1] % (3 * num_heads):
+def attention_in_e4m3(qkv: Tensor, rotary: RotaryTables | None, num_heads: int) -> Tensor:
+    """The result of `attention` rounded to torch.float8_e4m3fn once, from float32; it cannot be differentiated."""
+    _check(qkv, rotary, num_heads)
+    qkv = qkv.contiguous()
+    cos, sin = (None, None) if rotary is None else rotary
+    if _one_tile_holds(qkv):
+        return _one_tile_forward(qkv, cos, sin, num_heads, torch.float8_e4m3fn)
+    return _tiled_forward(qkv, cos, sin, num_heads, save_lse=False, dtype=torch.float8_e4m3fn)[0]
+
+
+def first_token_attention(q: Tensor, kv: Tensor, rotary: RotaryTables | None, num_heads: int) -> Tensor:
+    """What `attention` gives for the first token of each sequence; it cannot be differentiated.
+
+    Args:
+        q: [B, D], the first token's features of all heads; position 0 turns by no angle.
+        kv: [B, T, 2 D] in the dtype of `q`, the features of all heads of k, then v, of every token.
+        rotary, num_heads: as for `attention`.
+
+    Returns:
+        [B, D] in the dtype of `q`.
+
+    Raises:
+        UserError: a shape or dtype that the kernel is not made for.
+    """
+    _check(kv, rotary, num_heads, parts=2)
+    if q.dtype != kv.dtype or 2 * q.shape[-1] != kv.shape[-1] or q.shape != kv.shape[:1] + q.shape[-1:]:
+        batch, _, width = kv.shape
         raise UserError(
-            f"qkv has shape {tuple(qkv.shape)}; {num_heads} heads need [B, T, 3 * {num_heads} * head size]."
+            f"q has shape {tuple(q.shape)} and dtype {q.dtype}; kv needs [B, D] = {(batch, width // 2)} of {kv.dtype}."
         )
-    tokens, head_size = qkv.shape[1], qkv.shape[-1] // (3 * num_heads)
+    cos, sin = (None, None) if rotary is None else rotary
+    result: Tensor = _first_token_attention(q.contiguous(), kv.contiguous(), cos, sin, num_heads)
+    return result
+
+
+def _check(projected: Tensor, rotary: RotaryTables | None, num_heads: int, parts: int = 3) -> None:
+    """Of q, k and v, `projected` [B, T, parts D] has the last `parts`."""
+    name = "qkv"[-parts:]
+    if projected.dtype not in _DTYPES:
+        raise UserError(f"attention in Triton has no {projected.dtype} kernel; take bfloat16, float16 or float32.")
+    if projected.ndim != 3 or projected.shape[-1] % (parts * num_heads):
+        raise UserError(
+            f"{name} has shape {tuple(projected.shape)}; "
+            f"{num_heads} heads need [B, T, {parts} * {num_heads} * head size]."
+        )
+    tokens, head_size = projected.shape[1], projected.shape[-1] // (parts * num_heads)
     if head_size not in _HEAD_SIZES:
         raise UserError(
             f"attention in Triton has no kernel for heads of {head_size} features; "
@@ -661,5 +780,5 @@ def _check(qkv: Tensor, rotary: RotaryTables | None, num_heads: int) -> None:
         )
     if rotary is not None and rotary.cos.shape != (tokens, head_size):
         raise UserError(
-            f"rotary tables have shape {tuple(rotary.cos.shape)}; qkv needs (T, head size) = {(tokens, head_size)}."
+            f"rotary tables have shape {tuple(rotary.cos.shape)}; {name} needs (T, head size) = {(tokens, head_size)}."
         )

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hrm.kernels import hopper
+
 # 128 rows by 64 gates and their 64 ups, so that two programs share a multiprocessor: one multiplies while the other one
 # finishes its tile. 64 inputs of 16 bits are the 128 bytes over which Hopper's copy engine swizzles.
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 64, 64
@@ -152,9 +154,9 @@ def _linear_swiglu_forward(x: Tensor, gate_up: Tensor, save: bool) -> tuple[Tens
     tiles = triton.cdiv(M, _BLOCK_M) * triton.cdiv(F, 2 * _BLOCK_N)
     whole_vectors = K % 8 == 0 and F % 8 == 0  # Descriptors want rows of whole 16 bytes.
     if x.dtype.itemsize == 2 and whole_vectors and tiles >= _multiprocessors(x.device):
-        hopper = _hopper(x)
-        if hopper is not None and hopper.fits_swiglu(K):
-            out, projected = hopper.linear_swiglu(x, gate_up, save)
+        kernels = _hopper(x)
+        if kernels is not None and kernels.fits_swiglu(K):
+            out, projected = kernels.linear_swiglu(x, gate_up, save)
             return out, projected
         return _fused_linear_swiglu(x, gate_up, save)
     projected = x @ gate_up.T
@@ -208,9 +210,9 @@ def _linear_residual_rms_forward(
     x: Tensor, weight: Tensor, residual: Tensor, eps: float, save: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The result [M, D] and, with `save`, 1 / rms of the rows before the norm [M]."""
-    hopper = _hopper(x)
-    if hopper is not None and hopper.pays_for_residual_rms(x, weight):
-        y, rstd = hopper.linear_residual_rms(x, weight, residual, eps, save)
+    kernels = _hopper(x)
+    if kernels is not None and kernels.pays_for_residual_rms(x, weight):
+        y, rstd = kernels.linear_residual_rms(x, weight, residual, eps, save)
         return y, rstd
     return _add_rms_forward(residual, x @ weight.T, eps, save=save)
 
@@ -265,13 +267,7 @@ def _stages(device: torch.device) -> int:
 
 def _hopper(x: Tensor) -> ModuleType | None:
     """The kernels made for Hopper if they run on the device of `x`."""
-    return _hopper_linear(x.device) if x.is_cuda else None
-
-
-@functools.cache
-def _hopper_linear(device: torch.device) -> ModuleType | None:
-    # They are written in Gluon, whose interface still changes from one Triton to the next: this is the one they know.
-    if torch.cuda.get_device_capability(device) != (9, 0) or not triton.__version__.startswith("3.6."):
+    if hopper.why_not(x.device):
         return None
     from hrm.kernels import hopper_linear
 

@@ -63,6 +63,9 @@ def build_model(
         getattr(torch, config.forward_dtype),
         config.hidden_size // config.num_heads,
         rotary=config.pos_encodings == "rope",
+        num_tokens=config.prefix_len + seq_len,
+        batch_size=batch_size,
+        width=config.hidden_size,
     )
     inner = HierarchicalReasoningModel(
         config,
@@ -72,4 +75,5 @@ def build_model(
         kernels=resolve(kernels_config(kernels), place),
         generator=torch.Generator().manual_seed(seed),
     )
-    return ACTLossHead(AdaptiveComputation(inner, seed), config.loss.loss_type).to(device)
+    model = AdaptiveComputation(inner, seed)
+    return ACTLossHead(model, config.loss.loss_type, fused=inner.kernels.config.fused_step).to(device)

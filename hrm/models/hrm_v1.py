@@ -6,8 +6,10 @@ Shapes: B sequences, S input tokens, P puzzle prefix tokens, T = P + S, D hidden
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,9 @@ from torch import Tensor, nn
 
 from hrm.batch import Batch
 from hrm.config import HRMConfig, KernelsConfig
-from hrm.kernels import make_reasoning_module
+from hrm.kernels import make_kernels
 from hrm.kernels.naive import BlockWeights, RotaryTables, rotary_tables
-from hrm.models.layers import Embedding, Linear, SparseEmbedding, truncated_normal
+from hrm.models.layers import Embedding, Linear, SparseEmbedding, in_dtype, truncated_normal
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Prepared(NamedTuple):
     embeddings: Tensor  # [B, T, D]
     H_blocks: list[BlockWeights]
     L_blocks: list[BlockWeights]
+    free_H_blocks: Sequence[Any]  # the same for updates that need no gradient
+    free_L_blocks: Sequence[Any]
     rotary: RotaryTables | None
 
 
@@ -87,12 +91,13 @@ class Block(nn.Module):
         self.self_attn = Attention(config.hidden_size, generator)
         self.mlp = SwiGLU(config.hidden_size, config.inner_size, generator)
 
-    def weights(self, dtype: torch.dtype) -> BlockWeights:
+    def weights(self) -> BlockWeights:
+        """The master weights."""
         return BlockWeights(
-            qkv=self.self_attn.qkv_proj.weight.to(dtype),
-            o=self.self_attn.o_proj.weight.to(dtype),
-            gate_up=self.mlp.gate_up_proj.weight.to(dtype),
-            down=self.mlp.down_proj.weight.to(dtype),
+            qkv=self.self_attn.qkv_proj.weight,
+            o=self.self_attn.o_proj.weight,
+            gate_up=self.mlp.gate_up_proj.weight,
+            down=self.mlp.down_proj.weight,
         )
 
 
@@ -103,8 +108,9 @@ class Level(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(config, generator) for _ in range(num_layers))
 
-    def weights(self, dtype: torch.dtype) -> list[BlockWeights]:
-        return [layer.weights(dtype) for layer in self.layers]  # type: ignore[operator]
+    def weights(self) -> list[BlockWeights]:
+        """The master weights of its blocks."""
+        return [layer.weights() for layer in self.layers]  # type: ignore[operator]
 
 
 class HierarchicalReasoningModel(nn.Module):
@@ -128,8 +134,7 @@ class HierarchicalReasoningModel(nn.Module):
         super().__init__()
         self.config = config
         self.dtype: torch.dtype = getattr(torch, config.forward_dtype)
-        self.kernels = kernels
-        self.reasoning_module = make_reasoning_module(kernels)
+        self.kernels = make_kernels(kernels)
         width = config.hidden_size
         self.prefix_len = config.prefix_len
         num_tokens = self.prefix_len + seq_len
@@ -160,25 +165,34 @@ class HierarchicalReasoningModel(nn.Module):
         z_H = torch.zeros(shape, dtype=self.dtype, device=batch["inputs"].device)
         return InnerCarry(z_H, torch.zeros_like(z_H))
 
-    def reset_carry(self, carry: InnerCarry, reset: Tensor) -> InnerCarry:
-        """Put the sequences marked in `reset` [B] back to the initial state."""
-        mask = reset.view(-1, 1, 1)
-        return InnerCarry(
-            torch.where(mask, self.H_init.to(self.dtype), carry.z_H),
-            torch.where(mask, self.L_init.to(self.dtype), carry.z_L),
+    def restart(self, carry: Carry, batch: Batch) -> tuple[InnerCarry, Tensor, Batch]:
+        """Give halted places their initial state and the batch's sequence, and count the step."""
+        names, old = list(batch), carry.inner_carry
+        z_H, z_L, steps, fields = self.kernels.restart(
+            old.z_H,
+            old.z_L,
+            self.H_init,
+            self.L_init,
+            carry.halted,
+            carry.steps,
+            [carry.current_data[name] for name in names],
+            [batch[name] for name in names],
         )
+        return InnerCarry(z_H, z_L), steps, dict(zip(names, fields, strict=True))
 
     def prepare(self, batch: Batch) -> Prepared:
         """Embed a batch and cast the weights, once for all recurrences of an ACT step."""
         rotary = None
         if self.config.pos_encodings == "rope":
             rotary = RotaryTables(self.rotary_cos, self.rotary_sin)
-        return Prepared(
-            self._embed(batch["inputs"], batch["puzzle_identifiers"]),
-            self.H_level.weights(self.dtype),
-            self.L_level.weights(self.dtype),
-            rotary,
-        )
+        masters = [*self.H_level.weights(), *self.L_level.weights()]
+        cast = iter(in_dtype([weight for block in masters for weight in block], self.dtype))
+        blocks = [BlockWeights(*islice(cast, len(block))) for block in masters]
+        H_blocks, L_blocks = blocks[: self.config.H_layers], blocks[self.config.H_layers :]
+        with torch.no_grad():
+            free_H_blocks, free_L_blocks = self.kernels.prepare("H", H_blocks), self.kernels.prepare("L", L_blocks)
+        embeddings = self._embed(batch["inputs"], batch["puzzle_identifiers"])
+        return Prepared(embeddings, H_blocks, L_blocks, free_H_blocks, free_L_blocks, rotary)
 
     def _embed(self, inputs: Tensor, puzzle_identifiers: Tensor) -> Tensor:
         width = self.config.hidden_size
@@ -189,37 +203,53 @@ class HierarchicalReasoningModel(nn.Module):
             embeddings = torch.cat((puzzle.view(-1, self.prefix_len, width), embeddings), dim=1)
         if self.config.pos_encodings == "learned":
             # Two tables of equal variance are summed: scale back to the variance of one.
-            embeddings = 0.707106781 * (embeddings + self.embed_pos.embedding_weight.to(self.dtype))
+            (positions,) = in_dtype([self.embed_pos.embedding_weight], self.dtype)
+            embeddings = 0.707106781 * (embeddings + positions)
         scaled: Tensor = math.sqrt(width) * embeddings
         return scaled
 
     def recur(self, carry: InnerCarry, prepared: Prepared) -> InnerCarry:
         """One ACT step's cycles. Only the last update of each module is differentiable (the one-step gradient)."""
-        config = self.config
-        embeddings = prepared.embeddings
-
-        def update_L(z_H: Tensor, z_L: Tensor) -> Tensor:
-            injection = z_H + embeddings
-            return self.reasoning_module(
-                z_L, injection, prepared.L_blocks, prepared.rotary, config.num_heads, config.rms_norm_eps
-            )
-
-        def update_H(z_H: Tensor, z_L: Tensor) -> Tensor:
-            return self.reasoning_module(
-                z_H, z_L, prepared.H_blocks, prepared.rotary, config.num_heads, config.rms_norm_eps
-            )
-
-        z_H, z_L = carry.z_H, carry.z_L
-        with torch.no_grad():
-            for H_cycle in range(config.H_cycles):
-                last_cycle = H_cycle == config.H_cycles - 1
-                for _ in range(config.L_cycles - last_cycle):
-                    z_L = update_L(z_H, z_L)
-                if not last_cycle:
-                    z_H = update_H(z_H, z_L)
-        z_L = update_L(z_H, z_L)
-        z_H = update_H(z_H, z_L)
+        if not torch.is_grad_enabled():
+            return self._update(carry, prepared, self._updates)
+        assert self._updates.endswith("LH")
+        carry = self._update(carry, prepared, self._updates[:-2])
+        module, rest = self.kernels.reasoning_module, (prepared.rotary, *self._block_options)
+        z_L = module(carry.z_L, carry.z_H + prepared.embeddings, prepared.L_blocks, *rest)
+        z_H = module(carry.z_H, z_L, prepared.H_blocks, *rest)
         return InnerCarry(z_H, z_L)
+
+    def recur_to_q_values(self, carry: InnerCarry, prepared: Prepared) -> tuple[Tensor, Tensor]:
+        """`q_values` after one more ACT step, without gradient and without what only other tokens would need."""
+        carry = self._update(carry, prepared, self._updates[:-1])
+        *_, last = prepared.H_blocks
+        but_last = prepared._replace(free_H_blocks=prepared.free_H_blocks[:-1])
+        x = self._update(carry, but_last, "H").z_H
+        return self._read_q_head(self.kernels.first_token_block(x, last, prepared.rotary, *self._block_options))
+
+    @torch.no_grad()
+    def _update(self, carry: InnerCarry, prepared: Prepared, updates: str) -> InnerCarry:
+        return InnerCarry(
+            *self.kernels.cycles(
+                carry.z_H,
+                carry.z_L,
+                prepared.embeddings,
+                prepared.free_H_blocks,
+                prepared.free_L_blocks,
+                updates,
+                prepared.rotary,
+                *self._block_options,
+            )
+        )
+
+    @property
+    def _updates(self) -> str:
+        """An ACT step's updates of L and H in order."""
+        return ("L" * self.config.L_cycles + "H") * self.config.H_cycles
+
+    @property
+    def _block_options(self) -> tuple[int, float]:
+        return self.config.num_heads, self.config.rms_norm_eps
 
     def logits(self, carry: InnerCarry) -> Tensor:
         """Scores of the answer's tokens, [B, S, V]."""
@@ -228,7 +258,10 @@ class HierarchicalReasoningModel(nn.Module):
 
     def q_values(self, carry: InnerCarry) -> tuple[Tensor, Tensor]:
         """Logits of the values of halting and of going on, each [B] in float32 at least, read off the first token."""
-        q: Tensor = self.q_head(carry.z_H[:, 0])
+        return self._read_q_head(carry.z_H[:, 0])
+
+    def _read_q_head(self, first_token: Tensor) -> tuple[Tensor, Tensor]:
+        q: Tensor = self.q_head(first_token)
         q_halt, q_continue = q.to(torch.promote_types(q.dtype, torch.float32)).unbind(-1)
         return q_halt, q_continue
 
@@ -263,13 +296,9 @@ class AdaptiveComputation(nn.Module):
         )
 
     def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, dict[str, Tensor]]:
-        data = {
-            name: torch.where(carry.halted.view(-1, *[1] * (field.ndim - 1)), field, carry.current_data[name])
-            for name, field in batch.items()
-        }
-        steps = torch.where(carry.halted, 0, carry.steps) + 1
+        state, steps, data = self.inner.restart(carry, batch)
         prepared = self.inner.prepare(data)
-        state = self.inner.recur(self.inner.reset_carry(carry.inner_carry, carry.halted), prepared)
+        state = self.inner.recur(state, prepared)
         q_halt, q_continue = self.inner.q_values(state)
         outputs = {"logits": self.inner.logits(state), "q_halt_logits": q_halt, "q_continue_logits": q_continue}
 
@@ -281,7 +310,7 @@ class AdaptiveComputation(nn.Module):
             if self.training and max_steps > 1:
                 halted = (last | (q_halt > q_continue)) & (steps >= self._min_steps(steps))
                 # Bootstrapped target (paper eq. 9): the value of the better action one step on.
-                next_halt, next_continue = self.inner.q_values(self.inner.recur(state, prepared))
+                next_halt, next_continue = self.inner.recur_to_q_values(state, prepared)
                 next_value = torch.where(last, next_halt, torch.maximum(next_halt, next_continue))
                 outputs["target_q_continue"] = torch.sigmoid(next_value)
         return Carry(state, steps, halted, data), outputs

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def truncated_normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Tensor:
@@ -23,6 +27,69 @@ def truncated_normal(shape: tuple[int, ...], std: float, generator: torch.Genera
     return (uniform.erfinv_() * (math.sqrt(2) * sigma)).clamp_(-cut * sigma, cut * sigma)
 
 
+@dataclass(frozen=True)
+class WeightCopy:
+    """A weight in the compute dtype, kept by the optimizer that wrote it; valid while the weight stays as it is."""
+
+    values: Tensor
+    version: int  # of the weight when the copy was made, as autograd counts changes
+    address: int  # of the weight's memory then
+
+    def is_current(self, weight: Tensor) -> bool:
+        return self.version == weight._version and self.address == weight.data_ptr()
+
+
+def keep_copy(weight: Tensor, values: Tensor) -> None:
+    """Say that `values` is what `weight` is now, in another dtype."""
+    weight.copy_in_compute_dtype = WeightCopy(values, weight._version, weight.data_ptr())  # type: ignore[attr-defined]
+
+
+def kept_copy(weight: Tensor) -> WeightCopy | None:
+    """The copy of a weight last kept, current or not."""
+    return getattr(weight, "copy_in_compute_dtype", None)
+
+
+def in_dtype(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Weights of one dtype in another, with a launch for all of them; their gradients come back in their own.
+
+    Where an optimizer keeps a copy in `dtype` (see `AdamATan2`) and the weight has not changed since, the copy serves
+    and nothing is launched. What autograd sees of changes counts, such as operations in place and `load_state_dict`;
+    writing through `weight.data` or by a collective is not seen.
+    """
+    if weights[0].dtype == dtype:
+        return tuple(weights)
+    cast: tuple[Tensor, ...] = _InDtype.apply(dtype, *weights)  # type: ignore[no-untyped-call]
+    return cast
+
+
+class _InDtype(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = weights[0].dtype
+        ctx.set_materialize_grads(False)
+        cast, made, missing = [], [], []
+        for weight in weights:
+            copy = kept_copy(weight)
+            if copy is not None and copy.values.dtype == dtype and copy.is_current(weight):
+                cast.append(copy.values.detach())  # autograd marks what is returned here: not the copy itself
+            else:
+                cast.append(torch.empty_like(weight, dtype=dtype))
+                made.append(cast[-1])
+                missing.append(weight)
+        if missing:
+            torch._foreach_copy_(made, missing)
+        return tuple(cast)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = {i: grad for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[i + 1]}
+        wide = {i: grad.new_empty(grad.shape, dtype=ctx.dtype) for i, grad in given.items()}
+        if wide:
+            torch._foreach_copy_(list(wide.values()), list(given.values()))
+        return None, *(wide.get(i) for i in range(len(grads)))
+
+
 class Linear(nn.Module):
     """`x @ weight.T + bias`, the float32 master weights cast to the dtype of `x`."""
 
@@ -32,7 +99,7 @@ class Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, *in_dtype([self.weight] if self.bias is None else [self.weight, self.bias], x.dtype))
 
 
 class Embedding(nn.Module):
@@ -43,7 +110,7 @@ class Embedding(nn.Module):
         self.embedding_weight = nn.Parameter(weight)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.embedding(ids, self.embedding_weight.to(dtype))
+        return F.embedding(ids, in_dtype([self.embedding_weight], dtype)[0])
 
 
 class SparseEmbedding(nn.Module):

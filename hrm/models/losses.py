@@ -51,13 +51,69 @@ LOSSES = {
 }
 
 
+def act_loss(
+    logits: Tensor,
+    q_halt: Tensor,
+    q_continue: Tensor,
+    target: Tensor | None,
+    labels: Tensor,
+    halted: Tensor,
+    steps: Tensor,
+    loss_type: str,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one ACT step, summed over the batch, and its metrics (spec section 3).
+
+    Args:
+        logits: [B, S, V].
+        q_halt, q_continue: [B], logits of the values of halting and of going on.
+        target: [B], what the value of going on should be; None leaves its loss out.
+        labels: [B, S] integers.
+        halted, steps: [B], of the carry after the step.
+        loss_type: of the tokens, one of `LOSSES`.
+
+    Returns:
+        `(loss, metrics)`, all 0-dimensional. Metrics are sums without gradient, over the sequences that halted and have
+        a label; the losses' over all sequences.
+    """
+    with torch.no_grad():
+        valid = labels != IGNORE_LABEL_ID
+        valid_count = valid.sum(-1)
+        right_count = (valid & (logits.argmax(-1) == labels)).sum(-1)
+        exact = right_count == valid_count
+        counted = halted & (valid_count > 0)
+        divisor = valid_count.clamp_min(1)
+        metrics = {
+            "count": counted.sum(),
+            "accuracy": torch.where(counted, right_count / divisor, 0).sum(),
+            "exact_accuracy": (counted & exact).sum(),
+            "q_halt_accuracy": (counted & ((q_halt >= 0) == exact)).sum(),
+            "steps": torch.where(counted, steps, 0).sum(),
+        }
+
+    lm_loss = (LOSSES[loss_type](logits, labels) / divisor.unsqueeze(-1)).sum()
+    q_halt_loss = F.binary_cross_entropy_with_logits(q_halt, exact.to(q_halt.dtype), reduction="sum")
+    metrics |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_halt_loss.detach()}
+    q_loss = q_halt_loss
+    if target is not None:
+        q_continue_loss = F.binary_cross_entropy_with_logits(q_continue, target, reduction="sum")
+        metrics["q_continue_loss"] = q_continue_loss.detach()
+        q_loss = q_loss + q_continue_loss
+    return lm_loss + 0.5 * q_loss, metrics
+
+
 class ACTLossHead(nn.Module):
     """The model as it is trained and evaluated: one call is one ACT step of every sequence, with loss and metrics."""
 
-    def __init__(self, model: AdaptiveComputation, loss_type: str) -> None:
+    def __init__(self, model: AdaptiveComputation, loss_type: str, *, fused: bool = False) -> None:
+        """With `fused`, the loss is computed by the kernels in Triton, which run on NVIDIA GPUs."""
         super().__init__()
         self.model = model
-        self.loss_fn = LOSSES[loss_type]
+        self.loss_type = loss_type
+        self.act_loss = act_loss
+        if fused:
+            from hrm.kernels import triton_loss  # imported here: Triton is not everywhere
+
+            self.act_loss = triton_loss.act_loss
 
     @property
     def halt_max_steps(self) -> int:
@@ -67,7 +123,7 @@ class ACTLossHead(nn.Module):
     @property
     def kernels(self) -> KernelsConfig:
         """What computes the model."""
-        return self.model.inner.kernels
+        return self.model.inner.kernels.config
 
     def initial_carry(self, batch: Batch) -> Carry:
         """A carry in which every sequence is halted, so that the first call takes `batch`."""
@@ -90,33 +146,15 @@ class ACTLossHead(nn.Module):
             `all_halted` is a boolean tensor: reading it waits for the device.
         """
         carry, outputs = self.model(carry, batch)
-        labels = carry.current_data["labels"]
-        q_halt, q_continue = outputs["q_halt_logits"], outputs["q_continue_logits"]
-
-        with torch.no_grad():
-            valid = labels != IGNORE_LABEL_ID
-            valid_count = valid.sum(-1)
-            right_count = (valid & (outputs["logits"].argmax(-1) == labels)).sum(-1)
-            exact = right_count == valid_count
-            counted = carry.halted & (valid_count > 0)
-            divisor = valid_count.clamp_min(1)
-            metrics = {
-                "count": counted.sum(),
-                "accuracy": torch.where(counted, right_count / divisor, 0).sum(),
-                "exact_accuracy": (counted & exact).sum(),
-                "q_halt_accuracy": (counted & ((q_halt >= 0) == exact)).sum(),
-                "steps": torch.where(counted, carry.steps, 0).sum(),
-            }
-
-        lm_loss = (self.loss_fn(outputs["logits"], labels) / divisor.unsqueeze(-1)).sum()
-        q_halt_loss = F.binary_cross_entropy_with_logits(q_halt, exact.to(q_halt.dtype), reduction="sum")
-        metrics |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_halt_loss.detach()}
-        q_loss = q_halt_loss
-        if "target_q_continue" in outputs:
-            target = outputs["target_q_continue"]
-            q_continue_loss = F.binary_cross_entropy_with_logits(q_continue, target, reduction="sum")
-            metrics["q_continue_loss"] = q_continue_loss.detach()
-            q_loss = q_loss + q_continue_loss
-
+        loss, metrics = self.act_loss(
+            outputs["logits"],
+            outputs["q_halt_logits"],
+            outputs["q_continue_logits"],
+            outputs.get("target_q_continue"),
+            carry.current_data["labels"],
+            carry.halted,
+            carry.steps,
+            self.loss_type,
+        )
         wanted = {key: outputs[key].detach() for key in return_keys if key in outputs}
-        return carry, lm_loss + 0.5 * q_loss, metrics, wanted, carry.halted.all()
+        return carry, loss, metrics, wanted, carry.halted.all()

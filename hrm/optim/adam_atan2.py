@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hrm.models.layers import keep_copy, kept_copy
+
 
 class AdamATan2(Optimizer):
     """Adam whose division by the second moment is an arctangent, so that it needs no epsilon and is scale-invariant.
@@ -22,7 +24,7 @@ class AdamATan2(Optimizer):
         p -= lr / (1 - b1^t) * atan2(m, sqrt(v) / sqrt(1 - b2^t))
 
     The correction of the first moment stands outside the arctangent, as in the published code. All parameters of a
-    group are updated by a handful of multi-tensor kernels.
+    group are updated by a handful of multi-tensor kernels, or by one (`fused`).
     """
 
     def __init__(
@@ -33,12 +35,47 @@ class AdamATan2(Optimizer):
         weight_decay: float = 0.0,
         *,
         capturable: bool = False,
+        fused: bool = False,
+        copy_dtype: torch.dtype | None = None,
     ) -> None:
         """As for other optimizers; `capturable` keeps the step count on the device, for CUDA graphs: give `lr` as a
         0-dimensional float64 tensor there, and fill it. All parameters must then have a gradient at every step.
+
+        Args:
+            fused: update by one kernel in Triton, which runs on NVIDIA GPUs; for contiguous float32 parameters. Implies
+                `capturable`, with either kind of `lr`.
+            copy_dtype: with `fused`, write a copy of the weights in this dtype too, for `hrm.models.layers.in_dtype` to
+                use. A CUDA graph that uses copies needs `refresh_copies` before its replay if weights may have changed
+                by anything but `step`.
         """
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "capturable": capturable}
+        capturable = capturable or fused
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "capturable": capturable, "fused": fused}
         super().__init__(params, defaults)
+        self._copy_dtype = copy_dtype
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state that any kind of `AdamATan2` saved.
+
+        Options come with the state, but how it is computed stays as constructed, and so does a tensor that holds `lr`.
+        """
+        own = [(group["lr"], group["capturable"], group["fused"]) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, (lr, capturable, fused) in zip(self.param_groups, own, strict=True):
+            loaded = float(group["lr"])
+            group["lr"] = lr.fill_(loaded) if isinstance(lr, Tensor) else loaded
+            group["capturable"], group["fused"] = capturable, fused
+            for param in group["params"]:
+                if state := self.state.get(param):
+                    step = float(state["step"])
+                    state["step"] = torch.tensor(step, device=param.device) if capturable else int(step)
+
+    def refresh_copies(self) -> None:
+        """Bring copies up to date, in place, whose weights were changed by anything but `step`. Does not wait."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                copy = kept_copy(param)
+                if copy is not None and not copy.is_current(param):
+                    keep_copy(param, copy.values.copy_(param.detach()))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -55,7 +92,8 @@ class AdamATan2(Optimizer):
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             for step, same_step in self._count_step(params, group["capturable"]):
-                self._update(same_step, step, group["lr"], group["betas"], group["weight_decay"])
+                update = self._update_fused if group["fused"] else self._update
+                update(same_step, step, group["lr"], group["betas"], group["weight_decay"])
         return loss
 
     def _count_step(self, params: list[Tensor], capturable: bool) -> list[tuple[int | Tensor, list[Tensor]]]:
@@ -66,11 +104,13 @@ class AdamATan2(Optimizer):
                 state["step"] = torch.zeros((), device=param.device) if capturable else 0
                 state["exp_avg"] = torch.zeros_like(param)
                 state["exp_avg_sq"] = torch.zeros_like(param)
-            state["step"] += 1
         if capturable:
-            return [(self.state[params[0]]["step"], params)] if params else []
+            steps = [self.state[param]["step"] for param in params]
+            torch._foreach_add_(steps, 1)
+            return [(steps[0], params)] if params else []
         by_step: dict[int, list[Tensor]] = defaultdict(list)
         for param in params:
+            self.state[param]["step"] += 1
             by_step[self.state[param]["step"]].append(param)
         return list(by_step.items())
 
@@ -99,6 +139,43 @@ class AdamATan2(Optimizer):
             torch.atan2(moment, scale, out=scale)  # there is no multi-tensor atan2
         torch._foreach_mul_(update, _scalar(rate, params))
         torch._foreach_add_(params, update)
+
+    def _update_fused(
+        self,
+        params: list[Tensor],
+        step: int | Tensor,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ) -> None:
+        from hrm.kernels.triton_optim import adam_atan2_  # imported here: Triton is not everywhere
+
+        assert isinstance(step, Tensor)
+        copies = self._copies(params)
+        adam_atan2_(
+            params,
+            [param.grad.contiguous() for param in params if param.grad is not None],
+            [self.state[param]["exp_avg"] for param in params],
+            [self.state[param]["exp_avg_sq"] for param in params],
+            copies,
+            step=step,
+            lr=lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device=step.device),
+            betas=betas,
+            weight_decay=weight_decay,
+        )
+        for param, copy in zip(params, copies, strict=False):
+            keep_copy(param, copy)
+
+    def _copies(self, params: list[Tensor]) -> list[Tensor]:
+        """Memory for the copies of `params`, that of the step before where there is one; empty if none are wanted."""
+        if self._copy_dtype is None or self._copy_dtype == params[0].dtype:
+            return []
+        copies = []
+        for param in params:
+            copy = kept_copy(param)
+            reusable = copy is not None and copy.address == param.data_ptr() and copy.values.dtype == self._copy_dtype
+            copies.append(copy.values if copy and reusable else torch.empty_like(param, dtype=self._copy_dtype))
+        return copies
 
 
 def _scalar(value: float | Tensor, params: list[Tensor]) -> float | Tensor:

@@ -1,0 +1,103 @@
+"""Runs of updates that need no gradient: most of a training step, and all of an evaluation.
+
+Shapes: B sequences, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hrm.kernels.naive import RotaryTables
+
+
+class Cycles(Protocol):
+    """Apply `updates`, a text of L and H such as `LLHL`, to the states, and return the new ones.
+
+    L is z_L = module(z_L, z_H + embeddings) with the L level's blocks, H is z_H = module(z_H, z_L) with the H level's,
+    where module is `hrm.kernels.naive.reasoning_module`. States and embeddings are [B, T, D]; blocks are what
+    `hrm.kernels.Kernels.prepare` made for the level. The arguments are left as they are.
+    """
+
+    def __call__(
+        self,
+        z_H: Tensor,
+        z_L: Tensor,
+        embeddings: Tensor,
+        H_blocks: Sequence[Any],
+        L_blocks: Sequence[Any],
+        updates: str,
+        rotary: RotaryTables | None,
+        num_heads: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class FreeModule(Protocol):
+    """`hrm.kernels.naive.reasoning_module` on whatever `hrm.kernels.Kernels.prepare` makes of the blocks."""
+
+    def __call__(
+        self,
+        state: Tensor,
+        injection: Tensor,
+        blocks: Sequence[Any],
+        rotary: RotaryTables | None,
+        num_heads: int,
+        eps: float,
+    ) -> Tensor: ...
+
+
+def looped(modules: Mapping[str, FreeModule]) -> Cycles:
+    """One call of the level's module, `modules["H"]` or `modules["L"]`, for every update."""
+
+    def cycles(
+        z_H: Tensor,
+        z_L: Tensor,
+        embeddings: Tensor,
+        H_blocks: Sequence[Any],
+        L_blocks: Sequence[Any],
+        updates: str,
+        rotary: RotaryTables | None,
+        num_heads: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        injection = None  # the L level's, kept until z_H changes
+        for level in updates:
+            if level == "L":
+                if injection is None:
+                    injection = z_H + embeddings
+                z_L = modules["L"](z_L, injection, L_blocks, rotary, num_heads, eps)
+            else:
+                z_H = modules["H"](z_H, z_L, H_blocks, rotary, num_heads, eps)
+                injection = None
+        return z_H, z_L
+
+    return cycles
+
+
+def chunked(cycles: Cycles, sequences: int) -> Cycles:
+    """All updates for so many sequences, then for the next: what passes between kernels may then stay in the cache."""
+
+    def in_chunks(
+        z_H: Tensor,
+        z_L: Tensor,
+        embeddings: Tensor,
+        H_blocks: Sequence[Any],
+        L_blocks: Sequence[Any],
+        updates: str,
+        rotary: RotaryTables | None,
+        num_heads: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        new_H, new_L = torch.empty_like(z_H), torch.empty_like(z_L)
+        for start in range(0, len(z_H), sequences):
+            part = slice(start, start + sequences)
+            new_H[part], new_L[part] = cycles(
+                z_H[part], z_L[part], embeddings[part], H_blocks, L_blocks, updates, rotary, num_heads, eps
+            )
+        return new_H, new_L
+
+    return in_chunks
