@@ -46,7 +46,8 @@ def draw(about: dict[str, str], rows: Sequence[dict[str, float | str]], picture:
     axes[0][0].invert_yaxis()
     figure.supxlabel(f"times as fast as {BASELINE}; {about['device']}, PyTorch {about['torch']}", fontsize=8)
     figure.tight_layout()
-    figure.savefig(picture)
+    with plt.rc_context({"svg.fonttype": "none"}):  # text as text
+        figure.savefig(picture)
 
 
 if __name__ == "__main__":

@@ -376,7 +376,7 @@ def test_compiled_module_on_cpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("preset", ["naive", "compile", "triton"])
+@pytest.mark.parametrize("preset", ["naive", "compile", "triton", "head_parallel"])
 @pytest.mark.parametrize("tokens", [82, 901])
 @pytest.mark.parametrize("batch", [1, 5, 8])
 def test_module_on_gpu(preset: str, tokens: int, batch: int) -> None:

@@ -188,7 +188,7 @@ def _solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, wor
     num_identifiers = len(weights.get("model.inner.puzzle_emb.weights", [None]))
     sizes = _Sizes(1, shape.cells, vocab_size, num_identifiers)
     if config.kernels.backend == "auto":
-        config = replace(config, kernels=KernelsConfig("naive"))  # compiling would outlast one puzzle by far
+        config = replace(config, kernels=KernelsConfig("naive", attention="sdpa"))  # compiling would outlast one puzzle by far
     model = _load_model(config, checkpoint, weights, sizes, world)
     batch = {
         "inputs": torch.from_numpy(encode_tokens(puzzle)).int().unsqueeze(0),
