@@ -28,6 +28,7 @@ from tqdm import tqdm
 # Run as a script, only the script's own folder is on the path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from dataset.common import run_builder
 from hrm.data.custom import PAD_TOKEN, Symbol, Vocabulary, is_symbol, parse_vocabulary, read_vocabulary
 from hrm.data.pack import (
     SPLITS,
@@ -319,12 +320,7 @@ def build(arguments: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    try:
-        print(build(parse_arguments(argv)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_builder(build, lambda: parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 # Run as a script, only the script's own folder is on the path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from dataset.build_sudoku_dataset import hub_file, local_file
+from dataset.common import hub_file, local_file, run_builder
 from hrm.data.maze import (
     PAD_TOKEN,
     PATH,
@@ -265,12 +265,7 @@ def build(arguments: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    try:
-        print(build(parse_arguments(argv)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_builder(build, lambda: parse_arguments(argv))
 
 
 if __name__ == "__main__":

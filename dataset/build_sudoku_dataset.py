@@ -24,6 +24,7 @@ from tqdm import tqdm
 # Run as a script, only the script's own folder is on the path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from dataset.common import hub_file, local_file, run_builder
 from hrm.data.pack import SPLITS, PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
 from hrm.data.sudoku import (
     PAD_TOKEN,
@@ -210,27 +211,6 @@ def read_source(train_file: Path, test_file: Path, min_difficulty: int | None) -
             "a pack holds boards of one size."
         )
     return shape, train, test
-
-
-def local_file(folder: Path, split: str) -> Path:
-    """`<folder>/<split>.csv` or `.csv.gz`; UserError if there is neither."""
-    for path in (folder / f"{split}.csv", folder / f"{split}.csv.gz"):
-        if path.is_file():
-            return path
-    raise UserError(f"--source-dir {folder} has neither {split}.csv nor {split}.csv.gz; put one there.")
-
-
-def hub_file(repo: str, split: str) -> Path:
-    """`<split>.csv` of a hub dataset, downloaded unless it is in the cache; UserError if it cannot be had."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repo, f"{split}.csv", repo_type="dataset"))
-    except Exception as error:  # offline, no such repo, no access, a broken transfer: many types, one mend
-        raise UserError(
-            f"{split}.csv of the hub dataset {repo} cannot be downloaded ({type(error).__name__}); check the network "
-            "and --source-repo, or build from local files with --source-dir or generated puzzles with --generate."
-        ) from error
 
 
 # Generated puzzles.
@@ -495,12 +475,7 @@ def build(arguments: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    try:
-        print(build(parse_arguments(argv)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_builder(build, lambda: parse_arguments(argv))
 
 
 if __name__ == "__main__":
