@@ -2,8 +2,8 @@
 
 python -m benchmarks.kernels
 
-The bound is the larger of two times: the bytes that must pass (inputs and results once) at the measured rate of a device
-copy, and the operations at the measured rate of a large bf16 matmul.
+The bound is the larger of two times: that of the bytes that must pass (inputs and results once) at the measured rate of
+a device copy, and that of the operations at the measured rate of a large bf16 matmul.
 """
 
 from __future__ import annotations

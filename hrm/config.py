@@ -30,6 +30,8 @@ FORWARD_DTYPES = ("bfloat16", "float32", "float16", "float64")
 DEVICES = ("auto", "cuda", "mps", "cpu")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 OPTIMIZERS = ("adam_atan2", "adamw")
+ACT_MODES = ("full", "halt", "both")
+FP8_LEVELS = ("none", "H", "L", "both")
 SAVEABLE_OUTPUTS = (
     "inputs",
     "labels",
@@ -150,18 +152,31 @@ class HRMConfig:
 class KernelsConfig:
     """How reasoning modules are computed: which backend, and execution choices that leave the maths alone."""
 
-    backend: str = "naive"  # a name in hrm.kernels.BACKENDS, or auto: the best that runs here
+    backend: str = "naive"  # a name in hrm.kernels.BACKENDS, or auto: the fastest that runs here, and its switches
+    attention: str = "auto"  # a name in hrm.kernels.attention.PROVIDERS, or auto: the fastest measured
     compile: bool = False  # pass the backend through torch.compile
-    cuda_graphs: bool = False  # launch whole training and evaluation steps at once (NVIDIA; training on one GPU)
+    cuda_graphs: bool = False  # launch whole training and evaluation steps at once (NVIDIA); see parallel.cuda_graphs
+    fused_step: bool = False  # optimizers, loss, casts and carry as a kernel each, in Triton (NVIDIA)
+    chunk: int = 0  # sequences at a time in passes without gradient, so that they stay in the cache; 0: all
+    fp8: str = "none"  # levels whose passes without gradient are computed in 8 bit (e4m3): none, H, L or both
+
+    def __post_init__(self) -> None:
+        _at_least("kernels.chunk", self.chunk, 0)
+        _choice("kernels.fp8", self.fp8, FP8_LEVELS)
 
 
 @dataclass
 class DataConfig:
-    """A named data pack: where it lies and which builder makes it."""
+    """A named data pack: where it lies, which builder makes it, and what it is made of."""
 
     name: str = MISSING
     path: str = MISSING
     build: str = MISSING  # builder and its arguments, as typed after `python`; --output-dir PATH is added
+    source: str = ""  # what the builder reads, or that it generates
+    version: str = ""  # of the source, or the seed
+    licence: str = ""  # of the source
+    augmentation: str = ""  # of a training puzzle
+    shape: str = ""  # of a puzzle, and the number of tokens
 
 
 @dataclass
@@ -173,6 +188,34 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _choice("optim.name", self.name, OPTIMIZERS)
+
+
+@dataclass
+class ParallelConfig:
+    """How the processes that torchrun started share the work.
+
+    `tensor * pipeline` of them train together on one part of the batch; there are as many parts as that leaves.
+    """
+
+    tensor: int = 1  # processes that share the heads and the MLP of every block
+    pipeline: int = 1  # processes that share the layers of each level, in stages
+    micro_batches: int = 4  # what a rank's batch is cut into on its way through the pipeline; at least its stages
+    fsdp: bool = False  # keep the levels' weights and their optimizer state in shards over the data ranks
+    bucket_mb: float = 0.0  # sum gradients in buckets of this many MB while backward goes on; 0: all at once after it
+    cuda_graphs: bool = False  # with kernels.cuda_graphs, record the exchange between GPUs into the graph as well
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline"):
+            _at_least(f"parallel.{name}", getattr(self, name), 1)
+        _at_least("parallel.micro_batches", self.micro_batches, self.pipeline)
+        _at_least("parallel.bucket_mb", self.bucket_mb, 0)
+        if self.fsdp and self.pipeline > 1:
+            raise UserError("parallel.fsdp=true does not go with parallel.pipeline: drop one of them.")
+        if self.cuda_graphs and (self.fsdp or self.pipeline > 1):
+            raise UserError(
+                "parallel.cuda_graphs=true goes with data and tensor parallelism only: drop it, parallel.fsdp or "
+                "parallel.pipeline."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,6 +233,14 @@ class PretrainConfig:
     epochs: int = 100000
     eval_interval: int | None = 10000  # epochs from one evaluation to the next; null: once, at the end
     checkpoint_every_eval: bool = True  # else only at the end
+
+    resume: str | None = None  # auto: go on from the run folder's last training state; or its path; null: start anew
+    resume_changed: bool = False  # go on although options differ from those the run had
+    checkpoint_interval: float = 10.0  # minutes from one training state to the next; besides, one at each evaluation
+    keep_checkpoints: int = 2  # newest training states kept, beside the one that was best at its evaluation
+    ema_decay: float | None = None  # of an average of the weights, such as 0.999; it is evaluated and saved too
+    stop_after: int | None = None  # end after this many evaluations without a better exact accuracy
+    stop_at_train_accuracy: float | None = None  # end at an evaluation before which training's exact accuracy was this
 
     lr: float = 1e-4
     lr_min_ratio: float = 1.0  # the cosine's end, as a share of lr; 1.0: constant after the warm-up
@@ -209,6 +260,10 @@ class PretrainConfig:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    accumulate: int = 1  # parts of a rank's batch whose gradients are summed one after the other, to save memory
+    grad_clip: float | None = None  # largest global norm of the dense gradients; beyond it they are scaled down
+    dist_timeout: float = 600.0  # seconds that ranks wait for each other before the run ends naming who is missing
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these there is
     num_workers: int = 0  # loader processes; any number gives the same batches
     log_interval: int = 10  # steps from one reading of the metrics to the next
@@ -220,6 +275,12 @@ class PretrainConfig:
         for name in ("global_batch_size", "epochs", "log_interval"):
             _at_least(name, getattr(self, name), 1)
         _fraction("lr_min_ratio", self.lr_min_ratio)
+        _at_least("accumulate", self.accumulate, 1)
+        if self.grad_clip is not None:
+            _positive("grad_clip", self.grad_clip)
+        _positive("dist_timeout", self.dist_timeout)
+        if self.parallel.fsdp and self.ema_decay is not None:
+            raise UserError("ema_decay does not go with parallel.fsdp=true: drop one of them.")
         for name in ("lr", "lr_warmup_steps", "weight_decay", "num_workers", "seed"):
             _at_least(name, getattr(self, name), 0)
         for name in ("puzzle_emb_lr", "puzzle_emb_weight_decay"):
@@ -236,6 +297,25 @@ class PretrainConfig:
                 raise UserError(
                     f"epochs={self.epochs} is not a multiple of eval_interval={self.eval_interval}: change one of them."
                 )
+        _positive("checkpoint_interval", self.checkpoint_interval)
+        _at_least("keep_checkpoints", self.keep_checkpoints, 1)
+        if self.ema_decay is not None:
+            _fraction("ema_decay", self.ema_decay, below_one=True)
+        if self.stop_after is not None:
+            _at_least("stop_after", self.stop_after, 1)
+        if self.stop_at_train_accuracy is not None:
+            _fraction("stop_at_train_accuracy", self.stop_at_train_accuracy)
+
+
+@dataclass
+class EnsembleConfig:
+    """Answers to one puzzle that are put to the vote."""
+
+    augmentations: int = 1  # images of each puzzle under the task's symmetries, itself included
+    checkpoints: list[str] = field(default_factory=list)  # models that answer beside `checkpoint`
+
+    def __post_init__(self) -> None:
+        _at_least("ensemble.augmentations", self.augmentations, 1)
 
 
 @dataclass
@@ -249,6 +329,11 @@ class EvaluateConfig:
     global_batch_size: int | None = None  # default: the run's own
     puzzle: str | None = None  # solve this one board (digits, 0 or . for blanks) instead of the test split
     show: int = 0  # print this many test boards and draw them, and the training curves, as PNG
+    act: str = "full"  # full: all ACT steps; halt: until q_halt > q_continue; both: one after the other, compared
+    act_margin: float = 0.0  # act=halt needs q_halt > q_continue + this
+    act_max_steps: int | None = None  # last ACT step; default: training's
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
+    report: str | None = None  # a folder for an HTML report: answers step by step, and how accuracy comes about
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     device: str = "auto"
     num_workers: int = 0
@@ -258,6 +343,9 @@ class EvaluateConfig:
         for output in self.save_outputs:
             _choice("save_outputs", output, SAVEABLE_OUTPUTS)
         _at_least("show", self.show, 0)
+        _choice("act", self.act, ACT_MODES)
+        if self.act_max_steps is not None:
+            _at_least("act_max_steps", self.act_max_steps, 1)
         _at_least("num_workers", self.num_workers, 0)
         if self.global_batch_size is not None:
             _at_least("global_batch_size", self.global_batch_size, 1)

@@ -13,11 +13,13 @@ from hrm.batch import Batch
 from hrm.config import PretrainConfig
 from hrm.cuda_graphs import GraphedWork
 from hrm.data.pack import Pack
-from hrm.distributed import World, broadcast_tensors, sum_over_ranks
+from hrm.distributed import World, broadcast_tensors
 from hrm.errors import UserError
 from hrm.models import ACTLossHead, build_model
-from hrm.models.hrm_v1 import Carry
+from hrm.models.hrm_v1 import Carry, InnerCarry
 from hrm.optim import AdamATan2, SparseSignSGD, learning_rate
+from hrm.training.average import WeightAverage
+from hrm.training.parallel import SharedModel
 
 
 @dataclass
@@ -25,10 +27,12 @@ class TrainState:
     """What changes while a run goes on."""
 
     model: ACTLossHead
+    shared: SharedModel  # what of the model is on this process, and how its gradients meet the others'
     optimizers: list[tuple[torch.optim.Optimizer, float]]  # each with its base learning rate
     total_steps: int
     step: int = 0
     carry: Carry | None = None
+    average: WeightAverage | None = None
 
 
 TrainStep = Callable[[Batch], dict[str, Tensor]]
@@ -47,7 +51,7 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
         )
     model = build_model(
         config.arch,
-        batch_size=config.global_batch_size // world.size,
+        batch_size=_micro_batch_size(config, world),
         seq_len=metadata.seq_len,
         vocab_size=metadata.vocab_size,
         num_puzzle_identifiers=metadata.num_puzzle_identifiers,
@@ -57,8 +61,9 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
     )
     broadcast_tensors(model.state_dict().values(), world)
     model.model.seed_exploration(config.seed + world.rank)
+    shared = SharedModel(model, config.parallel, world)
 
-    graphed = _is_graphed(model, world)
+    graphed, fused = _is_graphed(config, model, world), model.kernels.fused_step
 
     def rate(value: float, dtype: torch.dtype = torch.float64) -> float | Tensor:
         return torch.tensor(value, device=world.device, dtype=dtype) if graphed else value
@@ -67,7 +72,7 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
     dense: torch.optim.Optimizer
     if config.optim.name == "adamw":
         dense = torch.optim.AdamW(
-            model.parameters(),
+            shared.weights.values(),
             rate(config.lr, torch.float32),
             betas,
             config.optim.eps,
@@ -76,25 +81,39 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
             capturable=graphed,
         )
     else:
-        dense = AdamATan2(model.parameters(), rate(config.lr), betas, config.weight_decay, capturable=graphed)
+        dense = AdamATan2(
+            shared.weights.values(),
+            rate(config.lr),
+            betas,
+            config.weight_decay,
+            capturable=graphed,
+            fused=fused,
+            copy_dtype=model.model.inner.dtype if fused and not config.parallel.fsdp else None,
+        )
     optimizers: list[tuple[torch.optim.Optimizer, float]] = [(dense, config.lr)]
     if model.model.inner.prefix_len:
         table = model.model.inner.puzzle_emb
-        sparse = SparseSignSGD(table, rate(config.puzzle_emb_lr), config.puzzle_emb_weight_decay)
+        sparse = SparseSignSGD(
+            table, rate(config.puzzle_emb_lr), config.puzzle_emb_weight_decay, fused=fused, group=world.group
+        )
         optimizers.append((sparse, config.puzzle_emb_lr))
-    return TrainState(model, optimizers, total_steps)
+    average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
+    return TrainState(model, shared, optimizers, total_steps, average=average)
 
 
 def make_train_step(config: PretrainConfig, world: World, state: TrainState) -> TrainStep:
     """The function that advances `state` by one step, run eagerly or as a CUDA graph as `config.kernels` says."""
-    update: TrainStep = partial(_update, config, world, state)
-    if _is_graphed(state.model, world):
+    update: TrainStep = partial(_update, config, state)
+    if _is_graphed(config, state.model, world):
         exploration = state.model.model.exploration(world.device)
-        in_place = partial(_update_in_place, config, world, state)
+        in_place = partial(_update_in_place, config, state)
         update = GraphedWork(in_place, world.device, eager_calls=3, generators=[exploration])
 
     def step(batch: Batch) -> dict[str, Tensor]:
         _set_rates(config, state)
+        for optimizer, _ in state.optimizers:
+            if isinstance(optimizer, AdamATan2):
+                optimizer.refresh_copies()  # a recorded graph reads the copies and cannot tell whether they are current
         return update({name: field.to(world.device, non_blocking=True) for name, field in batch.items()})
 
     return step
@@ -105,9 +124,25 @@ def current_lr(config: PretrainConfig, state: TrainState, base_lr: float) -> flo
     return learning_rate(state.step, base_lr, config.lr_warmup_steps, state.total_steps, config.lr_min_ratio)
 
 
-def _is_graphed(model: ACTLossHead, world: World) -> bool:
-    # The exchange of several ranks stays out of graphs.
-    return model.kernels.cuda_graphs and world.size == 1
+def _micro_batch_size(config: PretrainConfig, world: World) -> int:
+    """Sequences of a forward and backward pass on this rank."""
+    local = config.global_batch_size // world.size
+    if local % config.accumulate:
+        raise UserError(
+            f"accumulate={config.accumulate} does not divide the {local} sequences of a rank's batch: change it or "
+            "global_batch_size."
+        )
+    if world.pipeline.size > 1 and local // config.accumulate < config.parallel.micro_batches:
+        raise UserError(
+            f"parallel.micro_batches={config.parallel.micro_batches} is more than the {local // config.accumulate} "
+            "sequences of a rank's pass: lower it or raise global_batch_size."
+        )
+    return local // config.accumulate
+
+
+def _is_graphed(config: PretrainConfig, model: ACTLossHead, world: World) -> bool:
+    # The exchange of several ranks stays out of graphs unless asked for.
+    return model.kernels.cuda_graphs and (world.processes == 1 or config.parallel.cuda_graphs)
 
 
 def _set_rates(config: PretrainConfig, state: TrainState) -> None:
@@ -122,26 +157,64 @@ def _set_rates(config: PretrainConfig, state: TrainState) -> None:
                 group["lr"] = lr
 
 
-def _update(config: PretrainConfig, world: World, state: TrainState, batch: Batch) -> dict[str, Tensor]:
+def _update(config: PretrainConfig, state: TrainState, batch: Batch) -> dict[str, Tensor]:
     """The device's part of a step: nothing in it depends on the host."""
-    if state.carry is None:
-        state.carry = state.model.initial_carry(batch)
-    metrics: dict[str, Tensor]
-    state.carry, loss, metrics, _, _ = state.model(carry=state.carry, batch=batch)
-    (loss / config.global_batch_size).backward()
-    # The loss is divided by the global batch already, so gradients are summed, not averaged.
-    sum_over_ranks([param.grad for param in state.model.parameters() if param.grad is not None], world)
+    carry = state.carry or state.model.initial_carry(batch)
+    rows = len(batch["inputs"]) // config.accumulate
+    passes = [slice(start, start + rows) for start in range(0, config.accumulate * rows, rows)]
+    carries: list[Carry] = []
+    sums: dict[str, Tensor] = {}
+    for part in passes:
+        new, loss, metrics, _, _ = state.model(
+            carry=_part_of(carry, part), batch={name: field[part] for name, field in batch.items()}
+        )
+        carries.append(new)
+        sums = {name: sums[name] + value if sums else value for name, value in metrics.items()}
+        if part is passes[-1]:
+            state.shared.last_backward()
+        # The loss is divided by the global batch, so gradients are summed, not averaged, over passes and ranks.
+        (loss / config.global_batch_size).backward()
+        if part is not passes[-1]:
+            for optimizer, _ in state.optimizers:
+                if isinstance(optimizer, SparseSignSGD):
+                    optimizer.keep()
+    state.carry = _joined(carries)
+    state.shared.finish_gradients(config.grad_clip)
     for optimizer, _ in state.optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return metrics
+    if state.average is not None:
+        state.average.update()
+    return sums
 
 
-def _update_in_place(config: PretrainConfig, world: World, state: TrainState, batch: Batch) -> dict[str, Tensor]:
+def _update_in_place(config: PretrainConfig, state: TrainState, batch: Batch) -> dict[str, Tensor]:
     """`_update` for CUDA graphs: the carry stays in the same memory."""
     carry = state.carry = state.carry or state.model.initial_carry(batch)
-    metrics = _update(config, world, state, batch)
+    metrics = _update(config, state, batch)
     for kept, new in zip(carry.tensors(), state.carry.tensors(), strict=True):
         kept.copy_(new)
     state.carry = carry
     return metrics
+
+
+def _part_of(carry: Carry, rows: slice) -> Carry:
+    """Some sequences' part of a carry, as views."""
+    inner = carry.inner_carry
+    data = {name: field[rows] for name, field in carry.current_data.items()}
+    return Carry(InnerCarry(inner.z_H[rows], inner.z_L[rows]), carry.steps[rows], carry.halted[rows], data)
+
+
+def _joined(carries: list[Carry]) -> Carry:
+    """One carry from its parts."""
+    if len(carries) == 1:
+        return carries[0]
+    return Carry(
+        InnerCarry(
+            torch.cat([carry.inner_carry.z_H for carry in carries]),
+            torch.cat([carry.inner_carry.z_L for carry in carries]),
+        ),
+        torch.cat([carry.steps for carry in carries]),
+        torch.cat([carry.halted for carry in carries]),
+        {name: torch.cat([carry.current_data[name] for carry in carries]) for name in carries[0].current_data},
+    )

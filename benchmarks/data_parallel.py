@@ -1,0 +1,96 @@
+"""Time training steps on several ranks, by the way in which they share the work, against one rank.
+
+torchrun --nproc-per-node 2 -m benchmarks.data_parallel                      twice the batch on two GPUs
+torchrun --nproc-per-node 2 -m benchmarks.data_parallel --global-batch 768   the same batch on two GPUs
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from benchmarks.common import Shape, batches, machine, median_ms, peak_gib, preset_config, write_results
+from hrm.config import PretrainConfig, register_schemas
+from hrm.distributed import World, join_world, share_out
+from hrm.errors import UserError
+from hrm.training.step import initial_state, make_train_step
+
+WAYS = {
+    "flat": [],
+    "buckets of 1 MB": ["parallel.bucket_mb=1"],
+    "buckets of 5 MB": ["parallel.bucket_mb=5"],
+    "buckets of 25 MB": ["parallel.bucket_mb=25"],
+    "flat, graphs": ["parallel.cuda_graphs=true"],
+    "buckets of 25 MB, graphs": ["parallel.cuda_graphs=true", "parallel.bucket_mb=25"],
+    "fsdp": ["parallel.fsdp=true"],
+    "tensor 2": ["parallel.tensor=2"],
+    "pipeline 2": ["parallel.pipeline=2"],
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ways", default=";".join(list(WAYS)[:6]), help=f"separated by semicolons, of: {list(WAYS)}")
+    parser.add_argument("--batch", type=int, default=768, help="sequences of one rank alone")
+    parser.add_argument("--global-batch", type=int, help="of all ranks together; default: each has its --batch")
+    parser.add_argument("--seq-len", type=int, default=81)
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("overrides", nargs="*", help="options of pretrain.py, e.g. arch=hrm_small")
+    arguments = parser.parse_args(argv)
+    register_schemas()
+
+    def config(global_batch: int, options: Sequence[str] = ()) -> PretrainConfig:
+        shape = Shape(global_batch, arguments.seq_len)
+        return preset_config(arguments.kernels, shape, [*arguments.overrides, *options])
+
+    rows: list[dict[str, Any]] = []
+    with join_world(arguments.device) as everyone:
+        is_main, device = everyone.is_main, everyone.device
+        alone = _by_main_alone(config(arguments.batch), arguments.seq_len, everyone, arguments.repeats)
+        rows.append({"way": "one rank", "ranks": 1, "global batch": arguments.batch, **alone})
+        global_batch = arguments.global_batch or everyone.size * arguments.batch
+        for way in arguments.ways.split(";"):
+            row: dict[str, Any] = {"way": way, "ranks": everyone.size, "global batch": global_batch}
+            try:
+                options = config(global_batch, WAYS[way])
+                world = share_out(options.parallel, device)
+                row |= _measure(options, arguments.seq_len, world, arguments.repeats)
+                row["x one rank"] = row["puzzles/s"] / alone["puzzles/s"] if is_main else None
+            except UserError as error:
+                row["cannot run"] = str(error)
+            rows.append(row)
+            if is_main:
+                print(row, flush=True)
+    if is_main:
+        name = f"data-parallel-{everyone.size}-{'fixed-batch' if arguments.global_batch else 'fixed-share'}"
+        print(write_results(name, machine(device), rows, arguments.output_dir))
+
+
+def _by_main_alone(config: PretrainConfig, seq_len: int, world: World, repeats: int) -> dict[str, Any]:
+    """What the main process measures while the others wait; empty there."""
+    group = dist.new_group([0]) if world.size > 1 else None
+    row = _measure(config, seq_len, replace(world, size=1, group=group), repeats) if world.is_main else {}
+    if world.size > 1:
+        dist.barrier()
+    return row
+
+
+def _measure(config: PretrainConfig, seq_len: int, world: World, repeats: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        pack, stream = batches(None, Shape(config.global_batch_size // world.size, seq_len), Path(scratch))
+        step = make_train_step(config, world, initial_state(config, pack, world))
+        ms = median_ms(lambda: step(next(stream)), world.device, 5, repeats)
+    return {"ms": ms, "puzzles/s": 1000 * config.global_batch_size / ms, "GiB": peak_gib(world.device)}
+
+
+if __name__ == "__main__":
+    main()
