@@ -2,6 +2,8 @@
 
 Weights are saved with the prefix `_orig_mod.` that torch.compile gives the published code's parameters: its
 `evaluate.py` then takes them compiled or not. Reading strips the prefix. Nothing read from a checkpoint is executed.
+Beside each `step_<n>` lie the same weights as `step_<n>.safetensors`, for tools other than PyTorch. What a run needs to
+go on is in `hrm.training.resume`.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from yaml import YAMLError
 
@@ -29,6 +33,9 @@ METRICS_FILE = "metrics.jsonl"
 _COMPILED_PREFIX = "_orig_mod."
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_WEIGHTS = "checkpoint"
+_SAFETENSORS = ".safetensors"
+_WEIGHTS_NAME = re.compile(r"step_(\d+)(_ema)?(\.safetensors)?")
+_NAME_OF_STEP = re.compile(r"(?:step|state)_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,8 @@ class Checkpoint:
     @property
     def step(self) -> int:
         """Optimizer steps behind the weights; 0 where the file's name does not say."""
-        name = self.weights_file.name
-        return int(name.removeprefix("step_")) if re.fullmatch(r"step_\d+", name) else 0
+        named = _WEIGHTS_NAME.fullmatch(self.weights_file.name)
+        return int(named[1]) if named else 0
 
 
 def make_folder(folder: Path, option: str) -> None:
@@ -61,30 +68,45 @@ def make_folder(folder: Path, option: str) -> None:
         raise UserError(f"{option}={folder} cannot be made a folder ({error.strerror}): give another path.") from error
 
 
-def keep_earlier_run(folder: Path) -> None:
-    """Move what an earlier run left in a run folder into `earlier_<n>` there."""
-    left = [file for name in (CONFIG_FILE, METRICS_FILE, "step_*") for file in folder.glob(name) if file.is_file()]
+def keep_earlier_run(folder: Path, after: int | None = None) -> None:
+    """Move what an earlier run left in a run folder into `earlier_<n>` there.
+
+    Args:
+        after: move only what belongs to steps after this one, as a run that goes on from it will make them anew.
+    """
+    # Training states first: cut off here, the next start finds none that it would take for the new run's.
+    found = [path for pattern in ("state_*", "step_*") for path in folder.glob(pattern)]
+    steps = {path: int(named[1]) for path in found if (named := _NAME_OF_STEP.match(path.name))}
+    left = [path for path, step in steps.items() if after is None or step > after]
+    if after is None:
+        left += [file for name in (METRICS_FILE, CONFIG_FILE) if (file := folder / name).is_file()]
     if left:
         number = 1
         while (aside := folder / f"earlier_{number}").exists():
             number += 1
         aside.mkdir()
-        for file in left:
-            file.rename(aside / file.name)
+        for path in left:
+            path.rename(aside / path.name)
 
 
 def save_config(config: PretrainConfig, folder: Path) -> None:
     """Write `all_config.yaml`, creating the run folder."""
     make_folder(folder, "checkpoint_path")
-    _write_atomically(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(asdict(config))).encode())
+    write_atomically(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(asdict(config))).encode())
 
 
-def save_weights(model: nn.Module, folder: Path, step: int) -> Path:
-    """Write `step_<step>`; a crash midway leaves no file of that name."""
-    file = folder / f"step_{step}"
-    temporary = file.with_name(f".{file.name}.tmp")
-    torch.save({_COMPILED_PREFIX + name: tensor for name, tensor in model.state_dict().items()}, temporary)
-    _commit(temporary, file)
+def save_weights(weights: Mapping[str, Tensor], folder: Path, name: str) -> Path:
+    """Write weights as `<name>`, in the published layout, and `<name>.safetensors`; a crash midway leaves no torn file.
+
+    Args:
+        weights: as the model's `state_dict()` names them; no two may share memory.
+        name: `step_<n>`.
+    """
+    file = folder / name
+    with _replacing(file) as temporary:
+        torch.save({_COMPILED_PREFIX + name: tensor for name, tensor in weights.items()}, temporary)
+    with _replacing(file.with_name(name + _SAFETENSORS)) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary, {"format": "pt"})
     return file
 
 
@@ -116,13 +138,16 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         UserError: the file is torn, or holds anything but named tensors (such a file is not executed).
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # about pickle protocols: whether it loads is what counts
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        if file.suffix == _SAFETENSORS:
+            loaded = load_file(file)
+        else:
+            with warnings.catch_warnings(action="ignore"):  # about pickle protocols: whether it loads is what counts
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{file} holds more than tensors, or is no checkpoint, and was not loaded; save its state_dict() alone."
         ) from error
-    except Exception as error:  # what torch.load raises over damaged files shares no base class
+    except Exception as error:  # what loading raises over damaged files shares no base class
         raise UserError(f"{file} is torn or no checkpoint ({first_sentence(error)}); copy it anew.") from error
     if not isinstance(loaded, Mapping) or not all(_is_weight(tensor) for tensor in loaded.values()):
         raise UserError(f"{file} does not hold a state_dict (names and tensors); save model.state_dict().")
@@ -154,9 +179,15 @@ def _is_weight(value: object) -> bool:
 
 
 def _last_weights(folder: Path) -> Path:
-    steps = [file for file in folder.iterdir() if re.fullmatch(r"step_\d+", file.name) and file.is_file()]
+    steps: dict[int, Path] = {}
+    for file in sorted(
+        folder.glob("step_*"), reverse=True
+    ):  # of one step, the published layout stands before .safetensors
+        named = _WEIGHTS_NAME.fullmatch(file.name)
+        if named and not named[2] and file.is_file():
+            steps[int(named[1])] = file
     if steps:
-        return max(steps, key=lambda file: int(file.name.removeprefix("step_")))
+        return steps[max(steps)]
     if (folder / _HUB_WEIGHTS).is_file():
         return folder / _HUB_WEIGHTS
     raise UserError(
@@ -188,14 +219,28 @@ def _read_config(file: Path) -> dict[str, Any]:
     return {str(name): value for name, value in config.items()}
 
 
-def _write_atomically(file: Path, content: bytes) -> None:
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a file; a crash midway leaves it as it was."""
+    with _replacing(file) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """A path to write to beside `file`, which takes its place once its bytes are on the disk."""
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_bytes(content)
-    _commit(temporary, file)
-
-
-def _commit(temporary: Path, file: Path) -> None:
-    """Give a complete temporary file its name, once its bytes are on the disk."""
-    with temporary.open("rb") as written:
-        os.fsync(written.fileno())
+    yield temporary
+    sync(temporary)
     temporary.replace(file)
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name != "posix":  # elsewhere folders cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -126,9 +126,9 @@ def test_weights_without_the_prefix_load_too(tmp_path: Path, model: ACTLossHead)
 
 
 def test_our_weights_have_the_published_names(tmp_path: Path, model: ACTLossHead) -> None:
-    file = save_weights(model, tmp_path, 40)
+    file = save_weights(model.state_dict(), tmp_path, "step_40")
     assert file == tmp_path / "step_40"
-    assert [path.name for path in tmp_path.iterdir()] == ["step_40"]
+    assert {path.name for path in tmp_path.iterdir()} == {"step_40", "step_40.safetensors"}
     saved = torch.load(file, weights_only=True)
     layers = [("H", 0), ("L", 0), ("L", 1)]
     parts = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
@@ -142,10 +142,17 @@ def test_our_weights_have_the_published_names(tmp_path: Path, model: ACTLossHead
 
 
 def test_saved_weights_come_back(tmp_path: Path, model: ACTLossHead, random_batch: Callable[..., Batch]) -> None:
-    file = save_weights(model, tmp_path, 40)
+    file = save_weights(model.state_dict(), tmp_path, "step_40")
     other = build_model(ARCH, **SIZES, seed=7).eval()
     load_weights(other, read_weights(file), file)
     assert_same_answers(model, other, random_batch(**SIZES))
+
+
+def test_safetensors_hold_the_same_weights(tmp_path: Path, model: ACTLossHead) -> None:
+    file = save_weights(model.state_dict(), tmp_path, "step_40")
+    weights, beside = read_weights(file), read_weights(tmp_path / "step_40.safetensors")
+    assert beside.keys() == model.state_dict().keys()
+    assert all(torch.equal(beside[name], weights[name]) for name in weights)
 
 
 def test_our_config_has_what_the_published_code_requires(tmp_path: Path) -> None:
@@ -169,7 +176,7 @@ def test_our_config_has_what_the_published_code_requires(tmp_path: Path) -> None
 def test_our_config_comes_back(tmp_path: Path, model: ACTLossHead) -> None:
     config = PretrainConfig(arch=arch_config(ARCH), data_path="data/pack")
     save_config(config, tmp_path)
-    save_weights(model, tmp_path, 1)
+    save_weights(model.state_dict(), tmp_path, "step_1")
     loaded = find_checkpoint(str(tmp_path)).config
     assert loaded == dataclasses.asdict(config)
     assert arch_config(loaded["arch"]) == config.arch
@@ -195,6 +202,9 @@ def run_folder(tmp_path: Path) -> Path:
         (["step_5", "step_30_all_preds.0"], "step_5", 5),
         (["step_5", "step_30.bak", "xstep_40", "step_", "step_-50", "step_6e1"], "step_5", 5),
         (["step_5", ".step_9.tmp"], "step_5", 5),
+        (["step_5", "step_5.safetensors"], "step_5", 5),
+        (["step_5", "step_10.safetensors"], "step_10.safetensors", 10),
+        (["step_5", "step_9_ema", "step_9_ema.safetensors", "step_9.safetensors.tmp"], "step_5", 5),
         (["checkpoint"], "checkpoint", 0),
         (["checkpoint", "metrics.jsonl", ".checkpoint.tmp"], "checkpoint", 0),
     ],
@@ -213,9 +223,9 @@ def test_folders_are_no_weights(run_folder: Path) -> None:
 
 
 def test_a_file_stands_for_itself(run_folder: Path) -> None:
-    for name in ("step_9", "step_10", "best.pt"):
+    for name in ("step_9", "step_10", "best.pt", "step_10_ema.safetensors"):
         (run_folder / name).touch()
-    for name, step in (("step_9", 9), ("best.pt", 0)):
+    for name, step in (("step_9", 9), ("best.pt", 0), ("step_10_ema.safetensors", 10)):
         checkpoint = find_checkpoint(str(run_folder / name))
         assert (checkpoint.weights_file, checkpoint.step) == (run_folder / name, step)
 
@@ -289,7 +299,7 @@ def _cut(file: Path) -> None:
 def test_failing_to_save_leaves_no_file_of_that_name(
     run_folder: Path, model: ACTLossHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_weights(model, run_folder, 5)
+    save_weights(model.state_dict(), run_folder, "step_5")
     before = (run_folder / "step_5").read_bytes()
     with torch.no_grad():
         model.model.inner.lm_head.weight.zero_()
@@ -303,7 +313,7 @@ def test_failing_to_save_leaves_no_file_of_that_name(
     monkeypatch.setattr(torch, "save", failing)
     for step in (5, 6):
         with pytest.raises(OSError, match="No space left"):
-            save_weights(model, run_folder, step)
+            save_weights(model.state_dict(), run_folder, f"step_{step}")
     assert (run_folder / "step_5").read_bytes() == before
     assert not (run_folder / "step_6").exists()
     assert find_checkpoint(str(run_folder)).step == 5  # whatever else the failure left there
@@ -311,7 +321,7 @@ def test_failing_to_save_leaves_no_file_of_that_name(
 
 def test_a_save_after_a_crash_succeeds(run_folder: Path, model: ACTLossHead) -> None:
     (run_folder / ".step_5.tmp").write_bytes(b"left by a crash")
-    file = save_weights(model, run_folder, 5)
+    file = save_weights(model.state_dict(), run_folder, "step_5")
     assert read_weights(file).keys() == model.state_dict().keys()
 
 
@@ -343,10 +353,14 @@ def damaged(whole: bytes) -> Iterator[bytes]:
         yield whole[: rng.randrange(len(whole))]
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_damaged_files_end_in_a_sentence(zipped: bool, tmp_path: Path, model: ACTLossHead) -> None:
-    file = tmp_path / "step_1"
-    torch.save(model.state_dict(), file, _use_new_zipfile_serialization=zipped)
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_damaged_files_end_in_a_sentence(kind: str, tmp_path: Path, model: ACTLossHead) -> None:
+    if kind == "safetensors":
+        save_weights(model.state_dict(), tmp_path, "step_1")
+        file = tmp_path / "step_1.safetensors"
+    else:
+        file = tmp_path / "step_1"
+        torch.save(model.state_dict(), file, _use_new_zipfile_serialization=kind == "zip")
     assert read_weights(file).keys() == model.state_dict().keys()
     escaped: dict[str, bytes] = {}
     for content in damaged(file.read_bytes()):

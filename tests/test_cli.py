@@ -572,4 +572,7 @@ def test_training_leaves_only_its_run_folder(stock: Path, tmp_path: Path, monkey
     train(*TINY_RUN, f"data_path={stock / 'pack'}", "project_name=a project", "run_name=it's 1 = (one)")
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     folder = "checkpoints/a project/it's 1 = (one)"
-    assert files == {f"{folder}/{name}" for name in ("all_config.yaml", "metrics.jsonl", "step_3", "step_6")}
+    weights = {f"step_{step}{suffix}" for step in (3, 6) for suffix in ("", ".safetensors")}
+    parts = ("SHA256SUMS", "state.json", "shard-00001-model-00001-of-00001.safetensors")
+    states = {f"state_{step}/{part}" for step in (3, 6) for part in parts}
+    assert files == {f"{folder}/{name}" for name in {"all_config.yaml", "metrics.jsonl", *weights, *states}}

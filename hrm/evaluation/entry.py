@@ -188,7 +188,8 @@ def _solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, wor
     num_identifiers = len(weights.get("model.inner.puzzle_emb.weights", [None]))
     sizes = _Sizes(1, shape.cells, vocab_size, num_identifiers)
     if config.kernels.backend == "auto":
-        config = replace(config, kernels=KernelsConfig("naive", attention="sdpa"))  # compiling would outlast one puzzle by far
+        # Compiling anything would outlast one puzzle by far.
+        config = replace(config, kernels=KernelsConfig("naive", attention="sdpa"))
     model = _load_model(config, checkpoint, weights, sizes, world)
     batch = {
         "inputs": torch.from_numpy(encode_tokens(puzzle)).int().unsqueeze(0),

@@ -238,5 +238,6 @@ class Pace:
 def save_outputs(outputs: dict[str, Tensor], folder: Path, step: int, world: World) -> Path:
     """Write this rank's saved outputs under the published name, `step_<n>_all_preds.<rank>`."""
     file = folder / f"step_{step}_all_preds.{world.rank}"
-    torch.save(outputs, file)
+    if world.is_first_of_part:
+        torch.save(outputs, file)
     return file

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from hrm.checkpoint import keep_earlier_run, save_config, save_weights
+from hrm.checkpoint import keep_earlier_run, make_folder, save_config, save_weights
 from hrm.config import PretrainConfig
 from hrm.data.build import ensure_pack
 from hrm.data.loader import EvalLoader, TrainLoader
@@ -16,25 +18,48 @@ from hrm.data.pack import Pack, open_pack
 from hrm.distributed import World, join_world, share_from_main
 from hrm.errors import UserError
 from hrm.evaluation.runner import evaluate, save_outputs
-from hrm.training.metrics import MetricWindow, RunLog
+from hrm.kernels import describe
+from hrm.training.metrics import MetricWindow, RunLog, cut_records
+from hrm.training.resume import (
+    AUTO,
+    Facts,
+    Progress,
+    SavedState,
+    StateSaver,
+    check_options,
+    describe_maker,
+    find_state,
+    on_host,
+    own_tensors,
+    restore,
+    shared_tensors,
+)
+from hrm.training.save_points import Request, SavePoints
 from hrm.training.step import TrainState, current_lr, initial_state, make_train_step
+
+EXIT_PREEMPTED = 75
+"""Exit status of a run that a signal stopped and that can go on: "temporary failure, try again" in sysexits.h."""
 
 
 def pretrain(config: PretrainConfig) -> None:
     """Train as `config` says, on all the processes that torchrun started (or on this one alone).
 
-    Leaves in the run folder: `all_config.yaml`, `metrics.jsonl` and the weights `step_<n>`.
+    Leaves in the run folder: `all_config.yaml`, `metrics.jsonl`, the weights `step_<n>` (also as `.safetensors`; with
+    `ema_decay` their average as `step_<n>_ema`), and the training states `state_<n>` that `resume` goes on from.
 
     Raises:
         UserError: for data, options or hardware that cannot work together.
+        SystemExit: with `EXIT_PREEMPTED`, after SIGTERM or SIGUSR1, when all is saved that going on takes.
     """
-    with join_world(config.device) as world:
+    with join_world(config.device, config.parallel, config.dist_timeout) as world:
         config, folder = share_from_main(_with_names(config), world)
+        saved = share_from_main(_find_saved(config, folder) if world.is_main else None, world)
         if world.is_main:
             ensure_pack(config.data, config.data_path)
         share_from_main(None, world)  # the others wait for the pack
         train_pack, test_pack = open_pack(config.data_path, "train"), open_pack(config.data_path, "test")
         _check_one_task(train_pack, test_pack)
+        changed = [] if saved is None else check_options(saved, config, train_pack)
         train_loader = TrainLoader(
             train_pack,
             config.global_batch_size,
@@ -53,62 +78,198 @@ def pretrain(config: PretrainConfig) -> None:
             num_workers=config.num_workers,
             pin_memory=world.device.type == "cuda",
         )
-        state = initial_state(config, train_pack, world)
+        state, progress = initial_state(config, train_pack, world), Progress()
+        window = MetricWindow(world, config.global_batch_size)
+        if saved is not None:
+            progress = Progress(**saved.facts.progress)
+            if begun := restore(saved, state, world, config, train_pack):
+                window.reopen(begun)
         if world.is_main:
-            keep_earlier_run(folder)
+            _take_over(folder, saved)
             save_config(config, folder)
-        with RunLog(config, folder, state.total_steps, world) as log:
+        is_same_run = saved is not None and saved.is_of(folder)
+        wandb_id = saved.facts.wandb_id if saved and is_same_run else None
+        with (
+            RunLog(config, folder, state.total_steps, world, state.step, wandb_id) as log,
+            StateSaver(folder, config.keep_checkpoints, world, config.dist_timeout) as saver,
+            SavePoints(config.checkpoint_interval, world, config.dist_timeout) as save_points,
+        ):
             log.say(_summary(config, state, world, folder))
+            made_by = describe_maker(state, world)
+            for line in _origin(config, saved, changed, made_by):
+                log.say(line)
+            if is_same_run:
+                saver.saved_step = state.step
+            run = _Run(config, world, folder, train_pack, made_by, state, progress, window, log, saver)
             try:
-                _run(config, world, folder, state, train_loader, eval_loader, log)
+                is_complete = run.train(train_loader, eval_loader, save_points)
             except BaseException as error:  # Ctrl-C, a full disk, a closed terminal: what was learned stays
-                if world.is_main and state.step:
-                    file = save_weights(state.model, folder, state.step)
+                is_whole = world.processes == world.size and not config.parallel.fsdp  # or others may be missing
+                if world.is_main and state.step and is_whole:
+                    with suppress(Exception):
+                        saver.wait()
+                    file = save_weights(on_host(state.model.state_dict()), folder, f"step_{state.step}")
                     log.say(f"Stopped by {type(error).__name__}; the weights so far are in {file}.")
                 raise
+            saver.wait()
+            if not is_complete:
+                log.say(f"Stopped by a signal after step {state.step}; resume=auto goes on from there.")
+    if not is_complete:
+        raise SystemExit(EXIT_PREEMPTED)
 
 
-def _run(
-    config: PretrainConfig,
-    world: World,
-    folder: Path,
-    state: TrainState,
-    train_loader: TrainLoader,
-    eval_loader: EvalLoader,
-    log: RunLog,
-) -> None:
-    window = MetricWindow(world, config.global_batch_size)
-    step = make_train_step(config, world, state)
-    passes = config.epochs // (config.eval_interval or config.epochs)
-    for pass_index in range(passes):
-        for batch in train_loader.iterate(pass_index):
-            if state.step == state.total_steps:
+@dataclass
+class _Run:
+    """A run under way."""
+
+    config: PretrainConfig
+    world: World
+    folder: Path
+    train_pack: Pack
+    made_by: dict[str, str]
+    state: TrainState
+    progress: Progress
+    window: MetricWindow
+    log: RunLog
+    saver: StateSaver
+
+    def train(self, train_loader: TrainLoader, eval_loader: EvalLoader, save_points: SavePoints) -> bool:
+        """Train to the end (True), or to where a signal asks to stop (False)."""
+        config, state, progress = self.config, self.state, self.progress
+        step = make_train_step(config, self.world, state)
+        passes = config.epochs // (config.eval_interval or config.epochs)
+        while progress.pass_index < passes:
+            for batch in train_loader.iterate(progress.pass_index, progress.batches):
+                if state.step == state.total_steps:
+                    break
+                self.window.add(step(batch))
+                progress.batches += 1
+                self.log.advance()
+                if state.step == 1 or state.step % config.log_interval == 0:
+                    self._close_window()
+                self._record(wait=False)
+                request = save_points.after_step()
+                if request:
+                    self._save()
+                if request is Request.SAVE_AND_STOP:
+                    return False
+            self._close_window()
+            self._save()  # before the evaluation, which takes long with some packs and changes nothing
+            if self._evaluate(eval_loader, is_last=progress.pass_index == passes - 1):
                 break
-            window.add(step(batch))
-            log.advance()
-            if state.step == 1 or state.step % config.log_interval == 0:
-                window.close(state.step, current_lr(config, state, config.lr))
-            for record in window.finished():
-                log.record(record)
-        window.close(state.step, current_lr(config, state, config.lr))
-        for record in window.finished(wait=True):
-            log.record(record)
+            progress.pass_index += 1
+            progress.batches = 0
+            self.window.restart_clock()
+        return True
 
+    def _close_window(self) -> None:
+        self.window.close(self.state.step, current_lr(self.config, self.state, self.config.lr))
+
+    def _record(self, *, wait: bool) -> None:
+        for record in self.window.finished(wait=wait):
+            self.log.record(record)
+            self.progress.train_accuracy = record.get("train/exact_accuracy", self.progress.train_accuracy)
+
+    def _save(self) -> None:
+        """Save the training state, unless that of this step is there already."""
+        self._record(wait=True)
+        if self.saver.saved_step == self.state.step:
+            return
+        begun = self.window.open_sums()
+        facts = Facts(
+            step=self.state.step,
+            num_ranks=self.world.size,
+            progress=asdict(self.progress),
+            window_names=begun.names if begun else [],
+            window_steps=begun.num_steps if begun else 0,
+            metrics_size=self.log.size(),
+            wandb_id=self.log.wandb_id,
+            config=asdict(self.config),
+            pack=asdict(self.train_pack.metadata),
+            made_by=self.made_by,
+        )
+        self.saver.save(facts, shared_tensors(self.state), own_tensors(self.state, self.window, self.world))
+
+    def _evaluate(self, loader: EvalLoader, *, is_last: bool) -> bool:
+        """Evaluate and keep the weights; returns whether to end."""
+        config, state = self.config, self.state
         started = time.perf_counter()
-        metrics, outputs = evaluate(state.model, eval_loader, world, config.eval_save_outputs)
+        metrics, outputs = evaluate(state.model, loader, self.world, config.eval_save_outputs)
+        judged = metrics
+        if state.average is not None:
+            judged, _ = evaluate(state.average.model, loader, self.world)
+            metrics |= {f"ema/{set_name}": values for set_name, values in judged.items()}
         seconds = time.perf_counter() - started
         for set_name, values in metrics.items():
-            log.record({"step": state.step} | {f"{set_name}/{name}": value for name, value in values.items()})
-            log.say(
+            self.log.record({"step": state.step} | {f"{set_name}/{name}": value for name, value in values.items()})
+            self.log.say(
                 f"step {state.step}, test set {set_name}: {100 * values['exact_accuracy']:.2f} % of "
                 f"{values['count']:.0f} puzzles exactly right, {100 * values['accuracy']:.2f} % of cells "
                 f"({seconds:.0f} s)"
             )
         if outputs:
-            save_outputs(outputs, folder, state.step, world)
-        if world.is_main and (config.checkpoint_every_eval or pass_index == passes - 1):
-            save_weights(state.model, folder, state.step)
-        window.restart_clock()
+            save_outputs(outputs, self.folder, state.step, self.world)
+        self._note(judged)
+        reason = self._reason_to_end()
+        if config.checkpoint_every_eval or is_last or reason:
+            self._save_weights()
+        if reason and not is_last:
+            self.log.say(f"Ended early: {reason}.")
+        return reason is not None
+
+    def _note(self, metrics: dict[str, dict[str, float]]) -> None:
+        """Take an evaluation into account."""
+        progress = self.progress
+        count = sum(values["count"] for values in metrics.values())
+        accuracy = sum(values["exact_accuracy"] * values["count"] for values in metrics.values()) / max(count, 1)
+        progress.evaluations_since_best += 1
+        if progress.best_accuracy is None or accuracy > progress.best_accuracy:
+            progress.best_accuracy, progress.best_step = accuracy, self.state.step
+            progress.evaluations_since_best = 0
+
+    def _reason_to_end(self) -> str | None:
+        config, progress = self.config, self.progress
+        if config.stop_after is not None and progress.evaluations_since_best >= config.stop_after:
+            return f"no exact accuracy since step {progress.best_step} was better (stop_after={config.stop_after})"
+        wanted, reached = config.stop_at_train_accuracy, progress.train_accuracy
+        if wanted is not None and reached is not None and reached >= wanted:
+            return f"training's exact accuracy is {reached:.4g} (stop_at_train_accuracy={wanted})"
+        return None
+
+    def _save_weights(self) -> None:
+        models = {f"step_{self.state.step}": self.state.model}
+        if self.state.average is not None:
+            models[f"step_{self.state.step}_ema"] = self.state.average.model
+        for name, model in models.items():
+            weights = self.state.shared.gather(model.state_dict())
+            if self.world.is_main:
+                self.saver.run(name, partial(save_weights, on_host(weights), self.folder, name))
+
+
+def _find_saved(config: PretrainConfig, folder: Path) -> SavedState | None:
+    return None if config.resume is None else find_state(config.resume, folder)
+
+
+def _take_over(folder: Path, saved: SavedState | None) -> None:
+    """Make a run folder ready, moving aside what does not belong to the run that starts or goes on."""
+    make_folder(folder, "checkpoint_path")
+    if saved is None:
+        keep_earlier_run(folder)
+        return
+    keep_earlier_run(folder, saved.facts.step if saved.is_of(folder) else None)
+    cut_records(saved.folder.parent, saved.facts.metrics_size, folder)
+
+
+def _origin(config: PretrainConfig, saved: SavedState | None, changed: list[str], made_by: dict[str, str]) -> list[str]:
+    """What to say of where a run starts from."""
+    if saved is None:
+        return [] if config.resume is None else ["Nothing to resume yet: a new run."]
+    lines = [f"Passed over a training state: {sentence}" for sentence in saved.passed_over]
+    lines.append(f"Going on from {saved.folder}" + (f", with {' and '.join(changed)}." if changed else "."))
+    had = saved.facts.made_by
+    if differ := [f"{name} {had.get(name)}, now {now}" for name, now in made_by.items() if had.get(name) != now]:
+        lines.append(f"Expect other bits than from a run never stopped: it was saved by {'; '.join(differ)}.")
+    return lines
 
 
 def _with_names(config: PretrainConfig) -> tuple[PretrainConfig, Path]:
@@ -116,6 +277,11 @@ def _with_names(config: PretrainConfig) -> tuple[PretrainConfig, Path]:
     project = config.project_name or f"{Path(config.data_path).name.capitalize()} ACT-torch"
     run = config.run_name or f"{config.arch.name.split('@')[-1]} {time.strftime('%Y-%m-%d %H-%M-%S')}"
     folder = Path(config.checkpoint_path or Path("checkpoints") / project / run)
+    if config.resume is not None and config.checkpoint_path is None and config.run_name is None:
+        if config.resume == AUTO:
+            raise UserError("resume=auto looks in the run folder: name it, by checkpoint_path= or run_name=.")
+        path = Path(config.resume)
+        folder = path.parent if path.name.startswith("state_") else path
     return replace(config, project_name=project, run_name=run, checkpoint_path=str(folder)), folder
 
 
@@ -129,12 +295,11 @@ def _check_one_task(train: Pack, test: Pack) -> None:
 
 
 def _summary(config: PretrainConfig, state: TrainState, world: World, folder: Path) -> str:
-    kernels = state.model.kernels
-    switches = [name for name, on in asdict(kernels).items() if on is True]
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
-    parameters = sum(param.numel() for param in state.model.parameters())
+    whole = state.shared.gather(dict(state.model.named_parameters()))
+    parameters = sum(param.numel() for param in whole.values())
     return (
         f"Training {parameters:,} parameters for {state.total_steps:,} steps of {config.global_batch_size} puzzles "
-        f"on {world.size} x {device}, kernels: {' + '.join([kernels.backend, *switches])}.\n"
+        f"on {world.processes} x {device}, kernels: {describe(state.model.kernels)}.\n"
         f"Run folder: {folder}"
     )

@@ -11,14 +11,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import urlparse
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hrm.checkpoint import METRICS_FILE
+from hrm.checkpoint import METRICS_FILE, write_atomically
 from hrm.config import PretrainConfig
 from hrm.distributed import World, sum_over_ranks
 
@@ -46,6 +46,14 @@ class _Reading:
         return self.ended - self.started
 
 
+class OpenSums(NamedTuple):
+    """What a window holds that is not closed yet."""
+
+    names: list[str]
+    num_steps: int
+    sums: Tensor  # [names], on the device
+
+
 class MetricWindow:
     """Averages metrics over windows of training steps.
 
@@ -61,6 +69,14 @@ class MetricWindow:
         self._num_steps = 0
         self._started = self._mark()
         self._on_the_way: deque[_Reading] = deque()
+
+    def open_sums(self) -> OpenSums | None:
+        """This rank's sums of the window begun, to `reopen` it with; None if no step is in it."""
+        return None if self._sums is None else OpenSums(self._names, self._num_steps, self._sums)
+
+    def reopen(self, begun: OpenSums) -> None:
+        """Go on with a window in which steps were added before."""
+        self._names, self._num_steps, self._sums = begun.names, begun.num_steps, begun.sums
 
     def restart_clock(self) -> None:
         """Leave the time since the last window out of the next one's rate."""
@@ -121,16 +137,48 @@ class MetricWindow:
 
 
 class RunLog:
-    """Writes records to the run folder, to W&B and to the progress bar. Silent on all ranks but the first."""
+    """Writes records to the run folder, to W&B and to the progress bar. Silent on all ranks but the first.
 
-    def __init__(self, config: PretrainConfig, folder: Path, total_steps: int, world: World) -> None:
+    Args:
+        step: the one after which a resumed run goes on; its records follow those in the file.
+        wandb_id: of the W&B run to go on with.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        folder: Path,
+        total_steps: int,
+        world: World,
+        step: int = 0,
+        wandb_id: str | None = None,
+    ) -> None:
         self._is_main = world.is_main
-        self._bar = tqdm(total=total_steps, unit="step", disable=not world.is_main, dynamic_ncols=True, smoothing=0.1)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=step,
+            unit="step",
+            disable=not world.is_main,
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
         self._file = None
         self._wandb = None
         if world.is_main:
-            self._file = (folder / METRICS_FILE).open("w", encoding="utf-8")
-            self._wandb = _start_wandb(config, folder)
+            self._file = (folder / METRICS_FILE).open("ab")
+            self._wandb = _start_wandb(config, folder, wandb_id)
+
+    @property
+    def wandb_id(self) -> str | None:
+        """Of the W&B run, if there is one."""
+        return None if self._wandb is None else self._wandb.id
+
+    def size(self) -> int:
+        """Bytes of records on the disk, all written so far."""
+        if self._file is None:
+            return 0
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def __enter__(self) -> Self:
         return self
@@ -158,7 +206,7 @@ class RunLog:
         """Keep one record; it has a `step`."""
         if self._file is None:
             return
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(record, step=int(record["step"]))
@@ -172,7 +220,13 @@ class RunLog:
             self._bar.set_postfix(shown | {"puzzles/s": f"{record['puzzles_per_second']:,.0f}"}, refresh=False)
 
 
-def _start_wandb(config: PretrainConfig, folder: Path) -> Any:
+def cut_records(source: Path, size: int, folder: Path) -> None:
+    """Put the first `size` bytes of the records of run folder `source` into `folder`, which may be the same."""
+    file = source / METRICS_FILE
+    write_atomically(folder / METRICS_FILE, file.read_bytes()[:size] if file.is_file() else b"")
+
+
+def _start_wandb(config: PretrainConfig, folder: Path, wandb_id: str | None) -> Any:
     """A W&B run, or None with one line that says why."""
     mode = os.environ.get("WANDB_MODE", config.wandb) if config.wandb == "auto" else config.wandb
     if mode == "auto" and not _logged_in_to_wandb():
@@ -188,6 +242,8 @@ def _start_wandb(config: PretrainConfig, folder: Path) -> Any:
             name=config.run_name,
             config=asdict(config),
             dir=folder,
+            id=wandb_id,
+            resume="allow",
             mode="offline" if mode == "offline" else "online",
         )
     except wandb.errors.Error as error:
