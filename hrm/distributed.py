@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from hrm.config import ParallelConfig
 from hrm.errors import UserError
@@ -81,8 +83,14 @@ def join_world(device: str, parallel: ParallelConfig | None = None, timeout: flo
     on_cuda = chosen.type == "cuda"
     # NCCL ends a process that waited too long without a word to Python. It gets more time, so that an exchange between
     # the hosts, which each step makes for its own reasons, notices first and can say who is missing.
+    store, rank, processes = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    # torchrun's store outlives a restart (--max-restarts): addresses of the processes before must not be found.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if on_cuda else "gloo",
+        store=PrefixStore(f"attempt_{attempt}", store),
+        rank=rank,
+        world_size=processes,
         device_id=chosen if on_cuda else None,
         timeout=timedelta(seconds=2 * timeout if on_cuda else timeout),
     )
