@@ -182,7 +182,7 @@ def resolve(config: KernelsConfig, place: Place) -> KernelsConfig:
 def _resolve_attention(config: KernelsConfig, backend: Backend, place: Place) -> str:
     if backend.takes_attention:
         return attention.choose(config.attention, place, compiled=config.compile)
-    if config.attention != "auto":
+    if config.attention not in ("auto", "own"):
         raise UserError(f"kernels.backend={config.backend} has an attention of its own: drop kernels.attention.")
     return "own"
 
