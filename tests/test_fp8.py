@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hrm.kernels import fp8, naive
-from hrm.kernels.fp8 import E4M3, WEIGHT_SCALE, Fp8BlockWeights, to_e4m3
+from hrm.kernels.e4m3 import E4M3, WEIGHT_SCALE, Fp8BlockWeights, to_e4m3
 from hrm.kernels.naive import BlockWeights, RotaryTables
 from hrm.models.layers import truncated_normal
 

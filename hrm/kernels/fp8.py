@@ -18,29 +18,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hrm.kernels import hopper
+from hrm.kernels.e4m3 import WEIGHT_SCALE, Fp8BlockWeights, to_e4m3
 from hrm.kernels.naive import BlockWeights, RotaryTables, rms_norm, sdpa
-
-E4M3 = torch.float8_e4m3fn
-_LARGEST = 448.0  # of e4m3
-# Weights start with a standard deviation between 0.02 and 0.09; they may grow up to ±14.
-WEIGHT_SCALE = 32.0
-
-
-class Fp8BlockWeights(NamedTuple):
-    """The matrices of `BlockWeights` times WEIGHT_SCALE, in e4m3."""
-
-    qkv: Tensor  # [3 D, D]
-    o: Tensor  # [D, D]
-    gate_up: Tensor  # [2 F, D]
-    down: Tensor  # [D, F]
-
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
 
@@ -104,11 +89,6 @@ def _reasoning_module(
         exact = rms_norm(x + matmul(to_e4m3(F.silu(gate) * up), weights.down), eps)
         x = exact.to(x.dtype)
     return x
-
-
-def to_e4m3(x: Tensor) -> Tensor:
-    """The nearest numbers of e4m3, which has neither infinity nor anything beyond 448."""
-    return x.clamp(-_LARGEST, _LARGEST).to(E4M3)
 
 
 def _quantize_block(weights: BlockWeights) -> Fp8BlockWeights:

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hrm.kernels.fp8 import E4M3, WEIGHT_SCALE, Fp8BlockWeights
+from hrm.kernels.e4m3 import E4M3, WEIGHT_SCALE, Fp8BlockWeights
 from hrm.kernels.hopper_linear import (
     _LOAD_REGISTERS,
     _MULTIPLY_REGISTERS,

@@ -1,0 +1,27 @@
+"""The 8-bit format that `fp8` rounds to, and weights in it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+_LARGEST = 448.0  # of e4m3
+# Weights start with a standard deviation between 0.02 and 0.09; they may grow up to ±14.
+WEIGHT_SCALE = 32.0
+
+
+class Fp8BlockWeights(NamedTuple):
+    """The matrices of `BlockWeights` times WEIGHT_SCALE, in e4m3."""
+
+    qkv: Tensor  # [3 D, D]
+    o: Tensor  # [D, D]
+    gate_up: Tensor  # [2 F, D]
+    down: Tensor  # [D, F]
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """The nearest numbers of e4m3, which has neither infinity nor anything beyond 448."""
+    return x.clamp(-_LARGEST, _LARGEST).to(E4M3)
