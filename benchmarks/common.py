@@ -22,11 +22,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from hrm.batch import Batch
-from hrm.config import CONFIG_DIR, HRMConfig, PretrainConfig, register_schemas
+from hrm.config import CONFIG_DIR, PretrainConfig, register_schemas
 from hrm.data.loader import TrainLoader
 from hrm.data.pack import Pack, PackMetadata, PackSet, open_pack, write_split
 from hrm.distributed import World, join_world
 from hrm.errors import UserError
+from hrm.models.flops import block_flops
 
 # The published code's way: the plain model through torch.compile, with the best attention PyTorch has.
 BASELINE = "compile"
@@ -129,7 +130,9 @@ def compare_presets(
 def preset_config(preset: str, shape: Shape, overrides: Sequence[str]) -> PretrainConfig:
     """The options of pretrain.py under a kernel preset, for batches of `shape`; call `register_schemas` first."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        chosen = [*overrides, f"kernels={preset}", f"global_batch_size={shape.batch_size}"]
+        # The published code takes every step as it comes.
+        guard = ["skip_nonfinite=false"] if preset == BASELINE else []
+        chosen = [*guard, *overrides, f"kernels={preset}", f"global_batch_size={shape.batch_size}"]
         config = OmegaConf.to_object(compose("pretrain", overrides=chosen))
     assert isinstance(config, PretrainConfig)
     return config
@@ -158,17 +161,6 @@ def median_ms(work: Callable[[], object], device: torch.device, warmup: int, rep
             work()
             times.append(1000 * (time.perf_counter() - started))
     return statistics.median(times)
-
-
-def block_flops(arch: HRMConfig, num_tokens: int) -> float:
-    """Floating-point operations of one token's way through one block, among `num_tokens`."""
-    width = arch.hidden_size
-    return 2 * (4 * width**2 + 3 * width * arch.inner_size) + 4 * num_tokens * width
-
-
-def act_step_blocks(arch: HRMConfig) -> int:
-    """Blocks that one ACT step's cycles run forward."""
-    return arch.H_cycles * (arch.L_cycles * arch.L_layers + arch.H_layers)
 
 
 def matmul_tflops(device: torch.device) -> float:

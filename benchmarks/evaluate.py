@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.common import Trial, act_step_blocks, compare_presets, median_ms, peak_gib
+from benchmarks.common import Trial, compare_presets, median_ms, peak_gib
 from hrm.evaluation.runner import make_thinking
+from hrm.models.flops import act_step_blocks
 from hrm.training.step import initial_state
 
 

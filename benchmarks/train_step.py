@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.common import Trial, act_step_blocks, compare_presets, median_ms, peak_gib
+from benchmarks.common import Trial, compare_presets, median_ms, peak_gib
+from hrm.models.flops import train_step_blocks
 from hrm.training.step import initial_state, make_train_step
 
 
@@ -21,9 +22,12 @@ def _measure(trial: Trial) -> dict[str, Any]:
     step = make_train_step(trial.config, trial.world, initial_state(trial.config, trial.pack, trial.world))
     first_ms = median_ms(lambda: step(next(trial.batches)), device, 0, 1)
     ms = median_ms(lambda: step(next(trial.batches)), device, 5, trial.repeats)
-    # Two recurrences forward (the second for the target), and a backward of twice the cost through the last L and H.
-    passes = 2 * act_step_blocks(arch) + 2 * (arch.L_layers + arch.H_layers)
-    return {"ms": ms, **trial.rates(ms, passes), "GiB": peak_gib(device), "first step s": first_ms / 1000}
+    return {
+        "ms": ms,
+        **trial.rates(ms, train_step_blocks(arch)),
+        "GiB": peak_gib(device),
+        "first step s": first_ms / 1000,
+    }
 
 
 if __name__ == "__main__":

@@ -263,10 +263,13 @@ class PretrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     accumulate: int = 1  # parts of a rank's batch whose gradients are summed one after the other, to save memory
     grad_clip: float | None = None  # largest global norm of the dense gradients; beyond it they are scaled down
+    skip_nonfinite: bool = True  # leave out, and count, the updates of steps with NaN or Inf in loss or gradients
+    abort_after: int | None = 20  # end the run after so many of these steps in a row; null: never
     dist_timeout: float = 600.0  # seconds that ranks wait for each other before the run ends naming who is missing
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these there is
     num_workers: int = 0  # loader processes; any number gives the same batches
     log_interval: int = 10  # steps from one reading of the metrics to the next
+    profile: str | None = None  # a folder for a trace of a few steps, one file a rank, for Perfetto or chrome://tracing
     wandb: str = "auto"  # online, offline or disabled; auto: online when logged in
 
     def __post_init__(self) -> None:
@@ -278,6 +281,8 @@ class PretrainConfig:
         _at_least("accumulate", self.accumulate, 1)
         if self.grad_clip is not None:
             _positive("grad_clip", self.grad_clip)
+        if self.abort_after is not None:
+            _at_least("abort_after", self.abort_after, 1)
         _positive("dist_timeout", self.dist_timeout)
         if self.parallel.fsdp and self.ema_decay is not None:
             raise UserError("ema_decay does not go with parallel.fsdp=true: drop one of them.")

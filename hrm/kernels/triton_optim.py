@@ -62,6 +62,7 @@ def _adam_atan2_kernel(
     starts: tl.tuple,
     step: tl.tensor,
     lr: tl.tensor,
+    found_inf: tl.tensor,
     WEIGHT_DECAY: tl.constexpr,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
@@ -91,17 +92,20 @@ def _adam_atan2_kernel(
     v = tl.load(second + at, inside)
 
     # In float64 until they meet the weights, as in the plain update.
-    count, rate = tl.load(step).to(tl.float64), tl.load(lr).to(tl.float64)
+    count, rate = tl.maximum(tl.load(step), 1).to(tl.float64), tl.load(lr).to(tl.float64)
     decay = (1 - rate * WEIGHT_DECAY).to(tl.float32)
     rate = (rate / (1 - tl.exp2(count * LOG2_BETA1))).to(tl.float32)
     widen = (1 / tl.sqrt(1 - tl.exp2(count * LOG2_BETA2))).to(tl.float32)
 
-    m += (1 - BETA1) * (g - m)
-    v = BETA2 * v + (1 - BETA2) * (g * g)
-    p = p * decay - rate * _atan2(m, tl.sqrt_rn(v) * widen)
+    new_m = m + (1 - BETA1) * (g - m)
+    new_v = BETA2 * v + (1 - BETA2) * (g * g)
+    new_p = p * decay - rate * _atan2(new_m, tl.sqrt_rn(new_v) * widen)
+    # What is to stay is written again, rather than left alone, for the copy, which may hold nothing yet.
+    keep = False if found_inf is None else tl.load(found_inf) != 0
+    p = tl.where(keep, p, new_p)
     tl.store(param + at, p, inside)
-    tl.store(first + at, m, inside)
-    tl.store(second + at, v, inside)
+    tl.store(first + at, tl.where(keep, m, new_m), inside)
+    tl.store(second + at, tl.where(keep, v, new_v), inside)
     if COPY:
         tl.store(copy + at, p, inside)
 
@@ -112,6 +116,7 @@ def _sign_sgd_kernel(
     ids: tl.tensor,
     grads: tl.tensor,
     lr: tl.tensor,
+    found_inf: tl.tensor,
     B: tl.constexpr,
     N: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr,
@@ -140,7 +145,9 @@ def _sign_sgd_kernel(
     at = weights + own.to(tl.int64) * N + columns
     row = tl.load(at, inside)
     direction = (total > 0).to(row.dtype) - (total < 0).to(row.dtype)
-    tl.store(at, row * (1 - rate * WEIGHT_DECAY).to(row.dtype) - rate.to(row.dtype) * direction, inside)
+    keep = False if found_inf is None else tl.load(found_inf) != 0
+    new_row = row * (1 - rate * WEIGHT_DECAY).to(row.dtype) - rate.to(row.dtype) * direction
+    tl.store(at, tl.where(keep, row, new_row), inside)
 
 
 def adam_atan2_(
@@ -154,14 +161,16 @@ def adam_atan2_(
     lr: Tensor,
     betas: tuple[float, float],
     weight_decay: float,
+    found_inf: Tensor | None = None,
 ) -> None:
     """Update weights and their moments as `hrm.optim.AdamATan2` says, in place, in one launch or two for 64 of them.
 
     Args:
         params, grads, first, second: contiguous float32 tensors, of equal shapes across the four.
         copies: of the same shapes in any floating-point dtype, to be overwritten by the new weights; or none.
-        step: 0-dimensional: the number of this step, from 1.
+        step: 0-dimensional: the number of this step, from 1 (0 if the first is skipped).
         lr: 0-dimensional.
+        found_inf: 0-dimensional; when not 0, all stays as it is and the copies are of that.
     """
     log2_betas = [math.log2(beta) if beta else -math.inf for beta in betas]
     operands = list(zip(params, grads, first, second, copies or params, strict=True))
@@ -174,13 +183,15 @@ def adam_atan2_(
             sizes = tuple(param.numel() for param, *_ in part)
             *starts, programs = itertools.accumulate((triton.cdiv(size, _BLOCK) for size in sizes), initial=0)
             _adam_atan2_kernel[(programs,)](
-                *zip(*part, strict=True), sizes, tuple(starts), step, lr, weight_decay, *betas, *log2_betas,
+                *zip(*part, strict=True), sizes, tuple(starts), step, lr, found_inf, weight_decay, *betas, *log2_betas,
                 bool(copies), _BLOCK, num_warps=8,
             )  # fmt: skip
     torch.autograd.graph.increment_version([*params, *copies])
 
 
-def sign_sgd_(weights: Tensor, ids: Tensor, grads: Tensor, lr: Tensor, weight_decay: float) -> None:
+def sign_sgd_(
+    weights: Tensor, ids: Tensor, grads: Tensor, lr: Tensor, weight_decay: float, found_inf: Tensor | None = None
+) -> None:
     """Update the rows `ids` of a table as `hrm.optim.SparseSignSGD` says, in place, in one launch.
 
     Rows of equal ids are summed in a fixed order.
@@ -190,11 +201,12 @@ def sign_sgd_(weights: Tensor, ids: Tensor, grads: Tensor, lr: Tensor, weight_de
         ids: [B] integers.
         grads: [B, N], contiguous.
         lr: 0-dimensional.
+        found_inf: 0-dimensional; when not 0, all stays as it is.
     """
     B, N = grads.shape
     # Few columns a program, so that several share the sum where one id fills the batch.
     columns = min(64, triton.next_power_of_2(N))
     _sign_sgd_kernel[(B, triton.cdiv(N, columns))](
-        weights, ids, grads, lr, B, N, weight_decay, triton.next_power_of_2(B), 64, columns
+        weights, ids, grads, lr, found_inf, B, N, weight_decay, triton.next_power_of_2(B), 64, columns
     )
     torch.autograd.graph.increment_version(weights)

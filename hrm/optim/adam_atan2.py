@@ -25,7 +25,13 @@ class AdamATan2(Optimizer):
 
     The correction of the first moment stands outside the arctangent, as in the published code. All parameters of a
     group are updated by a handful of multi-tensor kernels, or by one (`fused`).
+
+    Attributes:
+        found_inf: 0-dimensional float32; when 1, and not 0, `step` changes nothing but gradients, without waiting to
+            see. Needs `capturable`.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -106,7 +112,7 @@ class AdamATan2(Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(param)
         if capturable:
             steps = [self.state[param]["step"] for param in params]
-            torch._foreach_add_(steps, 1)
+            torch._foreach_add_(steps, 1 if self.found_inf is None else 1 - self.found_inf)
             return [(steps[0], params)] if params else []
         by_step: dict[int, list[Tensor]] = defaultdict(list)
         for param in params:
@@ -128,10 +134,20 @@ class AdamATan2(Optimizer):
         second = [self.state[param]["exp_avg_sq"] for param in params]
         # In float64 until they meet the weights, on the device as on the host, so that both round alike.
         count = step.double() if isinstance(step, Tensor) else step
+        second_decay: float | Tensor = beta2
+        if self.found_inf is not None:
+            # Numbers under which the same kernels change nothing: from a moment to itself, then a gradient of 0.
+            assert isinstance(count, Tensor)
+            skip = self.found_inf.double()
+            count, lr, second_decay = count.clamp(min=1), lr * (1 - skip), beta2 * (1 - skip) + skip
+            for moment, grad in zip(first, grads, strict=True):
+                torch.where(skip > 0, moment, grad, out=grad)
         decay, rate, widen = 1 - lr * weight_decay, -lr / (1 - beta1**count), (1 - beta2**count) ** -0.5
         torch._foreach_mul_(params, _scalar(decay, params))
         torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
+        if self.found_inf is not None:
+            torch._foreach_mul_(grads, 1 - self.found_inf)
+        torch._foreach_mul_(second, _scalar(second_decay, params))
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
         update = torch._foreach_sqrt(second)
         torch._foreach_mul_(update, _scalar(widen, params))
@@ -162,6 +178,7 @@ class AdamATan2(Optimizer):
             lr=lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device=step.device),
             betas=betas,
             weight_decay=weight_decay,
+            found_inf=self.found_inf,
         )
         for param, copy in zip(params, copies, strict=False):
             keep_copy(param, copy)

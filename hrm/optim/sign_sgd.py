@@ -26,7 +26,12 @@ class SparseSignSGD(Optimizer):
 
     Rows that nobody touched stay as they are, decay included. Nothing here waits for the device, and sums are taken in
     a fixed order, so equal inputs give equal bits.
+
+    Attributes:
+        found_inf: 0-dimensional; when not 0, `step` changes nothing, without waiting to see.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -62,6 +67,11 @@ class SparseSignSGD(Optimizer):
         if (rows := self._rows()) is not None:
             self._kept.append(rows)
 
+    def gradients(self) -> list[Tensor]:
+        """Of the rows that `step` is to update, [B, ndim] for each forward."""
+        rows = self._rows()
+        return [grads for _, grads in [*self._kept, *([rows] if rows else [])]]
+
     def _rows(self) -> tuple[Tensor, Tensor] | None:
         """Rows that the last training forward read, with their gradients."""
         table = self._table
@@ -92,13 +102,16 @@ class SparseSignSGD(Optimizer):
 
             if not isinstance(lr, Tensor):
                 lr = torch.full((), lr, dtype=torch.float64, device=grads.device)
-            sign_sgd_(table.weights, ids.contiguous(), grads.contiguous(), lr, group["weight_decay"])
+            sign_sgd_(table.weights, ids.contiguous(), grads.contiguous(), lr, group["weight_decay"], self.found_inf)
             return loss
         # Rows of equal ids get the same sum, so writing a row several times is harmless, and no step of the way
         # depends on how many different ids there are (which the host would have to wait for).
         same_id = (ids.unsqueeze(0) == ids.unsqueeze(1)).to(grads.dtype)
         direction = torch.sign(same_id @ grads)
-        updated = table.weights[ids] * (1 - lr * group["weight_decay"]) - lr * direction
+        before = table.weights[ids]
+        updated = before * (1 - lr * group["weight_decay"]) - lr * direction
+        if self.found_inf is not None:
+            updated = torch.where(self.found_inf > 0, before, updated)
         table.weights.index_copy_(0, ids.long(), updated)
         return loss
 

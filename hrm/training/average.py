@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import Tensor
 
 from hrm.models import ACTLossHead
 
@@ -24,6 +25,15 @@ class WeightAverage:
         self._averages = list(self.model.state_dict().values())
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take one step towards the weights; to be called after each step of the optimizers."""
-        torch._foreach_lerp_(self._averages, self._weights, 1 - self._decay)
+    def update(self, found_inf: Tensor | None = None) -> None:
+        """Take one step towards the weights; to be called after each step of the optimizers.
+
+        Args:
+            found_inf: 0-dimensional; when not 0, the average stays as it is.
+        """
+        if found_inf is None:
+            torch._foreach_lerp_(self._averages, self._weights, 1 - self._decay)
+            return
+        moved = torch._foreach_lerp(self._averages, self._weights, 1 - self._decay)
+        for average, new in zip(self._averages, moved, strict=True):
+            torch.where(found_inf > 0, average, new, out=average)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,7 +20,9 @@ from hrm.distributed import World, join_world, share_from_main
 from hrm.errors import UserError
 from hrm.evaluation.runner import evaluate, save_outputs
 from hrm.kernels import describe
+from hrm.models.flops import block_flops, train_step_blocks
 from hrm.training.metrics import MetricWindow, RunLog, cut_records
+from hrm.training.profiling import step_trace
 from hrm.training.resume import (
     AUTO,
     Facts,
@@ -79,7 +82,7 @@ def pretrain(config: PretrainConfig) -> None:
             pin_memory=world.device.type == "cuda",
         )
         state, progress = initial_state(config, train_pack, world), Progress()
-        window = MetricWindow(world, config.global_batch_size)
+        window = MetricWindow(world, config.global_batch_size, _sequence_flops(config, train_pack))
         if saved is not None:
             progress = Progress(**saved.facts.progress)
             if begun := restore(saved, state, world, config, train_pack):
@@ -93,6 +96,7 @@ def pretrain(config: PretrainConfig) -> None:
             RunLog(config, folder, state.total_steps, world, state.step, wandb_id) as log,
             StateSaver(folder, config.keep_checkpoints, world, config.dist_timeout) as saver,
             SavePoints(config.checkpoint_interval, world, config.dist_timeout) as save_points,
+            step_trace(config.profile, world, log.say) as trace_step,
         ):
             log.say(_summary(config, state, world, folder))
             made_by = describe_maker(state, world)
@@ -102,7 +106,7 @@ def pretrain(config: PretrainConfig) -> None:
                 saver.saved_step = state.step
             run = _Run(config, world, folder, train_pack, made_by, state, progress, window, log, saver)
             try:
-                is_complete = run.train(train_loader, eval_loader, save_points)
+                is_complete = run.train(train_loader, eval_loader, save_points, trace_step)
             except BaseException as error:  # Ctrl-C, a full disk, a closed terminal: what was learned stays
                 is_whole = world.processes == world.size and not config.parallel.fsdp  # or others may be missing
                 if world.is_main and state.step and is_whole:
@@ -133,18 +137,25 @@ class _Run:
     log: RunLog
     saver: StateSaver
 
-    def train(self, train_loader: TrainLoader, eval_loader: EvalLoader, save_points: SavePoints) -> bool:
+    def train(
+        self,
+        train_loader: TrainLoader,
+        eval_loader: EvalLoader,
+        save_points: SavePoints,
+        trace_step: Callable[[], None],
+    ) -> bool:
         """Train to the end (True), or to where a signal asks to stop (False)."""
         config, state, progress = self.config, self.state, self.progress
         step = make_train_step(config, self.world, state)
         passes = config.epochs // (config.eval_interval or config.epochs)
         while progress.pass_index < passes:
-            for batch in train_loader.iterate(progress.pass_index, progress.batches):
+            for batch in self.window.timed(train_loader.iterate(progress.pass_index, progress.batches)):
                 if state.step == state.total_steps:
                     break
                 self.window.add(step(batch))
                 progress.batches += 1
                 self.log.advance()
+                trace_step()
                 if state.step == 1 or state.step % config.log_interval == 0:
                     self._close_window()
                 self._record(wait=False)
@@ -163,6 +174,9 @@ class _Run:
         return True
 
     def _close_window(self) -> None:
+        # Ranks must agree on what they have read. What closed a window ago is there, or the device has a window to do.
+        self._record(wait=self.world.processes > 1)
+        self._give_up_if_diverged()
         self.window.close(self.state.step, current_lr(self.config, self.state, self.config.lr))
 
     def _record(self, *, wait: bool) -> None:
@@ -170,9 +184,24 @@ class _Run:
             self.log.record(record)
             self.progress.train_accuracy = record.get("train/exact_accuracy", self.progress.train_accuracy)
 
+    def _give_up_if_diverged(self) -> None:
+        """To be called when all ranks have read the same windows, so that all end here or none."""
+        if not self.window.gave_up:
+            return
+        good = f"state_{self.saver.saved_step}"
+        if self.saver.saved_step is None:
+            good = f"step_{self.state.step}"
+            self._save_weights()
+        self.saver.wait()
+        raise UserError(
+            f"loss or gradients were not finite in {self.config.abort_after} steps in a row (abort_after), which were "
+            f"skipped; the last good weights are in {self.folder / good}: lower lr, or set grad_clip."
+        )
+
     def _save(self) -> None:
         """Save the training state, unless that of this step is there already."""
         self._record(wait=True)
+        self._give_up_if_diverged()
         if self.saver.saved_step == self.state.step:
             return
         begun = self.window.open_sums()
@@ -292,6 +321,11 @@ def _check_one_task(train: Pack, test: Pack) -> None:
             raise UserError(
                 f"{train.path} has {name} {ours} in train but {theirs} in test: build both splits together."
             )
+
+
+def _sequence_flops(config: PretrainConfig, pack: Pack) -> float:
+    tokens = config.arch.prefix_len + pack.metadata.seq_len
+    return float(tokens * train_step_blocks(config.arch) * block_flops(config.arch, tokens))
 
 
 def _summary(config: PretrainConfig, state: TrainState, world: World, folder: Path) -> str:

@@ -7,6 +7,7 @@ import netrc
 import os
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hrm.batch import Batch
 from hrm.checkpoint import METRICS_FILE, write_atomically
 from hrm.config import PretrainConfig
 from hrm.distributed import World, sum_over_ranks
@@ -30,6 +32,7 @@ class _Reading:
     step: int
     num_steps: int
     lr: float
+    data_wait: float
     sums: Tensor
     started: torch.cuda.Event | float
     ended: torch.cuda.Event | float
@@ -59,16 +62,23 @@ class MetricWindow:
 
     Sums stay on the device. Closing a window starts their copy to the host; `finished` returns the windows whose copy
     has arrived, usually while the next window is being computed, so that no step waits.
+
+    Attributes:
+        gave_up: whether a window that arrived tells of too many skipped steps in a row.
     """
 
-    def __init__(self, world: World, global_batch_size: int) -> None:
+    gave_up = False
+
+    def __init__(self, world: World, global_batch_size: int, sequence_flops: float = 0.0) -> None:
+        """`sequence_flops`: floating-point operations that a step does for each sequence."""
         self._world = world
         self._global_batch_size = global_batch_size
+        self._sequence_flops = sequence_flops
         self._names: list[str] = []
         self._sums: Tensor | None = None
         self._num_steps = 0
-        self._started = self._mark()
         self._on_the_way: deque[_Reading] = deque()
+        self.restart_clock()
 
     def open_sums(self) -> OpenSums | None:
         """This rank's sums of the window begun, to `reopen` it with; None if no step is in it."""
@@ -80,11 +90,25 @@ class MetricWindow:
 
     def restart_clock(self) -> None:
         """Leave the time since the last window out of the next one's rate."""
-        self._started = self._mark()
+        self._opened, self._waited = time.perf_counter(), 0.0
+        self._started = self._mark(self._opened)
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; how long each lets the loop wait goes into the window."""
+        source = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(source, None)
+            self._waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Add one step's sums (0-dimensional tensors on the device)."""
-        self._names = sorted(metrics)
+        names = sorted(metrics)
+        if names != self._names:  # reopened, but begun under other options
+            self._names, self._sums, self._num_steps = names, None, 0
         values = torch.stack([metrics[name].float() for name in self._names])
         self._sums = values if self._sums is None else self._sums + values
         self._num_steps += 1
@@ -98,15 +122,19 @@ class MetricWindow:
             host = torch.empty(self._sums.shape, pin_memory=True).copy_(self._sums, non_blocking=True)
         else:
             host = self._sums.cpu()
-        ended = self._mark()
-        self._on_the_way.append(_Reading(step, self._num_steps, lr, host, self._started, ended))
-        self._sums, self._num_steps, self._started = None, 0, ended
+        now = time.perf_counter()
+        data_wait, ended = self._waited / max(now - self._opened, 1e-9), self._mark(now)
+        self._on_the_way.append(_Reading(step, self._num_steps, lr, data_wait, host, self._started, ended))
+        self._sums, self._num_steps, self._started, self._opened, self._waited = None, 0, ended, now, 0.0
 
     def finished(self, *, wait: bool = False) -> list[dict[str, float]]:
         """Records of the windows that have arrived (with `wait`: all), oldest first.
 
         `train/<loss>` is per sequence of the global batch, the other `train/<metric>`s per halted sequence (left out
-        where none halted); with `train/lr`, `puzzles_per_second` and `step`.
+        where none halted), skipped steps left out; `train/skipped` counts these. With `step`, `train/lr`,
+        `puzzles_per_second`, and `tflops`, operations of the blocks in 1e12 a second, over all ranks; `data_wait`, the
+        share of this rank's time in which its loop waited for a batch; on CUDA `memory_gib`, the most that tensors of
+        this rank ever took.
         """
         records = []
         while self._on_the_way and (wait or self._on_the_way[0].arrived()):
@@ -114,23 +142,32 @@ class MetricWindow:
             seconds = reading.seconds()
             sums = dict(zip(self._names, reading.sums.tolist(), strict=True))
             count = sums.pop("count")
-            sequences = reading.num_steps * self._global_batch_size
+            rate = reading.num_steps * self._global_batch_size / max(seconds, 1e-9)
             record = {
                 "step": reading.step,
                 "train/lr": reading.lr,
-                "puzzles_per_second": sequences / max(seconds, 1e-9),
+                "puzzles_per_second": rate,
+                "tflops": rate * self._sequence_flops / 1e12,
+                "data_wait": reading.data_wait,
             }
+            if self._world.device.type == "cuda":
+                record["memory_gib"] = torch.cuda.max_memory_allocated(self._world.device) / 2**30
+            sequences = reading.num_steps * self._global_batch_size
+            if "skipped" in sums:
+                skipped = sums.pop("skipped") / self._world.size  # all ranks skip alike, and each counts
+                record["train/skipped"] = skipped
+                sequences -= round(skipped) * self._global_batch_size
+                self.gave_up |= sums.pop("gave_up") > 0
             for name, value in sums.items():
-                if name.endswith("loss"):
-                    record[f"train/{name}"] = value / sequences
-                elif count:
-                    record[f"train/{name}"] = value / count
+                divisor = sequences if name.endswith("loss") else count
+                if divisor:
+                    record[f"train/{name}"] = value / divisor
             records.append(record)
         return records
 
-    def _mark(self) -> torch.cuda.Event | float:
+    def _mark(self, now: float) -> torch.cuda.Event | float:
         if self._world.device.type != "cuda":
-            return time.perf_counter()
+            return now
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event

@@ -26,6 +26,7 @@ from hrm.kernels import attention, pipeline, tensor_parallel
 from hrm.kernels.cycles import chunked, looped
 from hrm.models import ACTLossHead
 from hrm.optim.clip import clip_gradients
+from hrm.training.guard import find_nonfinite
 
 
 class _Cut(NamedTuple):
@@ -102,6 +103,15 @@ class SharedModel:
             axes = (self._world.tensor, self._world.pipeline)
             groups = [None] if self._fsdp else [axis.group for axis in axes if axis.size > 1]
             clip_gradients(whole, parts, groups, max_norm)
+
+    def find_nonfinite(self, others: Sequence[Tensor]) -> Tensor:
+        """After `finish_gradients`: 1.0 if a NaN or an infinity is in a gradient in `weights`, or in one of this
+        process's `others`, on any process, else 0.0; 0-dimensional and the same on all processes.
+        """
+        found = find_nonfinite([*(w.grad for w in self.weights.values() if w.grad is not None), *others])
+        if self._world.processes > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The whole of tensors whose parts the processes hold, on every process; all must call this.

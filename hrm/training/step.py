@@ -19,6 +19,7 @@ from hrm.models import ACTLossHead, build_model
 from hrm.models.hrm_v1 import Carry, InnerCarry
 from hrm.optim import AdamATan2, SparseSignSGD, learning_rate
 from hrm.training.average import WeightAverage
+from hrm.training.guard import NonFiniteGuard, restart_poisoned
 from hrm.training.parallel import SharedModel
 
 
@@ -33,6 +34,7 @@ class TrainState:
     step: int = 0
     carry: Carry | None = None
     average: WeightAverage | None = None
+    guard: NonFiniteGuard | None = None
 
 
 TrainStep = Callable[[Batch], dict[str, Tensor]]
@@ -63,7 +65,10 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
     model.model.seed_exploration(config.seed + world.rank)
     shared = SharedModel(model, config.parallel, world)
 
-    graphed, fused = _is_graphed(config, model, world), model.kernels.fused_step
+    graphed, fused, on_cuda = _is_graphed(config, model, world), model.kernels.fused_step, world.device.type == "cuda"
+    guard = None
+    if config.skip_nonfinite:
+        guard = NonFiniteGuard(config.abort_after, world.device, masks=on_cuda)
 
     def rate(value: float, dtype: torch.dtype = torch.float64) -> float | Tensor:
         return torch.tensor(value, device=world.device, dtype=dtype) if graphed else value
@@ -77,7 +82,8 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
             betas,
             config.optim.eps,
             config.weight_decay,
-            foreach=True,
+            foreach=not on_cuda,
+            fused=on_cuda,
             capturable=graphed,
         )
     else:
@@ -86,7 +92,7 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
             rate(config.lr),
             betas,
             config.weight_decay,
-            capturable=graphed,
+            capturable=graphed or (guard is not None and guard.masks),
             fused=fused,
             copy_dtype=model.model.inner.dtype if fused and not config.parallel.fsdp else None,
         )
@@ -98,7 +104,7 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
         )
         optimizers.append((sparse, config.puzzle_emb_lr))
     average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
-    return TrainState(model, shared, optimizers, total_steps, average=average)
+    return TrainState(model, shared, optimizers, total_steps, average=average, guard=guard)
 
 
 def make_train_step(config: PretrainConfig, world: World, state: TrainState) -> TrainStep:
@@ -164,11 +170,17 @@ def _update(config: PretrainConfig, state: TrainState, batch: Batch) -> dict[str
     passes = [slice(start, start + rows) for start in range(0, config.accumulate * rows, rows)]
     carries: list[Carry] = []
     sums: dict[str, Tensor] = {}
+    losses: list[Tensor] = []
+    q_halts: list[Tensor] = []
     for part in passes:
-        new, loss, metrics, _, _ = state.model(
-            carry=_part_of(carry, part), batch={name: field[part] for name, field in batch.items()}
+        new, loss, metrics, outputs, _ = state.model(
+            carry=_part_of(carry, part),
+            batch={name: field[part] for name, field in batch.items()},
+            return_keys=["q_halt_logits"],
         )
         carries.append(new)
+        losses.append(loss.detach())
+        q_halts.append(outputs["q_halt_logits"])
         sums = {name: sums[name] + value if sums else value for name, value in metrics.items()}
         if part is passes[-1]:
             state.shared.last_backward()
@@ -180,12 +192,33 @@ def _update(config: PretrainConfig, state: TrainState, batch: Batch) -> dict[str
                     optimizer.keep()
     state.carry = _joined(carries)
     state.shared.finish_gradients(config.grad_clip)
+    if state.guard is None:
+        _apply_gradients(state)
+    else:
+        found = state.shared.find_nonfinite([*losses, *_row_gradients(state)])
+        state.carry = restart_poisoned(state.carry, torch.cat(q_halts))
+        if state.guard.masks:
+            _apply_gradients(state, found)
+        elif not found:
+            _apply_gradients(state)
+        sums = state.guard.count(found, sums)
     for optimizer, _ in state.optimizers:
-        optimizer.step()
         optimizer.zero_grad()
-    if state.average is not None:
-        state.average.update()
     return sums
+
+
+def _row_gradients(state: TrainState) -> list[Tensor]:
+    """Of the puzzle table, on this rank."""
+    return [grad for opt, _ in state.optimizers if isinstance(opt, SparseSignSGD) for grad in opt.gradients()]
+
+
+def _apply_gradients(state: TrainState, found_inf: Tensor | None = None) -> None:
+    """Update all weights; where `found_inf` is not 0, to what they are."""
+    for optimizer, _ in state.optimizers:
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        optimizer.step()
+    if state.average is not None:
+        state.average.update(found_inf)
 
 
 def _update_in_place(config: PretrainConfig, state: TrainState, batch: Batch) -> dict[str, Tensor]:

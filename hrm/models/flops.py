@@ -1,0 +1,24 @@
+"""Floating-point operations of HRM v1's blocks, which are nearly all that a step computes."""
+
+from __future__ import annotations
+
+from hrm.config import HRMConfig
+
+
+def block_flops(arch: HRMConfig, num_tokens: int) -> float:
+    """Floating-point operations of one token's way through one block, among `num_tokens`."""
+    width = arch.hidden_size
+    return 2 * (4 * width**2 + 3 * width * arch.inner_size) + 4 * num_tokens * width
+
+
+def act_step_blocks(arch: HRMConfig) -> int:
+    """Blocks that one ACT step's cycles run forward."""
+    return arch.H_cycles * (arch.L_cycles * arch.L_layers + arch.H_layers)
+
+
+def train_step_blocks(arch: HRMConfig) -> int:
+    """Blocks of one training step, a backward pass through one counted as two.
+
+    Two recurrences forward, the second for the target, and backward through the last L and H.
+    """
+    return 2 * act_step_blocks(arch) + 2 * (arch.L_layers + arch.H_layers)

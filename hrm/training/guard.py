@@ -1,0 +1,53 @@
+"""Steps whose loss or gradients are not finite: found, passed over and counted without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hrm.models.hrm_v1 import Carry
+
+
+@torch.no_grad()
+def find_nonfinite(tensors: Sequence[Tensor]) -> Tensor:
+    """1.0 if there is a NaN or an infinity in any of the tensors, else 0.0; 0-dimensional float32, on their device.
+
+    Reads each number once: 4 bytes a weight for gradients in float32.
+    """
+    # Of one dtype: only then do a few kernels serve for all.
+    largest = torch._foreach_norm([tensor.float() for tensor in tensors if tensor.numel()], torch.inf)
+    return (~torch.isfinite(torch.stack(largest)).all()).float()
+
+
+class NonFiniteGuard:
+    """Counts the steps that are passed over, and keeps what they computed out of the metrics and the carry."""
+
+    def __init__(self, abort_after: int | None, device: torch.device, *, masks: bool) -> None:
+        """Give up after `abort_after` skipped steps in a row; None: never.
+
+        Args:
+            masks: the optimizers run at every step and mask what they write, so that the host need not know. Else the
+                host reads the flag and leaves them out, which is free on the CPU.
+        """
+        self.masks = masks
+        self._abort_after = abort_after
+        self._in_a_row = torch.zeros((), device=device)
+
+    def count(self, found: Tensor, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The step's metrics, all 0 if it is skipped, with `skipped` and `gave_up` (1 when this is one too many)."""
+        self._in_a_row.add_(1).mul_(found)
+        kept = {name: torch.where(found > 0, 0, value) for name, value in metrics.items()}
+        gave_up = torch.zeros_like(found) if self._abort_after is None else self._in_a_row == self._abort_after
+        return kept | {"skipped": found, "gave_up": gave_up}
+
+
+def restart_poisoned(carry: Carry, q_halt: Tensor) -> Carry:
+    """Let sequences whose state is not finite make place for new ones.
+
+    Args:
+        q_halt: [B], read off the first token of each state: attention brings what is not finite to all tokens.
+    """
+    return replace(carry, halted=carry.halted | ~torch.isfinite(q_halt))
