@@ -27,9 +27,10 @@ def _measure(trial: Trial) -> dict[str, Any]:
         batch = next(trial.batches)
         return thinking({name: field.to(device, non_blocking=True) for name, field in batch.items()})
 
-    first_ms = median_ms(answer, device, 0, 1)
     steps = arch.halt_max_steps
-    ms = median_ms(answer, device, 2, max(1, trial.repeats // 5)) / steps
+    with model.weights_at_hand():
+        first_ms = median_ms(answer, device, 0, 1)
+        ms = median_ms(answer, device, 2, max(1, trial.repeats // 5)) / steps
     rates = trial.rates(ms, act_step_blocks(arch))
     return {
         "ms": ms,

@@ -22,6 +22,7 @@ from hrm.kernels.cycles import chunked, looped
 from hrm.kernels.naive import BlockWeights, RotaryTables
 from hrm.models import ACTLossHead
 from hrm.models.hrm_v1 import InnerCarry
+from hrm.models.layers import in_dtype, kept_copy
 
 SEQ_LEN, VOCAB_SIZE, NUM_IDENTIFIERS = 5, 7, 4
 EPS = 1e-5
@@ -588,6 +589,28 @@ def test_casting_weights_once_changes_nothing(
     assert all(torch.equal(outputs[name], expected[name]) for name in expected)
     found, wanted = gradients(once), gradients(each_time)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_weights_at_hand_are_cast_once(tiny_arch: Arch, random_batch: RandomBatch) -> None:
+    model, batch = build(tiny_arch | {"forward_dtype": "bfloat16"}).eval(), random_batch()
+    weights = list(model.parameters())
+
+    def logits() -> Tensor:
+        _, _, _, outputs, _ = model(carry=model.initial_carry(batch), batch=batch, return_keys=["logits"])
+        return outputs["logits"]
+
+    with torch.no_grad():
+        expected = logits()
+        with model.weights_at_hand():
+            first, again = in_dtype(weights, torch.bfloat16), in_dtype(weights, torch.bfloat16)
+            assert all(a.data_ptr() == b.data_ptr() for a, b in zip(first, again, strict=True))
+            assert torch.equal(logits(), expected)
+            weights[0].mul_(2)  # against the rule, and noticed all the same
+            assert torch.equal(in_dtype(weights[:1], torch.bfloat16)[0], weights[0].bfloat16())
+        assert not any(kept_copy(weight) for weight in weights)
+        with pytest.raises(ZeroDivisionError), model.weights_at_hand():
+            raise ZeroDivisionError
+        assert not any(kept_copy(weight) for weight in weights)
 
 
 # --- building from what people write ---

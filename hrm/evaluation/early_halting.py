@@ -89,6 +89,7 @@ class EarlyHalting:
     """
 
     def __init__(self, model: ACTLossHead, slots: int, device: torch.device, margin: float = 0.0) -> None:
+        self._model = model
         self._state = _Slots(model, slots * _PARTS_PER_POOL, slots, margin, device)
         graphed = model.kernels.cuda_graphs
         self._step = GraphedWork(self._state.step, device, eager_calls=2) if graphed else self._state.step
@@ -100,6 +101,10 @@ class EarlyHalting:
         Yields:
             `(set name, puzzles, their answers)`, pool by pool and in order, on the CPU.
         """
+        with self._model.weights_at_hand():
+            yield from self._answer(parts, pace)
+
+    def _answer(self, parts: Iterable[Part], pace: Pace) -> Iterator[tuple[str, Batch, Answers]]:
         warm = False
         for set_name, of_set in groupby(parts, lambda part: part.set_name):
             while pool := list(islice(of_set, _PARTS_PER_POOL)):

@@ -7,6 +7,7 @@ is stuck on one image is often not stuck on the next (the analysis of HRM in arX
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -101,28 +102,31 @@ def evaluate_ensemble(
     members = len(symmetries) * len(models)
     sizes = [size for size in (2**power for power in range(members.bit_length())) if size < members] + [members]
     sums = Sums(world)
-    for part in parts:
-        batch = {name: field.to(world.device) for name, field in part.batch.items()}
-        tokens, q_halt = [], []
-        for symmetry in on_device:
-            image = batch | {"inputs": symmetry.apply(batch["inputs"])}
-            for thinking in thinkings:
-                _, outputs = thinking(image)
-                tokens.append(symmetry.undo(outputs["logits"].argmax(-1).int()))
-                q_halt.append(outputs["q_halt_logits"].clone())  # a graph's next call overwrites it
-        metrics: dict[str, Tensor] = {}
-        for size in sizes:
-            voted = vote(torch.stack(tokens[:size]), torch.stack(q_halt[:size]))
-            scores = score(batch["labels"], voted)
-            metrics["count"] = scores.pop("count")
-            metrics |= {f"{name}/of_{size}": value for name, value in scores.items()}
-        sums.add(part.set_name, metrics)
-        pace.count(part.real)
-        puzzles = {name: field[: part.real] for name, field in part.batch.items()}
-        for examiner in examiners:
-            every = zip(tokens, q_halt, strict=True)
-            for answer, confidence in every if examiner.counts_votes else [(voted, torch.stack(q_halt).mean(0))]:
-                steps = torch.full_like(answer[:, 0], models[0].halt_max_steps)
-                said = Answers(*(field[: part.real].cpu() for field in (answer, confidence, steps)))
-                examiner(part.set_name, puzzles, said)
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(model.weights_at_hand())
+        for part in parts:
+            batch = {name: field.to(world.device) for name, field in part.batch.items()}
+            tokens, q_halt = [], []
+            for symmetry in on_device:
+                image = batch | {"inputs": symmetry.apply(batch["inputs"])}
+                for thinking in thinkings:
+                    _, outputs = thinking(image)
+                    tokens.append(symmetry.undo(outputs["logits"].argmax(-1).int()))
+                    q_halt.append(outputs["q_halt_logits"].clone())  # a graph's next call overwrites it
+            metrics: dict[str, Tensor] = {}
+            for size in sizes:
+                voted = vote(torch.stack(tokens[:size]), torch.stack(q_halt[:size]))
+                scores = score(batch["labels"], voted)
+                metrics["count"] = scores.pop("count")
+                metrics |= {f"{name}/of_{size}": value for name, value in scores.items()}
+            sums.add(part.set_name, metrics)
+            pace.count(part.real)
+            puzzles = {name: field[: part.real] for name, field in part.batch.items()}
+            for examiner in examiners:
+                every = zip(tokens, q_halt, strict=True)
+                for answer, confidence in every if examiner.counts_votes else [(voted, torch.stack(q_halt).mean(0))]:
+                    steps = torch.full_like(answer[:, 0], models[0].halt_max_steps)
+                    said = Answers(*(field[: part.real].cpu() for field in (answer, confidence, steps)))
+                    examiner(part.set_name, puzzles, said)
     return sums.averages()

@@ -135,24 +135,25 @@ def evaluate(
     thinking = make_thinking(model, world, wanted, aloud=recorder is not None)
     sums = Sums(world)
     saved: dict[str, list[Tensor]] = defaultdict(list)
-    for number, part in enumerate(parts(loader, world)):
-        if pace and (number == 0 or (number == 2 and len(loader) > 4)):  # by then all is compiled and recorded
-            pace.start()
-        metrics, outputs = thinking({name: x.to(world.device, non_blocking=True) for name, x in part.batch.items()})
-        sums.add(part.set_name, metrics)
-        for name in keep:
-            saved[name].append({**part.batch, **outputs}[name][: part.real].cpu())
-        if examiners:
-            tokens = outputs["logits"].argmax(-1).int()
-            steps = torch.full_like(tokens[:, 0], model.halt_max_steps)
-            said = Answers(*(field[: part.real].cpu() for field in (tokens, outputs["q_halt_logits"], steps)))
-            for examiner in examiners:
-                examiner(part.set_name, {name: field[: part.real] for name, field in part.batch.items()}, said)
-        if recorder:
-            steps_said = Steps(*(outputs[name] for name in Steps._fields))
-            recorder.add(part.batch, steps_said, np.arange(part.first, part.first + part.real))
-        if pace:
-            pace.count(part.real)
+    with model.weights_at_hand():
+        for number, part in enumerate(parts(loader, world)):
+            if pace and (number == 0 or (number == 2 and len(loader) > 4)):  # by then all is compiled and recorded
+                pace.start()
+            metrics, outputs = thinking({name: x.to(world.device, non_blocking=True) for name, x in part.batch.items()})
+            sums.add(part.set_name, metrics)
+            for name in keep:
+                saved[name].append({**part.batch, **outputs}[name][: part.real].cpu())
+            if examiners:
+                tokens = outputs["logits"].argmax(-1).int()
+                steps = torch.full_like(tokens[:, 0], model.halt_max_steps)
+                said = Answers(*(field[: part.real].cpu() for field in (tokens, outputs["q_halt_logits"], steps)))
+                for examiner in examiners:
+                    examiner(part.set_name, {name: field[: part.real] for name, field in part.batch.items()}, said)
+            if recorder:
+                steps_said = Steps(*(outputs[name] for name in Steps._fields))
+                recorder.add(part.batch, steps_said, np.arange(part.first, part.first + part.real))
+            if pace:
+                pace.count(part.real)
     model.train(was_training)
     return sums.averages(), {name: torch.cat(pieces) for name, pieces in saved.items()}
 

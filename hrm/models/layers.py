@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,29 @@ def keep_copy(weight: Tensor, values: Tensor) -> None:
 def kept_copy(weight: Tensor) -> WeightCopy | None:
     """The copy of a weight last kept, current or not."""
     return getattr(weight, "copy_in_compute_dtype", None)
+
+
+@contextmanager
+def copies_at_hand(weights: Iterable[Tensor], dtype: torch.dtype) -> Iterator[None]:
+    """Have `in_dtype` use copies in the body, which must leave the weights alone, instead of casting at every call.
+
+    They go at the end, for a CUDA graph of a training step may later change the weights without autograd's notice.
+    Copies that an optimizer keeps stay, brought up to date.
+    """
+    made = []
+    for weight in weights:
+        copy = kept_copy(weight)
+        if copy is not None and copy.values.dtype == dtype:
+            if not copy.is_current(weight):
+                keep_copy(weight, copy.values.copy_(weight.detach()))
+        elif copy is None and weight.dtype != dtype:
+            keep_copy(weight, weight.detach().to(dtype))
+            made.append(weight)
+    try:
+        yield
+    finally:
+        for weight in made:
+            del weight.copy_in_compute_dtype  # type: ignore[attr-defined]
 
 
 def in_dtype(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrm.batch import IGNORE_LABEL_ID, Batch
+from hrm.models.layers import copies_at_hand
 
 if TYPE_CHECKING:
     from hrm.config import KernelsConfig
@@ -124,6 +126,10 @@ class ACTLossHead(nn.Module):
     def kernels(self) -> KernelsConfig:
         """What computes the model."""
         return self.model.inner.kernels.config
+
+    def weights_at_hand(self) -> AbstractContextManager[None]:
+        """A context in which weights do not change and are cast to the compute dtype once, not at every ACT step."""
+        return copies_at_hand(self.parameters(), self.model.inner.dtype)
 
     def initial_carry(self, batch: Batch) -> Carry:
         """A carry in which every sequence is halted, so that the first call takes `batch`."""
