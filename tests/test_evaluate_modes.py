@@ -119,4 +119,6 @@ def test_report(trained: Path, tmp_path: Path) -> None:
     assert metrics == single
     assert f"Wrote {tmp_path / 'report' / 'report.html'}, and GIFs beside it." in out
     assert (tmp_path / "report" / "wrong.gif").read_bytes().startswith(b"GIF89a")
-    assert "<html" in (tmp_path / "report" / "report.html").read_text()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<title>Sudoku, 4 × 4</title>" in page
+    assert f"on {trained / 'pack' / 'test'}" in page

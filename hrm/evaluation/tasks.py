@@ -134,8 +134,8 @@ class ReportWriter:
             folder,
             recording,
             self._view,
-            title=self._pack.path.name,
-            subtitle=str(weights_file),
+            title=self._title(),
+            subtitle=f"{weights_file} on {self._pack.path / self._pack.split}",
             per_kind=_SHOWN_PER_KIND,
             rating=Rating.of_pack(self._pack, self._view),
             names=self._names if self._pack.metadata.num_puzzle_identifiers > 1 else None,
@@ -143,3 +143,8 @@ class ReportWriter:
         )
         write_gifs(folder, recording.shown, self._view)
         return file
+
+    def _title(self) -> str:
+        side = self._view.columns
+        kinds = {"sudoku": f"Sudoku, {side} × {side}", "maze": f"Mazes, {side} × {side}"}
+        return kinds.get(self._view.kind, self._pack.path.name)
