@@ -28,7 +28,7 @@ from tqdm import tqdm
 # Run as a script, only the script's own folder is on the path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import run_builder
+from dataset.common import check_at_least, recorded, run_command
 from hrm.data.custom import PAD_TOKEN, Symbol, Vocabulary, is_symbol, parse_vocabulary, read_vocabulary
 from hrm.data.pack import (
     SPLITS,
@@ -258,8 +258,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("There are no test examples or two kinds of them; give one of --test and --test-fraction.")
     if arguments.test_fraction is not None and not 0 < arguments.test_fraction < 1:
         raise UserError(f"--test-fraction {arguments.test_fraction} is out of range; choose more than 0, less than 1.")
-    if arguments.seed < 0:
-        raise UserError(f"--seed {arguments.seed} is too small; choose 0 or more.")
+    check_at_least(arguments, {"seed": 0})
     if arguments.shape is not None and not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)?", arguments.shape):
         raise UserError(f"--shape {arguments.shape} is no length or grid; write it as 81 or 9x9.")
     return arguments
@@ -306,10 +305,8 @@ def build(arguments: argparse.Namespace) -> str:
         write_identifiers(folder, list(identifiers))
         vocabulary.write(folder)
         files = {str(path): path for path in (*arguments.train, *(arguments.test or []))}
-        # Where the pack lies is no part of how it was made; the shape is needed to read its grids.
-        recorded = {name: value for name, value in vars(arguments).items() if name != "output_dir"}
-        recorded["shape"] = _written(shape)
-        write_provenance(folder, "dataset/build_custom_dataset.py", recorded, "your own examples", files)
+        kept = recorded(arguments) | {"shape": _written(shape)}  # the shape is needed to read its grids
+        write_provenance(folder, "dataset/build_custom_dataset.py", kept, "your own examples", files)
     known = _known_inputs(sets["train"], sets["test"])
     return (
         f"{arguments.output_dir}: {len(train):,} training and {len(test):,} test examples of {_written(shape)} cells, "
@@ -320,7 +317,7 @@ def build(arguments: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    return run_builder(build, lambda: parse_arguments(argv))
+    return run_command(build, lambda: parse_arguments(argv))
 
 
 if __name__ == "__main__":

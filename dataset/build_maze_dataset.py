@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 # Run as a script, only the script's own folder is on the path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import hub_file, local_file, run_builder
+from dataset.common import check_at_least, fill_in, is_generated, recorded, run_command, source_files
 from hrm.data.maze import (
     PAD_TOKEN,
     PATH,
@@ -40,7 +40,7 @@ from hrm.data.maze import (
     shortest_paths,
     side_of,
 )
-from hrm.data.pack import SPLITS, PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
+from hrm.data.pack import PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
 from hrm.errors import UserError
 
 DEFAULT_REPO = "sapientinc/maze-30x30-hard-1k"
@@ -190,33 +190,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
 
-    sources = [name for name in ("source_repo", "source_dir", "generate") if getattr(arguments, name) is not None]
-    if len(sources) > 1:
-        raise UserError(f"{_option(sources[0])} and {_option(sources[1])} exclude each other; give one of them.")
-    generating = sources == ["generate"]
-    for name in ("subsample_size",) if generating else ("train_size", "test_size", "min_length"):
-        if getattr(arguments, name) is not None:
-            place = "does not apply to generated mazes" if generating else "applies to generated mazes only"
-            mend = "leave it out" if generating else "leave it out or add --generate"
-            raise UserError(f"{_option(name)} {place}; {mend}.")
-    for name, least in (("seed", 0), ("subsample_size", 1), ("train_size", 1), ("test_size", 1), ("min_length", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UserError(f"{_option(name)} {value} is too small; choose {least} or more.")
-
+    of_generated = ("train_size", "test_size", "min_length")
+    generating = is_generated(arguments, "mazes", ("subsample_size",), of_generated, DEFAULT_REPO)
+    check_at_least(arguments, {"seed": 0, "subsample_size": 1, "train_size": 1, "test_size": 1, "min_length": 1})
     if generating:
         side = parse_size(arguments.generate)
         min_length = PUBLISHED_MIN_LENGTH if side == PUBLISHED_SIDE else 2 * side
-        for name, default in (("train_size", 1000), ("test_size", 1000), ("min_length", min_length)):
-            if getattr(arguments, name) is None:
-                setattr(arguments, name, default)
-    elif not sources:
-        arguments.source_repo = DEFAULT_REPO
+        fill_in(arguments, {"train_size": 1000, "test_size": 1000, "min_length": min_length})
     return arguments
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def build(arguments: argparse.Namespace) -> str:
@@ -233,12 +214,7 @@ def build(arguments: argparse.Namespace) -> str:
             source = f"random mazes with shortest paths of {arguments.min_length} moves or more"
             remark = f"; {share:.2%} of random mazes have one"
         else:
-            if arguments.source_dir is not None:
-                files = {split: local_file(arguments.source_dir, split) for split in SPLITS}
-                source = f"folder {arguments.source_dir}"
-            else:
-                files = {split: hub_file(arguments.source_repo, split) for split in SPLITS}
-                source = f"hub dataset {arguments.source_repo}"
+            files, source = source_files(arguments)
             train, test = (read_csv(file) for file in files.values())
             if test.questions.shape[1] != train.questions.shape[1]:
                 raise UserError(
@@ -251,10 +227,8 @@ def build(arguments: argparse.Namespace) -> str:
         write_puzzles(folder / "train", train, arguments.aug)
         write_puzzles(folder / "test", test, aug=False)
         write_identifiers(folder, ["<blank>"])
-        # Where the pack lies is no part of how it was made, so that two copies are equal byte for byte.
-        recorded = {name: value for name, value in vars(arguments).items() if name != "output_dir"}
         read = {file.name: file for file in files.values()}
-        write_provenance(folder, "dataset/build_maze_dataset.py", recorded, source, read)
+        write_provenance(folder, "dataset/build_maze_dataset.py", recorded(arguments), source, read)
     moves = np.count_nonzero(test.answers == PATH, axis=(1, 2)) + 1
     return (
         f"{arguments.output_dir}: {len(train):,} training mazes{' with 7 images each' * arguments.aug} and "
@@ -265,7 +239,7 @@ def build(arguments: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    return run_builder(build, lambda: parse_arguments(argv))
+    return run_command(build, lambda: parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from tqdm import tqdm
 # Run as a script, only the script's own folder is on the path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import hub_file, local_file, run_builder
-from hrm.data.pack import SPLITS, PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
+from dataset.common import check_at_least, fill_in, is_generated, recorded, run_command, source_files
+from hrm.data.pack import PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
 from hrm.data.sudoku import (
     PAD_TOKEN,
     BoxShape,
@@ -389,44 +389,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     generated.add_argument("--givens", type=int, help=f"filled cells of a puzzle (default for {defaults})")
     arguments = parser.parse_args(argv)
 
-    sources = [name for name in ("source_repo", "source_dir", "generate") if getattr(arguments, name) is not None]
-    if len(sources) > 1:
-        raise UserError(f"{_option(sources[0])} and {_option(sources[1])} exclude each other; give one of them.")
-    generating = sources == ["generate"]
-    misplaced = ("subsample_size", "min_difficulty") if generating else ("train_size", "test_size", "givens")
-    for name in misplaced:
-        if getattr(arguments, name) is not None:
-            place = "does not apply to generated puzzles" if generating else "applies to generated puzzles only"
-            mend = "leave it out" if generating else "leave it out or add --generate"
-            raise UserError(f"{_option(name)} {place}; {mend}.")
-    for name, least in (
-        ("num_aug", 0),
-        ("hints", 0),
-        ("seed", 0),
-        ("subsample_size", 1),
-        ("train_size", 1),
-        ("test_size", 1),
-    ):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UserError(f"{_option(name)} {value} is too small; choose {least} or more.")
-
+    of_files, of_generated = ("subsample_size", "min_difficulty"), ("train_size", "test_size", "givens")
+    generating = is_generated(arguments, "puzzles", of_files, of_generated, DEFAULT_REPO)
+    least = {"num_aug": 0, "hints": 0, "seed": 0, "subsample_size": 1, "train_size": 1, "test_size": 1}
+    check_at_least(arguments, least)
     if generating:
         arguments.generate = BoxShape.parse(arguments.generate)
-        for name, default in (
-            ("train_size", 1000),
-            ("test_size", 1000),
-            ("givens", GENERATOR_LIMITS[arguments.generate].default_givens),
-        ):
-            if getattr(arguments, name) is None:
-                setattr(arguments, name, default)
-    elif not sources:
-        arguments.source_repo = DEFAULT_REPO
+        givens = GENERATOR_LIMITS[arguments.generate].default_givens
+        fill_in(arguments, {"train_size": 1000, "test_size": 1000, "givens": givens})
     return arguments
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def build(arguments: argparse.Namespace) -> str:
@@ -439,14 +410,9 @@ def build(arguments: argparse.Namespace) -> str:
             train, test = generate(shape, arguments.train_size, arguments.test_size, arguments.givens, rng)
             held_out, source, files = test.answers, f"generated puzzles with {arguments.givens} givens", {}
         else:
-            if arguments.source_dir is not None:
-                train_file, test_file = (local_file(arguments.source_dir, split) for split in SPLITS)
-                source = f"folder {arguments.source_dir}"
-            else:
-                train_file, test_file = (hub_file(arguments.source_repo, split) for split in SPLITS)
-                source = f"hub dataset {arguments.source_repo}"
-            files = {file.name: file for file in (train_file, test_file)}
-            shape, train, test = read_source(train_file, test_file, arguments.min_difficulty)
+            split_files, source = source_files(arguments)
+            files = {file.name: file for file in split_files.values()}
+            shape, train, test = read_source(split_files["train"], split_files["test"], arguments.min_difficulty)
             held_out = test.answers[:0]
             if arguments.subsample_size is not None and arguments.subsample_size < len(train):
                 train = train.take(np.sort(rng.choice(len(train), arguments.subsample_size, replace=False)))
@@ -462,9 +428,7 @@ def build(arguments: argparse.Namespace) -> str:
         if test.ratings is not None:  # for accuracy by difficulty
             np.save(folder / "test" / "all__ratings.npy", test.ratings)
         write_identifiers(folder, ["<blank>"])
-        # Where the pack lies is no part of how it was made, so that two copies are equal byte for byte.
-        recorded = {name: value for name, value in vars(arguments).items() if name != "output_dir"}
-        write_provenance(folder, "dataset/build_sudoku_dataset.py", recorded, source, files)
+        write_provenance(folder, "dataset/build_sudoku_dataset.py", recorded(arguments), source, files)
     return (
         f"{arguments.output_dir}: {len(train):,} training puzzles with {arguments.num_aug:,} augmentations"
         f"{f' and {arguments.hints:,} easier ones' if arguments.hints else ''} each and "
@@ -475,7 +439,7 @@ def build(arguments: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    return run_builder(build, lambda: parse_arguments(argv))
+    return run_command(build, lambda: parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,86 @@
-"""What the builders share: the shell around them, and where their CSV files come from."""
+"""What the scripts here share: the shell around them, checks of their options, and where CSV files come from."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from hrm.data.pack import SPLITS
 from hrm.errors import UserError
 
 
-def run_builder(build: Callable[[argparse.Namespace], str], parse: Callable[[], argparse.Namespace]) -> int:
-    """Print what `build` says of the arguments that `parse` returns, or what is wrong; returns the exit status."""
+def run_command(work: Callable[[argparse.Namespace], str], parse: Callable[[], argparse.Namespace]) -> int:
+    """Print what `work` says of the arguments that `parse` returns, or what is wrong; returns the exit status."""
     try:
-        print(build(parse()))
+        print(work(parse()))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def option(name: str) -> str:
+    """An argument's name as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def check_at_least(arguments: argparse.Namespace, least: Mapping[str, int]) -> None:
+    """UserError for a number below what `least` has for it; arguments that are None pass."""
+    for name, bound in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < bound:
+            raise UserError(f"{option(name)} {value} is too small; choose {bound} or more.")
+
+
+def fill_in(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Give arguments that are None their defaults."""
+    for name, default in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+
+
+def recorded(arguments: argparse.Namespace, *, but: Sequence[str] = ("output_dir",)) -> dict[str, Any]:
+    """The arguments as a pack keeps them. Where it lies is no part of how it was made, so that two copies are equal
+    byte for byte.
+    """
+    return {name: value for name, value in vars(arguments).items() if name not in but}
+
+
+def is_generated(
+    arguments: argparse.Namespace, what: str, of_files: Sequence[str], of_generated: Sequence[str], default_repo: str
+) -> bool:
+    """Whether `--generate` is the one source among it, `--source-dir` and `--source-repo`, the last by default.
+
+    Args:
+        what: the pack consists of, in errors.
+        of_files, of_generated: arguments that apply only to what is read, or generated.
+
+    Raises:
+        UserError: there are several sources, or an argument that does not apply to the one.
+    """
+    sources = [name for name in ("source_repo", "source_dir", "generate") if getattr(arguments, name) is not None]
+    if len(sources) > 1:
+        raise UserError(f"{option(sources[0])} and {option(sources[1])} exclude each other; give one of them.")
+    generating = sources == ["generate"]
+    for name in of_files if generating else of_generated:
+        if getattr(arguments, name) is not None:
+            place = f"does not apply to generated {what}" if generating else f"applies to generated {what} only"
+            mend = "leave it out" if generating else "leave it out or add --generate"
+            raise UserError(f"{option(name)} {place}; {mend}.")
+    if not sources:
+        arguments.source_repo = default_repo
+    return generating
+
+
+def source_files(arguments: argparse.Namespace) -> tuple[dict[str, Path], str]:
+    """The CSV files that `--source-dir` or `--source-repo` name, by split, and where they are from in words."""
+    if arguments.source_dir is not None:
+        return {split: local_file(arguments.source_dir, split) for split in SPLITS}, f"folder {arguments.source_dir}"
+    files = {split: hub_file(arguments.source_repo, split) for split in SPLITS}
+    return files, f"hub dataset {arguments.source_repo}"
 
 
 def local_file(folder: Path, split: str) -> Path:

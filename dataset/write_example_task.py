@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 # Run as a script, only the script's own folder is on the path.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from dataset.common import check_at_least, run_command
 from hrm.errors import UserError
 
 END = "end"
@@ -127,6 +128,14 @@ def write_examples(path: Path, task: str, size: int, count: int, rng: np.random.
         raise UserError(f"--output {path} cannot be written ({error.strerror}); give another file.") from error
 
 
+def write(arguments: argparse.Namespace) -> str:
+    """Write the examples that the command line asks for and return a one-line summary."""
+    check_at_least(arguments, {"count": 1, "size": 2, "seed": 0})
+    rng = np.random.default_rng(arguments.seed)
+    write_examples(arguments.output, arguments.task, arguments.size, arguments.count, rng)
+    return f"{arguments.output}: {arguments.count:,} examples of {arguments.task} with --size {arguments.size}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,19 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=5000, help="examples (%(default)s)")
     parser.add_argument("--size", type=int, default=6, help="nodes, or tools (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of every random choice (%(default)s)")
-    arguments = parser.parse_args(argv)
-    try:
-        for name, least in (("count", 1), ("size", 2), ("seed", 0)):
-            value = getattr(arguments, name)
-            if value < least:
-                raise UserError(f"--{name} {value} is too small; choose {least} or more.")
-        rng = np.random.default_rng(arguments.seed)
-        write_examples(arguments.output, arguments.task, arguments.size, arguments.count, rng)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{arguments.output}: {arguments.count:,} examples of {arguments.task} with --size {arguments.size}")
-    return 0
+    return run_command(write, lambda: parser.parse_args(argv))
 
 
 if __name__ == "__main__":
