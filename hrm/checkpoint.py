@@ -180,9 +180,8 @@ def _is_weight(value: object) -> bool:
 
 def _last_weights(folder: Path) -> Path:
     steps: dict[int, Path] = {}
-    for file in sorted(
-        folder.glob("step_*"), reverse=True
-    ):  # of one step, the published layout stands before .safetensors
+    # Backwards, so that of one step the published layout takes the place of .safetensors.
+    for file in sorted(folder.glob("step_*"), reverse=True):
         named = _WEIGHTS_NAME.fullmatch(file.name)
         if named and not named[2] and file.is_file():
             steps[int(named[1])] = file

@@ -15,7 +15,7 @@ for preset in config/kernels/*.yaml; do
   echo "== kernels=$kernels"
   "$python" pretrain.py data_path="$pack" kernels="$kernels" checkpoint_path="$work/$kernels" global_batch_size=384 \
     epochs=40 eval_interval=40 lr=1e-4 lr_warmup_steps=20 wandb=disabled &&
-    "$python" evaluate.py checkpoint="$work/$kernels" kernels="$kernels" || { status=1; continue; }
+    "$python" evaluate.py checkpoint="$work/$kernels" kernels="$kernels" || status=1
 done
 echo "== tests"
 "$python" -m pytest -m gpu tests || status=1

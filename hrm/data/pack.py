@@ -124,7 +124,7 @@ def write_provenance(
         hrm_version = "unknown"
     provenance = {"builder": builder, "hrm_version": hrm_version, "source": source, "arguments": dict(arguments)}
     if files:
-        provenance["sha256"] = {name: _sha256(file) for name, file in files.items()}
+        provenance["sha256"] = {name: sha256_of(file) for name, file in files.items()}
     if splits := _splits_in(folder):
         provenance["counts"] = {split: _counts(folder, split) for split in splits}
     _write_json(folder / "provenance.json", provenance)
@@ -139,13 +139,7 @@ def read_provenance(data_path: Path | str) -> dict[str, Any]:
     file = Path(data_path) / "provenance.json"
     if not file.is_file():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _broken(file, f"is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise _broken(file, f"holds a {type(content).__name__} where an object belongs")
-    return content
+    return _read_object(file, "an object")
 
 
 @contextmanager
@@ -213,7 +207,7 @@ def _splits_in(path: Path) -> list[str]:
     return [split for split in SPLITS if (path / split / "dataset.json").is_file()]
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -261,13 +255,18 @@ _JSON_KINDS: dict[object, tuple[str, Callable[[object], bool]]] = {
 }
 
 
-def _read_metadata(file: Path) -> PackMetadata:
+def _read_object(file: Path, wanted: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise _broken(file, f"is not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise _broken(file, f"holds a {type(content).__name__} where an object of metadata fields belongs")
+        raise _broken(file, f"holds a {type(content).__name__} where {wanted} belongs")
+    return content
+
+
+def _read_metadata(file: Path) -> PackMetadata:
+    content = _read_object(file, "an object of metadata fields")
     for field in fields(PackMetadata):
         if field.name not in content:
             raise _broken(file, f"lacks the field {field.name}")

@@ -9,9 +9,9 @@ from itertools import groupby, islice
 import torch
 from torch import Tensor
 
-from hrm.batch import IGNORE_LABEL_ID, Batch
+from hrm.batch import Batch
 from hrm.cuda_graphs import GraphedWork
-from hrm.evaluation.runner import Answers, Pace, Part, score
+from hrm.evaluation.runner import Answers, Pace, Part, judge, score
 from hrm.models import ACTLossHead
 from hrm.models.hrm_v1 import Carry
 
@@ -126,10 +126,9 @@ class EarlyHalting:
 
 def halting_metrics(puzzles: Batch, answers: Answers) -> dict[str, Tensor]:
     """Sums over a pool under the names of `ACTLossHead.forward`'s metrics, without the losses."""
-    labels = puzzles["labels"]
-    scores = score(labels, answers.tokens)
-    counted = (labels != IGNORE_LABEL_ID).any(-1)
-    exact = ((labels == IGNORE_LABEL_ID) | (answers.tokens == labels)).all(-1)
-    scores["q_halt_accuracy"] = (counted & ((answers.q_halt >= 0) == exact)).sum()
-    scores["steps"] = answers.steps[counted].sum()
-    return scores
+    judged = judge(puzzles["labels"], answers.tokens)
+    believes = answers.q_halt >= 0
+    return score(judged) | {
+        "q_halt_accuracy": (judged.counted & (believes == judged.exact)).sum(),
+        "steps": answers.steps[judged.counted].sum(),
+    }

@@ -17,7 +17,7 @@ from torch import Tensor
 from hrm.data.maze import dihedral_images, side_of
 from hrm.data.sudoku import BoxShape, random_symmetries
 from hrm.distributed import World
-from hrm.evaluation.runner import Answers, Examiner, Pace, Part, Sums, make_thinking, score
+from hrm.evaluation.runner import Answers, Examiner, Pace, Part, Sums, judge, make_thinking, score
 from hrm.models import ACTLossHead
 
 
@@ -117,7 +117,7 @@ def evaluate_ensemble(
             metrics: dict[str, Tensor] = {}
             for size in sizes:
                 voted = vote(torch.stack(tokens[:size]), torch.stack(q_halt[:size]))
-                scores = score(batch["labels"], voted)
+                scores = score(judge(batch["labels"], voted))
                 metrics["count"] = scores.pop("count")
                 metrics |= {f"{name}/of_{size}": value for name, value in scores.items()}
             sums.add(part.set_name, metrics)

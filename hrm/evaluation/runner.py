@@ -158,8 +158,16 @@ def evaluate(
     return sums.averages(), {name: torch.cat(pieces) for name, pieces in saved.items()}
 
 
-def score(labels: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """Sums over a batch of `count`, `accuracy` and `exact_accuracy`, as `ACTLossHead.forward` counts them.
+class Judged(NamedTuple):
+    """How good the answers to N puzzles are."""
+
+    counted: Tensor  # [N] bool: there is a label
+    right: Tensor  # [N], share of the labelled tokens that are right
+    exact: Tensor  # [N] bool: all of them are
+
+
+def judge(labels: Tensor, tokens: Tensor) -> Judged:
+    """Compare answers with labels as `ACTLossHead.forward` does.
 
     Args:
         labels: [N, S], IGNORE_LABEL_ID where there is none.
@@ -168,10 +176,15 @@ def score(labels: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     labelled = labels != IGNORE_LABEL_ID
     count = labelled.sum(-1)
     right = (labelled & (tokens == labels)).sum(-1)
+    return Judged(count > 0, right / count.clamp_min(1), right == count)
+
+
+def score(judged: Judged) -> dict[str, Tensor]:
+    """Sums of `count`, `accuracy` and `exact_accuracy`, as in `ACTLossHead.forward`."""
     return {
-        "count": (count > 0).sum(),
-        "accuracy": (right / count.clamp_min(1)).sum(),
-        "exact_accuracy": ((count > 0) & (right == count)).sum(),
+        "count": judged.counted.sum(),
+        "accuracy": judged.right.sum(),
+        "exact_accuracy": (judged.counted & judged.exact).sum(),
     }
 
 

@@ -71,7 +71,7 @@ class MazeExaminer:
         sums = Sums(world)
         for set_name, marks in self._marks.items():
             valid = torch.cat(marks).to(world.device)
-            sums.add(set_name, {"shortest": valid.sum(), "count": torch.full_like(valid, 1, dtype=torch.int64).sum()})
+            sums.add(set_name, {"shortest": valid.sum(), "count": torch.tensor(len(valid))})
         return "\n".join(
             f"  {set_name}: {100 * values['shortest']:.2f} % of {values['count']:.0f} answers are a shortest path, the "
             "label's or another one."

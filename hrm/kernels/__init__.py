@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,22 +23,10 @@ from torch import Tensor
 from hrm.config import KernelsConfig, neighbours
 from hrm.errors import UserError
 from hrm.kernels import attention, naive
-from hrm.kernels.cycles import Cycles, FreeModule, chunked, looped
+from hrm.kernels.cycles import Cycles, Module, chunked, looped
 from hrm.kernels.naive import BlockWeights, RotaryTables
 
-
-class ReasoningModule(Protocol):
-    """See `hrm.kernels.naive.reasoning_module`."""
-
-    def __call__(
-        self,
-        state: Tensor,
-        injection: Tensor,
-        blocks: Sequence[BlockWeights],
-        rotary: RotaryTables | None,
-        num_heads: int,
-        eps: float,
-    ) -> Tensor: ...
+ReasoningModule: TypeAlias = Module[BlockWeights]
 
 
 class FirstTokenBlock(Protocol):
@@ -203,7 +191,7 @@ def make_kernels(config: KernelsConfig) -> Kernels:
     if unrolled := BACKENDS[config.backend].unrolled:
         cycles: Cycles = importlib.import_module(unrolled).cycles
     else:
-        free_modules: dict[str, FreeModule] = dict.fromkeys("HL", module)
+        free_modules: dict[str, Module[Any]] = dict.fromkeys("HL", module)
         if fp8_levels:
             from hrm.kernels import fp8
 

@@ -6,12 +6,14 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from hrm.kernels.naive import RotaryTables
+
+Block = TypeVar("Block", contravariant=True)
 
 
 class Cycles(Protocol):
@@ -36,21 +38,21 @@ class Cycles(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-class FreeModule(Protocol):
-    """`hrm.kernels.naive.reasoning_module` on whatever `hrm.kernels.Kernels.prepare` makes of the blocks."""
+class Module(Protocol[Block]):
+    """See `hrm.kernels.naive.reasoning_module`; `Block` is what holds the weights of a block."""
 
     def __call__(
         self,
         state: Tensor,
         injection: Tensor,
-        blocks: Sequence[Any],
+        blocks: Sequence[Block],
         rotary: RotaryTables | None,
         num_heads: int,
         eps: float,
     ) -> Tensor: ...
 
 
-def looped(modules: Mapping[str, FreeModule]) -> Cycles:
+def looped(modules: Mapping[str, Module[Any]]) -> Cycles:
     """One call of the level's module, `modules["H"]` or `modules["L"]`, for every update."""
 
     def cycles(

@@ -16,7 +16,6 @@ A wait names the parity of the phase it waits for, so nobody may run a whole pha
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -31,9 +30,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+from hrm.kernels.hopper_linear import _descriptor, _multiprocessors
+
+_DTYPES = (torch.bfloat16, torch.float16)
 _LOG2_E = gl.constexpr(math.log2(math.e))
 _HEAD_SIZE = 64
 # 64 queries are the least that wgmma takes, and three groups of them waste 6 % of 901 tokens, where two waste 14 %.
@@ -480,16 +480,3 @@ def attention_forward(
         maxnreg=_START_REGISTERS,
     )
     return out, lse
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _descriptor(tensor: Tensor, *block: int) -> TensorDescriptor:
-    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(block), _layout(tensor.dtype, block))
-
-
-@functools.cache
-def _layout(dtype: torch.dtype, block: tuple[int, ...]) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])

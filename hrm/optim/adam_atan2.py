@@ -77,6 +77,8 @@ class AdamATan2(Optimizer):
 
     def refresh_copies(self) -> None:
         """Bring copies up to date, in place, whose weights were changed by anything but `step`. Does not wait."""
+        if self._copy_dtype is None:
+            return
         for group in self.param_groups:
             for param in group["params"]:
                 copy = kept_copy(param)

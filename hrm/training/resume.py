@@ -42,7 +42,7 @@ from hrm import __version__
 from hrm.batch import Batch
 from hrm.checkpoint import sync
 from hrm.config import PROJECT_DIR, PretrainConfig
-from hrm.data.pack import Pack
+from hrm.data.pack import Pack, sha256_of
 from hrm.distributed import World
 from hrm.errors import UserError, first_sentence
 from hrm.kernels import describe
@@ -191,7 +191,7 @@ class StateSaver:
         save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         if self._world.is_main:
             (temporary / _FACTS_FILE).write_text(json.dumps(asdict(facts), indent=1), encoding="utf-8")
-            sums = "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
+            sums = "".join(f"{sha256_of(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
             (temporary / _SUMS_FILE).write_text(sums, encoding="utf-8")
             for path in (temporary / _FACTS_FILE, temporary / _SUMS_FILE, temporary):
                 sync(path)
@@ -325,7 +325,7 @@ def read_facts(folder: Path) -> Facts:
     for name in sorted(found | expected.keys()):
         if name not in found:
             raise UserError(f"{folder} lacks {name}, which its {_SUMS_FILE} names: resume from another training state.")
-        if expected.get(name) != _sha256(folder / name):
+        if expected.get(name) != sha256_of(folder / name):
             raise UserError(
                 f"{folder / name} is not what was saved (its SHA-256 is not that in {_SUMS_FILE}): resume from another "
                 "training state."
@@ -401,11 +401,6 @@ def _states_in(folder: Path) -> dict[int, Path]:
         return {}
     named = ((_STATE_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
     return {int(match[1]): path for match, path in named if match}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
