@@ -30,7 +30,7 @@ from torch import Tensor
 from hrm.checkpoint import read_weights
 from hrm.config import DataConfig, HRMConfig, KernelsConfig, OptimConfig, ParallelConfig, PretrainConfig
 from hrm.data.loader import TrainLoader
-from hrm.data.pack import open_pack
+from hrm.data.pack import open_pack, sha256_of
 from hrm.distributed import World
 from hrm.errors import UserError
 from hrm.training import resume
@@ -426,7 +426,7 @@ def flip(file: Path, position: float) -> None:
 def reseal(state: Path) -> None:
     """Make a training state's hashes fit its files."""
     files = sorted(file for file in state.iterdir() if file.name != "SHA256SUMS")
-    sums = "".join(f"{resume._sha256(file)}  {file.name}\n" for file in files)
+    sums = "".join(f"{sha256_of(file)}  {file.name}\n" for file in files)
     (state / "SHA256SUMS").write_text(sums)
 
 
