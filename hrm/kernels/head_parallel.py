@@ -102,6 +102,7 @@ def _project_and_attend_forward(
     batch, tokens, width = x.shape
     head_size = width // num_heads
     out = torch.empty_like(x)
+    rows = _tile_rows(tokens, 128)
     _project_and_attend_kernel[(batch * num_heads,)](
         x,
         weight,
@@ -111,10 +112,10 @@ def _project_and_attend_forward(
         T=tokens,
         N=num_heads,
         K=head_size,
-        ROWS=_tile_rows(tokens, 128),
+        ROWS=rows,
         # A power of two that divides the width; 64 inputs of 16 bits are the 128 bytes of a line of the cache.
         INPUTS=min(64 if head_size <= 64 else 32, width & -width),
-        num_warps=8,
+        num_warps=8 if rows == 128 else 4,  # see `triton_attention._one_tile_backward`
         num_stages=3,
     )
     return out

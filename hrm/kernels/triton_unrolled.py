@@ -407,9 +407,11 @@ def _update_persistently(
 
 
 def _queries(heads: int, tokens: int, programs: int) -> int:
-    """The longest tile of queries that leaves no program without one, if there is such a tile."""
-    longest = _tile_rows(tokens, 64)
-    return next((rows for rows in (64, 32) if rows <= longest and heads * triton.cdiv(tokens, rows) >= programs), 16)
+    """The longest tile of queries that leaves no program without one, if there is such a tile.
+
+    64 are not among them: see `triton_attention._one_tile_backward`.
+    """
+    return 32 if tokens > 16 and heads * triton.cdiv(tokens, 32) >= programs else 16
 
 
 def cycles(

@@ -114,7 +114,10 @@ class AdamATan2(Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(param)
         if capturable:
             steps = [self.state[param]["step"] for param in params]
-            torch._foreach_add_(steps, 1 if self.found_inf is None else 1 - self.found_inf)
+            if self.found_inf is None:
+                torch._foreach_add_(steps, 1)
+            else:  # by a list: to add one tensor to many, PyTorch waits for its value
+                torch._foreach_add_(steps, [1 - self.found_inf] * len(steps))
             return [(steps[0], params)] if params else []
         by_step: dict[int, list[Tensor]] = defaultdict(list)
         for param in params:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -227,7 +228,16 @@ class SharedModel:
             assert isinstance(sharded, FSDPModule)
             sharded.set_gradient_divide_factor(1.0)  # the loss is divided by the global batch already
             sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor
-            register_fsdp_forward_method(level, "weights")
+            _gather_when_called(level, "weights")
+
+
+def _gather_when_called(level: nn.Module, method: str) -> None:
+    """Let a sharded level gather its weights when the model calls `method`, which takes no arguments."""
+    read: Callable[[], Any] = getattr(level, method)
+    # FSDP sees it called with one: on CUDA it stumbles over an empty list of them (PyTorch 2.11).
+    setattr(level, method, lambda _: read())
+    register_fsdp_forward_method(level, method)
+    setattr(level, method, partial(getattr(level, method), None))
 
 
 def _local(tensor: Tensor) -> Tensor:
