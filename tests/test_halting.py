@@ -218,6 +218,31 @@ def test_evaluation_has_no_target(tiny_arch: Arch, random_batch: RandomBatch) ->
     assert "q_continue_loss" not in metrics
 
 
+def test_without_the_value_of_going_on(tiny_arch: Arch, random_batch: RandomBatch) -> None:
+    """Sequences halt where q_halt > 0, nothing is bootstrapped, and the head's other row is left alone."""
+    arch, batch = tiny_arch | {"q_continue": False}, random_batch()
+    assert halting(with_q(build(arch), q_halt=0.25, q_continue=0.5), batch, 3) == [[True] * 3] * 3
+    assert halting(with_q(build(arch), q_halt=-0.25, q_continue=-0.5), batch, 3) == [[False] * 3] * 3
+    model = build(arch)
+    _, loss, metrics, outputs, _ = model(carry=model.initial_carry(batch), batch=batch, return_keys=KEYS)
+    loss.backward()
+    assert outputs.keys() == {"logits", "q_halt_logits", "q_continue_logits"}
+    assert outputs["q_continue_logits"].tolist() == [0.0] * 3
+    assert "q_continue_loss" not in metrics
+    of_halt, of_continue = model.model.inner.q_head.bias.grad.tolist()
+    assert of_halt != 0
+    assert of_continue == 0
+
+
+def test_the_value_of_going_on_changes_no_other_loss(tiny_arch: Arch, random_batch: RandomBatch) -> None:
+    batch, losses = random_batch(), []
+    for q_continue in (True, False):
+        model = build(tiny_arch | {"q_continue": q_continue})
+        _, _, metrics, _, _ = model(carry=model.initial_carry(batch), batch=batch)
+        losses.append((metrics["lm_loss"].item(), metrics["q_halt_loss"].item()))
+    assert losses[0] == losses[1]
+
+
 # --- exploration ---
 
 MAX_STEPS, SEQUENCES = 6, 4000

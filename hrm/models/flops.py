@@ -19,6 +19,7 @@ def act_step_blocks(arch: HRMConfig) -> int:
 def train_step_blocks(arch: HRMConfig) -> int:
     """Blocks of one training step, a backward pass through one counted as two.
 
-    Two recurrences forward, the second for the target, and backward through the last L and H.
+    A recurrence forward, with `q_continue` another one for its target, and backward through the last L and H.
     """
-    return 2 * act_step_blocks(arch) + 2 * (arch.L_layers + arch.H_layers)
+    recurrences = 2 if arch.q_continue and arch.halt_max_steps > 1 else 1
+    return recurrences * act_step_blocks(arch) + 2 * (arch.L_layers + arch.H_layers)

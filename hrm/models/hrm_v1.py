@@ -257,13 +257,16 @@ class HierarchicalReasoningModel(nn.Module):
         return logits
 
     def q_values(self, carry: InnerCarry) -> tuple[Tensor, Tensor]:
-        """Logits of the values of halting and of going on, each [B] in float32 at least, read off the first token."""
+        """Logits of the values of halting and of going on, each [B] in float32 at least, read off the first token.
+
+        Without `q_continue` in the configuration, the value of going on is a half, logit 0.
+        """
         return self._read_q_head(carry.z_H[:, 0])
 
     def _read_q_head(self, first_token: Tensor) -> tuple[Tensor, Tensor]:
         q: Tensor = self.q_head(first_token)
         q_halt, q_continue = q.to(torch.promote_types(q.dtype, torch.float32)).unbind(-1)
-        return q_halt, q_continue
+        return q_halt, q_continue if self.config.q_continue else torch.zeros_like(q_halt)
 
 
 class AdaptiveComputation(nn.Module):
@@ -309,6 +312,7 @@ class AdaptiveComputation(nn.Module):
             halted = last
             if self.training and max_steps > 1:
                 halted = (last | (q_halt > q_continue)) & (steps >= self._min_steps(steps))
+            if self.training and max_steps > 1 and self.inner.config.q_continue:
                 # Bootstrapped target (paper eq. 9): the value of the better action one step on.
                 next_halt, next_continue = self.inner.recur_to_q_values(state, prepared)
                 next_value = torch.where(last, next_halt, torch.maximum(next_halt, next_continue))
