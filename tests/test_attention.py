@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hrm.errors import UserError
-from hrm.kernels import Place, attention, naive
+from hrm.kernels import Place, attention, hopper, naive
 from hrm.kernels.naive import Attend, BlockWeights, RotaryTables, rotary_tables
 
 ON_GPU = torch.cuda.is_available()
@@ -167,12 +167,19 @@ def test_auto_is_a_provider_that_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "head_size", "chosen"), [((9, 0), 64, "triton"), ((9, 0), 48, "sdpa"), ((8, 0), 64, "sdpa")]
+    ("capability", "head_size", "no_gluon", "chosen"),
+    [
+        ((9, 0), 64, None, "gluon"),
+        ((9, 0), 64, "it is of another version", "triton"),
+        ((9, 0), 48, None, "sdpa"),
+        ((8, 0), 64, None, "sdpa"),
+    ],
 )
 def test_auto_takes_what_was_measured_where_it_runs(
-    capability: tuple[int, int], head_size: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], head_size: int, no_gluon: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
+    monkeypatch.setattr(hopper, "why_not", lambda device: no_gluon)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     on_cuda = place(torch.bfloat16, head_size, torch.device("cuda"))
     assert attention.choose("auto", on_cuda) == chosen

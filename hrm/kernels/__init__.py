@@ -145,7 +145,7 @@ def resolve(config: KernelsConfig, place: Place) -> KernelsConfig:
                 "kernels.backend=auto chooses compile and cuda_graphs itself: name a backend too, or drop the switch."
             )
         if on_cuda and _why_not_triton(place) is None and _is_measured(place):
-            config = replace(config, backend="triton", cuda_graphs=True)
+            config = replace(config, backend="triton", cuda_graphs=True, fused_step=True)
         else:
             compiled = on_cuda and _why_not_compiled(place) is None
             config = replace(config, backend="naive", compile=compiled, cuda_graphs=on_cuda)

@@ -174,9 +174,9 @@ PROVIDERS = {
     "gluon": Provider(_load_gluon, _why_not_gluon),  # as triton, but long sequences forward by kernels for Hopper
 }
 
-# The fastest by compute capability, for short and long sequences, forward and backward, compiled or not:
+# The fastest first by compute capability, for short and long sequences, forward and backward, compiled or not:
 # benchmarks/results/2026-11-22-attention.md. Where nothing was measured, PyTorch chooses.
-_FASTEST = {(9, 0): "triton"}
+_FASTEST = {(9, 0): ("gluon", "triton")}
 
 
 def choose(name: str, place: Place, *, compiled: bool = False) -> str:
@@ -191,8 +191,8 @@ def choose(name: str, place: Place, *, compiled: bool = False) -> str:
     if name == "auto":
         if place.device.type != "cuda":
             return "sdpa"
-        fastest = _FASTEST.get(torch.cuda.get_device_capability(place.device), "sdpa")
-        return "sdpa" if _why_not(fastest, place, compiled) else fastest
+        fastest = _FASTEST.get(torch.cuda.get_device_capability(place.device), ())
+        return next((name for name in fastest if not _why_not(name, place, compiled)), "sdpa")
     if name not in PROVIDERS:
         raise UserError(f"kernels.attention={name} is not one; {neighbours(name, ['auto', *PROVIDERS])}")
     if reason := _why_not(name, place, compiled):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from hrm.batch import Batch
-from hrm.config import PretrainConfig
+from hrm.config import KernelsConfig, PretrainConfig
 from hrm.cuda_graphs import GraphedWork
 from hrm.data.pack import Pack
 from hrm.distributed import World, broadcast_tensors
@@ -38,7 +38,7 @@ class TrainState:
 
 
 TrainStep = Callable[[Batch], dict[str, Tensor]]
-"""Takes this rank's batch, on the host; returns the step's metrics, on the device, valid until the next step."""
+"""Takes this rank's batch, on the device or still on the host; returns the step's metrics, on the device, valid until the next step."""
 
 
 def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainState:
@@ -57,7 +57,7 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
         seq_len=metadata.seq_len,
         vocab_size=metadata.vocab_size,
         num_puzzle_identifiers=metadata.num_puzzle_identifiers,
-        kernels=config.kernels,
+        kernels=_kernels(config),
         device=world.device,
         seed=config.seed,
     )
@@ -128,6 +128,12 @@ def make_train_step(config: PretrainConfig, world: World, state: TrainState) -> 
 def current_lr(config: PretrainConfig, state: TrainState, base_lr: float) -> float:
     """The learning rate of step `state.step`."""
     return learning_rate(state.step, base_lr, config.lr_warmup_steps, state.total_steps, config.lr_min_ratio)
+
+
+def _kernels(config: PretrainConfig) -> KernelsConfig:
+    if config.parallel.tensor > 1 and config.kernels.backend == "auto":
+        return replace(config.kernels, backend="naive")  # others fuse what tensor parallelism cuts apart
+    return config.kernels
 
 
 def _micro_batch_size(config: PretrainConfig, world: World) -> int:
