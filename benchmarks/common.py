@@ -27,6 +27,7 @@ from hrm.data.loader import TrainLoader
 from hrm.data.pack import Pack, PackMetadata, PackSet, open_pack, write_split
 from hrm.distributed import World, join_world
 from hrm.errors import UserError
+from hrm.evaluation.plots import pyplot
 from hrm.models.flops import block_flops
 
 # The published code's way: the plain model through torch.compile, with the best attention PyTorch has.
@@ -170,15 +171,15 @@ def matmul_tflops(device: torch.device) -> float:
     return 2 * width**3 / median_ms(lambda: a @ b, device, 5, 20) / 1e9
 
 
-def batches(data_path: str | None, shape: Shape, scratch: Path) -> tuple[Pack, Iterator[Batch]]:
-    """A pack of the sequence length of `shape` and training batches from it.
+def batches(data_path: str | None, shape: Shape, scratch: Path, count: int = 1000) -> tuple[Pack, Iterator[Batch]]:
+    """A pack of the sequence length of `shape` and at least `count` training batches from it.
 
     `data_path` serves where its sequence length fits; else a pack of random maze-like tokens is made in `scratch`.
     """
     pack = open_pack(data_path, "train") if data_path else None
     if pack is None or pack.metadata.seq_len != shape.seq_len:
         pack = _random_pack(scratch / f"random-{shape.seq_len}", shape.seq_len)
-    epochs = 1 + 1000 * shape.batch_size // pack.metadata.total_groups
+    epochs = 1 + count * shape.batch_size // pack.metadata.total_groups
     loader = TrainLoader(pack, shape.batch_size, 0, epochs_per_pass=epochs, pin_memory=torch.cuda.is_available())
     return pack, loader.iterate(0)
 
@@ -212,8 +213,24 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
-def write_results(name: str, about: Mapping[str, str], rows: Sequence[Mapping[str, Any]], folder: Path) -> str:
-    """Write `<folder>/<date>-<name>.{md,json}`; returns the table in Markdown."""
+def picture_file(text: str) -> Path:
+    """An argument that names a picture to draw; what would hinder it is said before the work that it is to show."""
+    file = Path(text)
+    if file.suffix not in (".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text} is neither a .png nor a .svg file")
+    pyplot()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def write_results(
+    name: str,
+    about: Mapping[str, str],
+    rows: Sequence[Mapping[str, Any]],
+    folder: Path,
+    **more: Mapping[str, Any],
+) -> str:
+    """Write `<folder>/<date>-<name>.{md,json}`, the JSON with fields `more`; returns the table in Markdown."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
@@ -222,7 +239,7 @@ def write_results(name: str, about: Mapping[str, str], rows: Sequence[Mapping[st
     stem = f"{about['date']}-{name}"
     facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
     (folder / f"{stem}.md").write_text(f"# {name}\n\n{facts}\n\n{table}\n")
-    (folder / f"{stem}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    (folder / f"{stem}.json").write_text(json.dumps({"about": about, "rows": rows, **more}, indent=1) + "\n")
     return table
 
 

@@ -10,9 +10,9 @@ import csv
 import gzip
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import comb
 from pathlib import Path
 from typing import TextIO
@@ -68,60 +68,81 @@ PATIENCE = 4096
 
 @dataclass(frozen=True)
 class Puzzles:
-    """Puzzles and their solutions, digits `[N, cells]`, and how hard they are rated `[N]`, if that is known."""
+    """Puzzles and their solutions, digits `[N, cells]`; how hard they are rated and where they are from, if known."""
 
     questions: Grids
     answers: Grids
-    ratings: NDArray[np.int64] | None = None
+    ratings: NDArray[np.int64] | None = None  # [N]
+    sources: NDArray[np.object_] | None = None  # [N] str: few different ones, so that references take less room
 
     def __len__(self) -> int:
         return len(self.questions)
 
     def take(self, rows: NDArray[np.int64]) -> "Puzzles":
-        return Puzzles(self.questions[rows], self.answers[rows], None if self.ratings is None else self.ratings[rows])
+        return Puzzles(
+            self.questions[rows],
+            self.answers[rows],
+            None if self.ratings is None else self.ratings[rows],
+            None if self.sources is None else self.sources[rows],
+        )
 
 
 # Puzzles from CSV files.
 
 
+@dataclass
+class _Lines:
+    """Lines of a CSV file by columns; those of columns that it lacks stay empty."""
+
+    numbers: list[int] = field(default_factory=list)
+    questions: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    ratings: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+
+
 def read_csv(path: Path, min_difficulty: int | None) -> tuple[BoxShape, Puzzles]:
-    """The puzzles of a CSV file (gzipped if its name ends so) with columns question, answer and, where given, rating.
+    """The puzzles of a CSV file (gzipped if its name ends so) with columns question and answer, and where given rating
+    and source.
 
     Raises:
         UserError: if the file cannot be read or a line is malformed; names the line.
     """
-    columns = ["question", "answer"] + (["rating"] if min_difficulty is not None else [])
+    required = ["question", "answer"] + (["rating"] if min_difficulty is not None else [])
     blocks: list[Puzzles] = []
     shape: BoxShape | None = None
     with _csv_text(path) as stream:
         reader = csv.reader(stream)
         header = next(reader, [])
-        for column in columns:
+        for column in required:
             if column not in header:
                 found = ", ".join(header) or "none"
                 raise UserError(f"{path} has no column {column!r} (its first line names: {found}); add it.")
-        if min_difficulty is None and "rating" in header:
-            columns.append("rating")
+        wanted = [*required, "rating", "source"]
+        columns = {name: header.index(name) for name in wanted if name in header}
         rows = ((reader.line_num, row) for row in reader)
-        chunks = _csv_chunks(rows, [header.index(column) for column in columns], path, min_difficulty)
-        for lines, questions, answers, ratings in chunks:
+        for lines in _csv_chunks(rows, columns, path, min_difficulty):
             if shape is None:
-                with _located(path, lines[0], "question"):
-                    shape = BoxShape.from_cells(len(questions[0]))
+                with _located(path, lines.numbers[0], "question"):
+                    shape = BoxShape.from_cells(len(lines.questions[0]))
             block = Puzzles(
-                _parse_column(questions, shape, path, lines, "question"),
-                _parse_column(answers, shape, path, lines, "answer"),
-                np.array(ratings) if len(columns) > 2 else None,
+                _parse_column(lines.questions, shape, path, lines.numbers, "question"),
+                _parse_column(lines.answers, shape, path, lines.numbers, "answer"),
+                np.array(lines.ratings) if "rating" in columns else None,
+                np.array(lines.sources, dtype=object) if "source" in columns else None,
             )
-            _check_answers(block, shape, path, lines)
+            _check_answers(block, shape, path, lines.numbers)
             blocks.append(block)
     if shape is None:
         rated = "" if min_difficulty is None else f" rated {min_difficulty} or more; lower --min-difficulty"
         raise UserError(f"{path} holds no puzzle{rated or '; add lines to it'}.")
+    ratings = [block.ratings for block in blocks if block.ratings is not None]
+    sources = [block.sources for block in blocks if block.sources is not None]
     return shape, Puzzles(
         np.concatenate([block.questions for block in blocks]),
         np.concatenate([block.answers for block in blocks]),
-        np.concatenate([block.ratings for block in blocks if block.ratings is not None]) if len(columns) > 2 else None,
+        np.concatenate(ratings) if ratings else None,
+        np.concatenate(sources) if sources else None,
     )
 
 
@@ -135,38 +156,36 @@ def _csv_text(path: Path) -> Iterator[TextIO]:
 
 
 def _csv_chunks(
-    rows: Iterator[tuple[int, list[str]]], columns: list[int], path: Path, min_difficulty: int | None
-) -> Iterator[tuple[list[int], list[str], list[str], list[int]]]:
-    """Chunks of line numbers, questions, answers and ratings, where there are any; lines rated below `min_difficulty`
-    are left out.
-    """
-    lines: list[int] = []
-    questions: list[str] = []
-    answers: list[str] = []
-    ratings: list[int] = []
-    for line, row in tqdm(rows, desc=f"Reading {path.name}", unit=" lines", delay=2, leave=False):
+    rows: Iterator[tuple[int, list[str]]], columns: Mapping[str, int], path: Path, min_difficulty: int | None
+) -> Iterator[_Lines]:
+    """Chunks of lines, without those rated below `min_difficulty`; `columns` says at which place in a line each is."""
+    lines = _Lines()
+    for number, row in tqdm(rows, desc=f"Reading {path.name}", unit=" lines", delay=2, leave=False):
         if not row:
             continue
-        if len(row) <= max(columns):
-            raise UserError(f"{path}, line {line}: its {len(row)} fields are too few; correct or remove the line.")
-        if len(columns) > 2:
+        if len(row) <= max(columns.values()):
+            raise UserError(f"{path}, line {number}: its {len(row)} fields are too few; correct or remove the line.")
+        if "rating" in columns:
+            text = row[columns["rating"]]
             try:
-                rating = int(row[columns[2]])
+                rating = int(text)
             except ValueError as error:
                 raise UserError(
-                    f"{path}, line {line}: rating {row[columns[2]]!r} is no whole number; correct or remove the line."
+                    f"{path}, line {number}: rating {text!r} is no whole number; correct or remove the line."
                 ) from error
             if min_difficulty is not None and rating < min_difficulty:
                 continue
-            ratings.append(rating)
-        lines.append(line)
-        questions.append(row[columns[0]])
-        answers.append(row[columns[1]])
-        if len(lines) == CHUNK:
-            yield lines, questions, answers, ratings
-            lines, questions, answers, ratings = [], [], [], []
-    if lines:
-        yield lines, questions, answers, ratings
+            lines.ratings.append(rating)
+        if "source" in columns:
+            lines.sources.append(sys.intern(row[columns["source"]]))
+        lines.numbers.append(number)
+        lines.questions.append(row[columns["question"]])
+        lines.answers.append(row[columns["answer"]])
+        if len(lines.numbers) == CHUNK:
+            yield lines
+            lines = _Lines()
+    if lines.numbers:
+        yield lines
 
 
 @contextmanager
@@ -427,6 +446,8 @@ def build(arguments: argparse.Namespace) -> str:
         write_puzzles(folder / "test", shape, augment(test, shape, 0, 0, held_out, rng))
         if test.ratings is not None:  # for accuracy by difficulty
             np.save(folder / "test" / "all__ratings.npy", test.ratings)
+        if test.sources is not None:  # and by source; as text of fixed width, which is read without pickle
+            np.save(folder / "test" / "all__sources.npy", test.sources.astype(str))
         write_identifiers(folder, ["<blank>"])
         write_provenance(folder, "dataset/build_sudoku_dataset.py", recorded(arguments), source, files)
     return (

@@ -4,13 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from entry_points import make_pack
+from entry_points import evaluated, make_pack
 
-from benchmarks import evaluate, kernels, latency, loss_curves, plot, train_step
-from benchmarks.common import BASELINE
+from benchmarks import ensembles, evaluate, kernels, latency, loss_curves, plot, run_curves, train_step
+from benchmarks.common import BASELINE, Shape, batches
+from hrm.batch import Batch
+from hrm.data.pack import Pack, PackMetadata, PackSet
 from hrm.errors import UserError
+from hrm.evaluation.plots import Metric, run_panel
 
 TINY = ["arch=hrm_small", "arch.hidden_size=32", "arch.num_heads=2", "arch.halt_max_steps=2", "device=cpu"]
 
@@ -45,6 +49,11 @@ def test_presets_side_by_side(benchmark: Any, tmp_path: Path, monkeypatch: pytes
         assert "needs an NVIDIA GPU" in triton["cannot run"]
 
 
+def test_batches_last_as_long_as_asked_for(tmp_path: Path) -> None:
+    _, stream = batches(None, Shape(5, 4), tmp_path, 1500)
+    assert sum(1 for _ in stream) >= 1500
+
+
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [
@@ -68,18 +77,133 @@ def test_loss_curves_pass_what_is_equal_and_stop_at_what_is_not(
     assert same["distance"] == 0 < reference["distance"]
     assert same["within the spread"] == "yes"
 
-    true_curve = loss_curves.loss_curve
+    true_course = loss_curves.course
     calls = []
 
-    def off_at_last(*of: Any) -> torch.Tensor:
+    def off_at_last(*of: Any) -> loss_curves.Course:
         calls.append(of)
-        return true_curve(*of) * (1.5 if len(calls) == 3 else 1)
+        found = true_course(*of)
+        return found._replace(loss=found.loss * (1.5 if len(calls) == 3 else 1))
 
-    monkeypatch.setattr(loss_curves, "loss_curve", off_at_last)
+    monkeypatch.setattr(loss_curves, "course", off_at_last)
     with pytest.raises(SystemExit) as stopped:
         loss_curves.main(arguments)
     assert stopped.value.code == 1
     assert rows_of(tmp_path / "out")[1]["within the spread"] == "NO"
+
+
+def test_loss_curves_against_another_preset_without_a_verdict(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    made, runs = loss_curves.make_train_step, []
+
+    def spied(*of: Any) -> Any:
+        step, seen = made(*of), []
+        runs.append(seen)
+
+        def spy(batch: Batch) -> dict[str, torch.Tensor]:
+            metrics = step(batch)
+            seen.append({name: float(value) for name, value in metrics.items()})
+            return metrics
+
+        return spy
+
+    monkeypatch.setattr(loss_curves, "make_train_step", spied)
+    arguments = ["--data", str(trained / "pack"), "--reference", "fp8", "--presets", "naive", "--seeds", "1"]
+    arguments += ["--steps", "40", "--window", "2", "--shape", "12x16", "--device", "cpu"]
+    arguments += ["--picture", str(tmp_path / "made" / "curves.svg"), "--output-dir", str(tmp_path)]
+    loss_curves.main([*arguments, "lr=3e-3", "lr_warmup_steps=5", *TINY, "arch.halt_exploration_prob=0"])
+    reference, other = rows_of(tmp_path)
+    assert (reference["kernels"], other["kernels"]) == ("fp8", "naive")
+    assert reference["distance"] is None
+    assert "within the spread" not in other
+
+    (file,) = tmp_path.glob("*.json")
+    curves = json.loads(file.read_text())["curves"]
+    for name, seen in zip(("fp8", "naive"), runs, strict=True):
+        for index, loss in enumerate(curves["loss"][name]):
+            window = seen[2 * index : 2 * index + 2]
+            assert loss == pytest.approx(sum(step["lm_loss"] for step in window) / 24)
+            count = sum(step["count"] for step in window)
+            share = sum(step["exact_accuracy"] for step in window) / count if count else None
+            assert curves["exact_accuracy"][name][index] == (None if share is None else pytest.approx(share))
+    pairs = zip(curves["loss"]["fp8"], curves["loss"]["naive"], strict=True)
+    assert other["distance"] == pytest.approx(max(abs(a - b) / a for a, b in pairs))
+    assert other["distance"] > 0
+    assert any(curves["exact_accuracy"]["naive"])
+    picture = (tmp_path / "made" / "curves.svg").read_text()
+    assert f"naive, at most {100 * other['distance']:.2g} % away" in picture
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"), [(["--window", "7", "--steps", "20"], "--steps 20"), (["--seeds", "0"], "--seeds 0")]
+)
+def test_loss_curves_say_what_does_not_fit(wrong: list[str], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        loss_curves.main(wrong)
+
+
+def test_curves_of_runs(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    records = [
+        {"step": 1, "puzzles_per_second": 0.5, "train/lm_loss": 2.0},
+        {"step": 4, "puzzles_per_second": 2.0, "train/exact_accuracy": 0.25, "train/steps": 3.0},
+        {"step": 4, "all/exact_accuracy": 0.5, "all/q_halt_accuracy": 0.9},
+        {"step": 4, "ema/all/exact_accuracy": 0.75},
+        {"step": 7, "puzzles_per_second": 4.0, "train/exact_accuracy": 0.5, "train/steps": 2.0},
+    ]
+    # 1 step of 60 puzzles at 0.5 a second, 3 at 2, an evaluation, 3 at 4.
+    timed = run_curves.with_minutes(records, batch_size=60)
+    assert [record["minutes"] for record in timed] == [2, 3.5, 3.5, 3.5, 4.25]
+    panel = run_panel(Metric("right", "percent", "exact_accuracy"), {"one": timed, "two": []}, "minutes")
+    assert {curve.label: (curve.x, curve.y) for curve in panel.curves} == {
+        "one, train": ((3.5, 4.25), (0.25, 0.5)),
+        "one, test": ((3.5,), (0.5,)),
+        "one, test, averaged weights": ((3.5,), (0.75,)),
+    }
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / name / "metrics.jsonl").write_text(lines + '{"step": 8, "tra')  # killed while it wrote
+        (tmp_path / name / "all_config.yaml").write_text("global_batch_size: 60\n")
+    folders, picture = [str(tmp_path / "one"), str(tmp_path / "two")], tmp_path / "picture.svg"
+    for against, label in (("step", "training step"), ("minutes", "minutes of training")):
+        run_curves.main([*folders, "--picture", str(picture), "--against", against])
+        assert all(text in picture.read_text() for text in ("two, test, averaged weights", "q_halt right (%)", label))
+    with pytest.raises(UserError, match=r"nowhere.metrics\.jsonl is missing"):
+        run_curves.main([str(tmp_path / "nowhere"), "--picture", str(picture)])
+    with pytest.raises(SystemExit):
+        run_curves.main([*folders, "--picture", "picture.doc"])
+
+
+def test_ensembles_vote_as_evaluate_does(trained: Path, tmp_path: Path) -> None:
+    run, early = str(trained / "run"), str(trained / "run" / "step_40")
+    arguments = ["--images", "1,2,4", "--batch-size", "25", "--kernels", "naive", "--device", "cpu"]
+    ensembles.main([run, early, *arguments, "--output-dir", str(tmp_path)])
+    (file,) = tmp_path.glob("*.json")
+    rows = json.loads(file.read_text())["rows"]
+    alone, _ = evaluated(f"checkpoint={run}", "ensemble.augmentations=4")
+    both, _ = evaluated(f"checkpoint={run}", "ensemble.augmentations=4", f"ensemble.checkpoints=[{early}]")
+    expected = [(1, n, 2 * n, alone[f"exact_accuracy/of_{n}"]) for n in (1, 2, 4)]
+    expected += [(2, n, 4 * n, both[f"exact_accuracy/of_{2 * n}"]) for n in (1, 4)]
+    found = [(row["checkpoints"], row["images"], row["ACT steps"], round(row["exact accuracy"], 4)) for row in rows]
+    assert found == expected
+    assert len({row["exact accuracy"] for row in rows}) > 2
+    assert 0 < rows[0]["seconds"] < rows[1]["seconds"] < rows[2]["seconds"] < rows[4]["seconds"]
+
+
+def test_puzzles_of_ensembles_are_spread_out() -> None:
+    # Puzzles of 1, 3 and 2 examples, named 5, 6 and 7.
+    tokens = np.arange(12).reshape(6, 2)
+    examples = PackSet(tokens, tokens + 20, np.array([5, 6, 7]), np.array([0, 1, 4, 6]), np.array([0, 3]))
+    pack = Pack(Path(), "test", PackMetadata(0, 0, 0, 50, 2, 8, 1, 2.0, ("all",)), {"all": examples})
+    few = ensembles.spread_out(pack, 3).sets["all"]
+    assert few.inputs.tolist() == tokens[[0, 2, 5]].tolist()
+    assert few.labels.tolist() == (tokens[[0, 2, 5]] + 20).tolist()
+    assert few.puzzle_identifiers.tolist() == [5, 6, 7]
+    assert ensembles.spread_out(pack, 100).sets["all"].puzzle_identifiers.tolist() == [5, 6, 6, 6, 7, 7]
 
 
 @pytest.mark.gpu

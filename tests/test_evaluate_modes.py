@@ -1,12 +1,14 @@
 """`evaluate.py` with early halting, ensembles and reports, against loops written here."""
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from entry_points import CPU, TRAINED_EXAMPLES, evaluated, fresh_state, run_script
-from test_evaluate import load_model, raw_split
+from test_evaluate import load_model, raw_split, run_ranks
 
 from hrm.data.sudoku import BoxShape
 from hrm.evaluation.ensemble import sudoku_symmetries
@@ -90,6 +92,89 @@ def test_ensemble(trained: Path) -> None:
     at_least = sum(right for right, sure in zip(exact, clear, strict=True) if sure)
     found = round(metrics["exact_accuracy/of_6"] * TRAINED_EXAMPLES)
     assert at_least <= found <= at_least + unclear
+
+
+@pytest.fixture
+def described(trained: Path, tmp_path: Path) -> tuple[Path, Path, dict[str, list[str]]]:
+    """A run, the pack of `trained` with ratings and sources stored in it, and what these say of each test puzzle.
+
+    The last two puzzles are made equal, and say different things; the one before has no label.
+    """
+    pack = shutil.copytree(trained / "pack", tmp_path / "described")
+    inputs, labels = (np.load(pack / "test" / f"all__{name}.npy") for name in ("inputs", "labels"))
+    inputs[-1], labels[-1], labels[-3] = inputs[-2], labels[-2], 0
+    said = {
+        "difficulty rating": [str(rating) for rating in np.random.default_rng(0).integers(1, 6, len(inputs))],
+        "source": ["some where"] * 5 + ["elsewhere"] * (len(inputs) - 6) + ["nearby"],
+    }
+    ratings, sources = np.array(said["difficulty rating"]).astype(int), np.array(said["source"])
+    for name, array in {"inputs": inputs, "labels": labels, "ratings": ratings, "sources": sources}.items():
+        np.save(pack / "test" / f"all__{name}.npy", array)
+    return trained / "run", pack, said
+
+
+def counted_by_hand(pack: Path, answers: np.ndarray, said: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The lines that `evaluate.py` should print under each heading, in order, blanks between words set to one."""
+    labels = np.load(pack / "test" / "all__labels.npy")
+    tables = {}
+    for name, values in said.items():
+        exact: dict[str, list[bool]] = {}
+        for value, answer, label in zip(values, answers, labels, strict=True):
+            if label.any():
+                exact.setdefault(value, []).append(bool((answer == label).all()))
+        ordered = sorted(exact, key=lambda value: value if name != "source" else -len(exact[value]))
+        tables[name] = [f"{v} {100 * sum(exact[v]) / len(exact[v]):.2f} % of {len(exact[v])}" for v in ordered]
+    return tables
+
+
+def printed_tables(out: str) -> dict[str, list[str]]:
+    tables: dict[str, list[str]] = {}
+    for line in out.splitlines():
+        if match := re.fullmatch("  Exact answers by (.*):", line):
+            rows = tables.setdefault(match[1], [])
+        elif line.startswith("    "):
+            rows.append(" ".join(line.split()))
+    return tables
+
+
+@pytest.mark.parametrize("margin", [-1e9, 1e9])
+def test_accuracy_by_rating_and_source(
+    margin: float, described: tuple[Path, Path, dict[str, list[str]]], tmp_path: Path
+) -> None:
+    run, pack, said = described
+    options = [f"checkpoint={run}", f"data_path={pack}", "global_batch_size=7"]
+    inputs = np.load(pack / "test" / "all__inputs.npy").astype(np.int32)
+    full = np.stack([answer_alone(run, board, np.inf, 2)[0] for board in inputs])
+    early = np.stack([answer_alone(run, board, margin, 2)[0] for board in inputs])
+    _, out = evaluated(*options, "act=both", f"act_margin={margin}", f"report={tmp_path}")
+    parts = out.split("as many steps as q_halt asks for")
+    assert [printed_tables(part) for part in parts] == [counted_by_hand(pack, each, said) for each in (full, early)]
+    assert '"bySource":{"name":"source","bars":[{"label":"elsewhere"' in (tmp_path / "report.html").read_text()
+
+
+def test_votes_and_ranks_are_counted_by_rating_and_source(described: tuple[Path, Path, dict[str, list[str]]]) -> None:
+    run, pack, said = described
+    options = [f"checkpoint={run}", f"data_path={pack}", "global_batch_size=8"]
+    inputs = np.load(pack / "test" / "all__inputs.npy").astype(np.int32)
+    expected = counted_by_hand(pack, np.stack([answer_alone(run, board, np.inf, 2)[0] for board in inputs]), said)
+    _, voted = evaluated(*options, f"ensemble.checkpoints=[{run}]")  # which says the same twice
+    assert printed_tables(voted) == expected
+    out = run_ranks(2, *options)
+    assert [printed_tables(each) for each in out] == [expected, {}]
+
+
+def test_packs_that_tell_nothing_get_no_table(trained: Path) -> None:
+    _, out = evaluated(f"checkpoint={trained / 'run'}")
+    assert "Exact answers by" not in out
+
+
+def test_a_list_of_ratings_cut_short(described: tuple[Path, Path, dict[str, list[str]]]) -> None:
+    run, pack, _ = described
+    np.save(file := pack / "test" / "all__ratings.npy", np.arange(59))
+    outcome = run_script("evaluate.py", *CPU, f"checkpoint={run}", f"data_path={pack}")
+    assert outcome.status == 2
+    assert f"{file} has shape (59,) of int64, but its set has 60 examples" in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

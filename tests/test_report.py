@@ -28,7 +28,16 @@ from hrm.data.sudoku import BoxShape, dig_holes, encode_tokens, random_grids
 from hrm.errors import UserError
 from hrm.evaluation.arc import ArcScorer
 from hrm.evaluation.gif import write_gif, write_gifs
-from hrm.evaluation.report import Rating, View, arc_demonstrations, arc_tasks, originals, write_report
+from hrm.evaluation.report import (
+    Rating,
+    View,
+    arc_demonstrations,
+    arc_tasks,
+    by_source,
+    originals,
+    stored,
+    write_report,
+)
 from hrm.evaluation.runner import think
 from hrm.evaluation.trajectory import Recorder, Recording, Steps, check_vocabulary, kinds, record, score
 from hrm.models import ACTLossHead
@@ -324,8 +333,9 @@ def test_totals_by_their_definition(tmp_path: Path) -> None:
     recorder.add(batch, steps, np.arange(300))
     result = recorder.recording()
     scores = result.scores
-    rating = Rating("rating", np.arange(300) % 40)
-    totals = embedded(write_report(tmp_path, result, View.tokens(2), title="T", rating=rating))["totals"]
+    rating, sources = Rating("rating", np.arange(300) % 40), np.array(["few", "many", "many"])[np.arange(300) % 3]
+    report = write_report(tmp_path, result, View.tokens(2), title="T", rating=rating, sources=sources)
+    totals = embedded(report)["totals"]
     count = len(scores.index)
     assert totals["count"] == count
     assert totals["exact"] == pytest.approx([sum(row) / count for row in scores.exact.tolist()], abs=1e-4)
@@ -348,6 +358,23 @@ def test_totals_by_their_definition(tmp_path: Path) -> None:
         inside = [n for n, index in enumerate(scores.index) if low <= index % 40 <= high]
         assert (bar["count"], bar["right"]) == (len(inside), int(scores.exact[-1, inside].sum()))
         assert count / 16 < bar["count"] < count / 4
+
+    many, few = totals["bySource"]["bars"]
+    for bar, name in ((many, "many"), (few, "few")):
+        inside = [n for n, index in enumerate(scores.index) if (index % 3 == 0) == (name == "few")]
+        assert bar == {"label": name, "count": len(inside), "right": int(scores.exact[-1, inside].sum())}
+
+
+def test_the_smallest_of_many_sources_share_a_bar() -> None:
+    names = np.array([letter for n, letter in enumerate("abcdefghij") for _ in range(10 - n)] + [""] * 11)
+    right = np.random.default_rng(0).random(len(names)) < 0.5
+    bars = by_source(names, right)
+    groups = {"not named": [""]} | {letter: [letter] for letter in "abcdef"} | {"4 others": list("ghij")}
+    assert bars == [
+        {"label": label, "count": int(inside.sum()), "right": int((inside & right).sum())}
+        for label, members in groups.items()
+        for inside in [np.isin(names, members)]
+    ]
 
 
 def test_few_ratings_get_a_bar_each(tmp_path: Path) -> None:
@@ -445,6 +472,28 @@ def test_ratings_come_with_the_pack_or_from_the_puzzles(tmp_path: Path) -> None:
     np.save(tmp_path / "test" / "all__ratings.npy", np.array([3, 1, 4]))
     with pytest.raises(UserError, match=r"all__ratings.npy has shape \(3,\).* 5 examples"):
         Rating.of_pack(pack, view)
+
+
+@pytest.mark.parametrize(
+    ("sources", "said"),
+    [
+        (np.array(["a"] * 4), r"has shape \(4,\) of <U1, but its set has 5 examples; write text, one for each."),
+        (np.arange(5), r"has shape \(5,\) of int64, but its set has 5 examples; write text, one for each."),
+        (np.array(list("abcde"), dtype=object), r"is torn or is not a plain .npy file \(.*\); build the pack again."),
+    ],
+)
+def test_sources_that_do_not_fit(sources: NDArray[Any], said: str, tmp_path: Path) -> None:
+    make_pack(tmp_path, test_size=5, givens=7)
+    pack = open_pack(tmp_path, "test")
+    assert stored(pack, "sources") is None
+    np.save(tmp_path / "test" / "all__sources.npy", np.array(list("abbab")))
+    kept = stored(pack, "sources")
+    assert kept is not None
+    assert kept.tolist() == list("abbab")
+    np.save(tmp_path / "test" / "all__sources.npy", sources)
+    with pytest.raises(UserError, match=f"all__sources.npy {said}") as told:
+        stored(pack, "sources")
+    assert "\n" not in str(told.value)
 
 
 def test_arc_examples_get_their_tasks_votes_and_demonstrations(tmp_path: Path) -> None:

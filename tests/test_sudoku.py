@@ -428,16 +428,30 @@ def test_hints_make_easier_images(tmp_path: Path) -> None:
     assert len(test.sets["all"].inputs) == 5
 
 
-def test_ratings_of_test_puzzles_are_kept(tmp_path: Path) -> None:
-    rng = np.random.default_rng(3)
-    grids = sudoku.random_grids(6, SMALL, rng)
-    for split, rows in (("train", grids[:3]), ("test", grids[3:])):
-        lines = ["source,question,answer,rating"]
-        lines += [f"here,{''.join(map(str, row))},{''.join(map(str, row))},{7 * n}" for n, row in enumerate(rows)]
-        (tmp_path / f"{split}.csv").write_text("\n".join(lines) + "\n")
-    run(tmp_path / "pack", "--source-dir", tmp_path, "--num-aug", 1)
-    assert np.load(tmp_path / "pack/test/all__ratings.npy").tolist() == [0, 7, 14]
-    assert not (tmp_path / "pack/train/all__ratings.npy").exists()
+def test_ratings_and_sources_of_test_puzzles_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the puzzles that are used, though they are read in several chunks."""
+    monkeypatch.setattr(builder, "CHUNK", 4)
+    write_csv(tmp_path / "train.csv", sample_rows(9, 3))
+    rows = [[("mine", "yours, too", "", "größer")[n % 4], *row[1:]] for n, row in enumerate(sample_rows(11, 4))]
+    write_csv(tmp_path / "test.csv", [["high", *row[1:3], 99] for row in rows[:1]] + rows)
+    options = ("--num-aug", 1, "--hints", 1, "--subsample-size", 3, "--min-difficulty", 3)
+    _, test = run(tmp_path / "pack", "--source-dir", tmp_path, *options)
+    kept = [["high", *rows[0][1:3], 99], *rows[3:]]
+    assert digits_of(test)[0].tolist() == as_digits([row[1] for row in kept])
+    assert np.load(tmp_path / "pack/test/all__ratings.npy").tolist() == [row[3] for row in kept]
+    assert np.load(tmp_path / "pack/test/all__sources.npy", allow_pickle=False).tolist() == [row[0] for row in kept]
+    for name in ("all__ratings.npy", "all__sources.npy"):
+        assert not (tmp_path / "pack/train" / name).exists()
+
+
+def test_columns_may_be_missing_and_in_any_order(tmp_path: Path) -> None:
+    rows = sample_rows(3, 5)
+    write_csv(tmp_path / "train.csv", [row[1:3] for row in rows], header="question,answer")
+    write_csv(tmp_path / "test.csv", [row[2::-1] for row in rows], header="answer,question,source")
+    _, test = run(tmp_path / "pack", "--source-dir", tmp_path)
+    assert digits_of(test)[0].tolist() == as_digits([row[1] for row in rows])
+    assert np.load(tmp_path / "pack/test/all__sources.npy").tolist() == ["made"] * 3
+    assert not (tmp_path / "pack/test/all__ratings.npy").exists()
 
 
 def test_9x9_training_and_test_grids_are_not_equivalent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

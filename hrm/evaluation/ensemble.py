@@ -6,7 +6,7 @@ is stuck on one image is often not stuck on the next (the analysis of HRM in arX
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hrm.batch import Batch
 from hrm.data.maze import dihedral_images, side_of
 from hrm.data.sudoku import BoxShape, random_symmetries
 from hrm.distributed import World
@@ -78,6 +79,22 @@ def vote(answers: Tensor, q_halt: Tensor) -> Tensor:
     return chosen
 
 
+def make_answering(model: ACTLossHead, world: World) -> Callable[[Batch, Symmetry], tuple[Tensor, Tensor]]:
+    """A function that gives a model's answers to an image of each puzzle, after all ACT steps.
+
+    It takes N puzzles and a symmetry, on the device, and returns the answers [N, S] int32, turned back, and q_halt [N],
+    logits. All batches must have one shape, as in `make_thinking`.
+    """
+    thinking = make_thinking(model, world, ["logits", "q_halt_logits"])
+
+    def answer(batch: Batch, symmetry: Symmetry) -> tuple[Tensor, Tensor]:
+        _, outputs = thinking(batch | {"inputs": symmetry.apply(batch["inputs"])})
+        # Cloned because a graph's next call overwrites it.
+        return symmetry.undo(outputs["logits"].argmax(-1).int()), outputs["q_halt_logits"].clone()
+
+    return answer
+
+
 def evaluate_ensemble(
     models: Sequence[ACTLossHead],
     symmetries: Sequence[Symmetry],
@@ -97,7 +114,7 @@ def evaluate_ensemble(
     Returns:
         By set: `count`, and `exact_accuracy/of_<n>` and `accuracy/of_<n>` by the number n of answers voted on.
     """
-    thinkings = [make_thinking(model, world, ["logits", "q_halt_logits"]) for model in models]
+    voters = [make_answering(model, world) for model in models]
     on_device = [symmetry.to(world.device) for symmetry in symmetries]
     members = len(symmetries) * len(models)
     sizes = [size for size in (2**power for power in range(members.bit_length())) if size < members] + [members]
@@ -107,13 +124,8 @@ def evaluate_ensemble(
             stack.enter_context(model.weights_at_hand())
         for part in parts:
             batch = {name: field.to(world.device) for name, field in part.batch.items()}
-            tokens, q_halt = [], []
-            for symmetry in on_device:
-                image = batch | {"inputs": symmetry.apply(batch["inputs"])}
-                for thinking in thinkings:
-                    _, outputs = thinking(image)
-                    tokens.append(symmetry.undo(outputs["logits"].argmax(-1).int()))
-                    q_halt.append(outputs["q_halt_logits"].clone())  # a graph's next call overwrites it
+            answers = [voter(batch, symmetry) for symmetry in on_device for voter in voters]
+            tokens, q_halt = zip(*answers, strict=True)
             metrics: dict[str, Tensor] = {}
             for size in sizes:
                 voted = vote(torch.stack(tokens[:size]), torch.stack(q_halt[:size]))
@@ -124,8 +136,7 @@ def evaluate_ensemble(
             pace.count(part.real)
             puzzles = {name: field[: part.real] for name, field in part.batch.items()}
             for examiner in examiners:
-                every = zip(tokens, q_halt, strict=True)
-                for answer, confidence in every if examiner.counts_votes else [(voted, torch.stack(q_halt).mean(0))]:
+                for answer, confidence in answers if examiner.counts_votes else [(voted, torch.stack(q_halt).mean(0))]:
                     steps = torch.full_like(answer[:, 0], models[0].halt_max_steps)
                     said = Answers(*(field[: part.real].cpu() for field in (answer, confidence, steps)))
                     examiner(part.set_name, puzzles, said)

@@ -25,7 +25,7 @@ from hrm.evaluation.boards import LEGEND, Board, draw_boards, render_text
 from hrm.evaluation.early_halting import EarlyHalting, halting_metrics
 from hrm.evaluation.ensemble import evaluate_ensemble
 from hrm.evaluation.plots import draw_curves, pyplot
-from hrm.evaluation.runner import Pace, Sums, evaluate, parts, save_outputs, think
+from hrm.evaluation.runner import Examiner, Pace, Sums, evaluate, parts, save_outputs, think
 from hrm.evaluation.tasks import ReportWriter, symmetries, task_examiners
 from hrm.kernels import describe
 from hrm.models import ACTLossHead, build_model
@@ -106,8 +106,7 @@ def _evaluate_full(
     shown = ("inputs", "labels", "logits") if config.show else ()
     recorder = report.recorder if report else None
     metrics, outputs = evaluate(model, loader, world, (*config.save_outputs, *shown), examiners, recorder, pace)
-    verdicts = [each.verdict(world, folder) for each in examiners]
-    _print_result(world, "all steps for every puzzle", metrics, pace, verdicts)
+    _print_result(world, "all steps for every puzzle", metrics, pace, examiners, folder)
     if config.save_outputs:
         wanted = {name: outputs[name] for name in config.save_outputs}
         print(f"Saved {', '.join(wanted)} in {save_outputs(wanted, folder, checkpoint.step, world)}.")
@@ -133,8 +132,7 @@ def _evaluate_early(
         sums.add(set_name, halting_metrics(puzzles, answers))
         for examiner in examiners:
             examiner(set_name, puzzles, answers)
-    verdicts = [each.verdict(world, folder) for each in examiners]
-    _print_result(world, "as many steps as q_halt asks for", sums.averages(), pace, verdicts)
+    _print_result(world, "as many steps as q_halt asks for", sums.averages(), pace, examiners, folder)
 
 
 def _evaluate_ensemble(
@@ -149,16 +147,21 @@ def _evaluate_ensemble(
     examiners, pace = task_examiners(pack), Pace(world)
     images = symmetries(pack, config.ensemble.augmentations)
     metrics = evaluate_ensemble(models, images, parts(loader, world), world, examiners, pace)
-    verdicts = [each.verdict(world, folder) for each in examiners]
     voters = len(models) * len(images)
     what = f"vote of {voters} answers, checkpoints: {len(models)}, images of each puzzle: {len(images)}"
-    _print_result(world, what, metrics, pace, verdicts)
+    _print_result(world, what, metrics, pace, examiners, folder)
 
 
 def _print_result(
-    world: World, what: str, metrics: Mapping[str, Mapping[str, float]], pace: Pace, verdicts: Sequence[str]
+    world: World,
+    what: str,
+    metrics: Mapping[str, Mapping[str, float]],
+    pace: Pace,
+    examiners: Sequence[Examiner],
+    folder: Path,
 ) -> None:
-    rate = pace.per_second()
+    rate = pace.per_second()  # before the verdicts, which take their time too
+    verdicts = [each.verdict(world, folder) for each in examiners]
     if world.is_main:
         print("\n".join([f"{what}, {rate:,.0f} puzzles/s:", _table(metrics), *filter(None, verdicts)]))
 

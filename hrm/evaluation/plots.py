@@ -1,15 +1,54 @@
-"""Training curves from a run's `metrics.jsonl`, as a picture."""
+"""Curves of training as pictures, from the `metrics.jsonl` of runs or from points that a benchmark took."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
 from hrm.errors import UserError
 
-_INK = {"train": "#0072B2", "test": "#D55E00"}
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#9AA0A6")
+"""Colours that colour-blind readers tell apart (Okabe and Ito)."""
+
+Record = Mapping[str, float]
+Axis = Literal["linear", "log", "percent"]
+Split = Literal["train", "test", "average"]
+
+_STYLES: dict[Split, dict[str, Any]] = {
+    "train": {"linewidth": 1.2, "alpha": 0.8},
+    "test": {"linewidth": 1.2, "marker": "o", "markersize": 4},
+    "average": {"linewidth": 1.2, "marker": "s", "markersize": 4, "linestyle": "--"},
+}
+_LEGEND: dict[Split, str] = {"train": "train", "test": "test", "average": "test, averaged weights"}
+
+
+class Curve(NamedTuple):
+    """One line of a panel."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]  # nan leaves a gap
+    style: Mapping[str, Any]  # keywords of matplotlib's plot
+
+
+class Panel(NamedTuple):
+    """Axes with the curves in them."""
+
+    label: str  # of the y axis
+    axis: Axis  # percent: the curves are shares
+    curves: Sequence[Curve]
+
+
+class Metric(NamedTuple):
+    """What a panel shows of runs: a metric as `metrics.jsonl` names it, on some splits."""
+
+    label: str
+    axis: Axis
+    name: str
+    splits: Sequence[Split] = ("train", "test", "average")
 
 
 def pyplot() -> ModuleType:
@@ -21,11 +60,37 @@ def pyplot() -> ModuleType:
     try:
         import matplotlib
     except ImportError as error:
-        raise UserError("Pictures need matplotlib: pip install 'hrm[report]', or leave out show=.") from error
+        raise UserError("Pictures need matplotlib: pip install 'hrm[report]', or ask for none.") from error
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     return plt
+
+
+def draw_panels(panels: Sequence[Panel], x_label: str, file: Path, columns: int = 3) -> None:
+    """Draw panels side by side, `columns` in a row, into a file of the kind that its name ends with."""
+    plt = pyplot()
+    rows = -(-len(panels) // columns)
+    size = (4 * columns, 3.2 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for panel, axes in zip(panels, grid.flat, strict=True):
+        for curve in panel.curves:
+            scale = 100 if panel.axis == "percent" else 1
+            axes.plot(curve.x, [scale * value for value in curve.y], label=curve.label, **curve.style)
+        axes.set(xlabel=x_label, ylabel=f"{panel.label} (%)" if panel.axis == "percent" else panel.label)
+        if panel.axis == "log":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")  # numbers, not powers of ten
+            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.tick_params(axis="y", which="minor", labelsize=7)
+        else:
+            axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3, which="both")
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
+    with plt.rc_context({"svg.fonttype": "none"}):  # text as text
+        figure.savefig(file, dpi=150)
+    plt.close(figure)
 
 
 def draw_curves(metrics_file: Path, file: Path) -> None:
@@ -34,32 +99,45 @@ def draw_curves(metrics_file: Path, file: Path) -> None:
     Args:
         metrics_file: records that `pretrain.py` wrote; those of test sets have names such as `all/exact_accuracy`.
     """
-    records = list(_read_records(metrics_file))
-    panels = [
-        ("lm_loss", "loss per puzzle", 1),
-        ("exact_accuracy", "exactly right (%)", 100),
-        ("steps", "ACT steps", 1),
-    ]
-    plt = pyplot()
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), layout="constrained")
-    for (metric, label, scale), axes in zip(panels, all_axes, strict=True):
-        for name in sorted({name for record in records for name in record if name.endswith(f"/{metric}")}):
-            points = [(record["step"], scale * record[name]) for record in records if name in record]
-            split = "train" if name.startswith("train/") else "test"
-            style = {"color": _INK[split], "marker": "o" if split == "test" else None, "linewidth": 1.2}
-            axes.plot(*zip(*points, strict=True), label=split, **style)
-        axes.set(xlabel="training step", ylabel=label)
-        axes.set_ylim(0, 105 if scale == 100 else None)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(frameon=False)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    metrics = (
+        Metric("loss per puzzle", "linear", "lm_loss"),
+        Metric("exactly right", "percent", "exact_accuracy"),
+        Metric("ACT steps", "linear", "steps"),
+    )
+    runs = {"": list(read_records(metrics_file))}
+    draw_panels([run_panel(metric, runs, "step") for metric in metrics], "training step", file)
 
 
-def _read_records(metrics_file: Path) -> Iterator[dict[str, float]]:
+def run_panel(metric: Metric, runs: Mapping[str, Sequence[Record]], x: str) -> Panel:
+    """The curves of one metric of runs.
+
+    Args:
+        runs: records by the name of the run. Colours tell several runs apart, and train from test where it is only one.
+        x: the field of the records to draw against.
+    """
+    curves = []
+    for number, (run, records) in enumerate(runs.items()):
+        for name in sorted({name for record in records for name in record if name.endswith(f"/{metric.name}")}):
+            if (split := _split_of(name)) not in metric.splits:
+                continue
+            points = [(record[x], record[name]) for record in records if name in record]
+            color = PALETTE[(number if len(runs) > 1 else list(_STYLES).index(split)) % len(PALETTE)]
+            label = ", ".join(filter(None, [run, _LEGEND[split] if len(metric.splits) > 1 else ""]))
+            xs, ys = zip(*points, strict=True)
+            curves.append(Curve(label, xs, ys, _STYLES[split] | {"color": color}))
+    return Panel(metric.label, metric.axis, curves)
+
+
+def read_records(metrics_file: Path) -> Iterator[dict[str, float]]:
+    """The records of a run, in order."""
     for line in metrics_file.read_text().splitlines():
         try:
             yield json.loads(line)
         except json.JSONDecodeError:
             return  # the last line of a run that was killed while it wrote
+
+
+def _split_of(name: str) -> Split:
+    if name.startswith("train/"):
+        return "train"
+    return "average" if name.startswith("ema/") else "test"

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,16 +107,15 @@ class Rating:
 
     @classmethod
     def of_pack(cls, pack: Pack, view: View) -> Rating | None:
-        """What can be told of a pack: the arrays `<set>__ratings.npy` [N] beside its inputs, if it has them; else the
-        length of a maze's path, or the blanks of a Sudoku. None for other tasks, or where all puzzles are alike.
+        """What can be told of a pack: the ratings that are stored in it; else the length of a maze's path, or the
+        blanks of a Sudoku. None for other tasks, or where all puzzles are alike.
 
         Raises:
-            UserError: such an array has another length than its set.
+            UserError: as `stored`.
         """
-        stored = {name: pack.path / pack.split / f"{name}__ratings.npy" for name in pack.sets}
-        if all(file.is_file() for file in stored.values()):
-            values = [_read_ratings(file, len(pack.sets[name].inputs)) for name, file in stored.items()]
-            rating = cls("difficulty rating", np.concatenate(values))
+        values = stored(pack, "ratings")
+        if values is not None:
+            rating = cls("difficulty rating", values)
         elif view.kind == "maze":
             moves = [(data.labels == PATH).sum(1) + 1 for data in pack.sets.values()]
             rating = cls("length of the path", np.concatenate(moves))
@@ -128,13 +127,47 @@ class Rating:
         return rating if len(np.unique(rating.values)) > 1 else None
 
 
-def _read_ratings(file: Path, count: int) -> NDArray[Any]:
-    values: NDArray[Any] = np.load(file)
-    if values.shape != (count,):
-        raise UserError(
-            f"{file} has shape {values.shape}, but its set has {count} examples; write one rating for each."
-        )
-    return values
+# What a builder may tell of each puzzle, in files beside the inputs, and the kind of array that holds it.
+_STORED = {"ratings": ("numbers", np.number), "sources": ("text", np.str_)}
+
+
+def stored(pack: Pack, column: str) -> NDArray[Any] | None:
+    """What the arrays `<set>__<column>.npy` beside the inputs tell of every example of a split [N], in its order; None
+    where a set has none, or all examples are alike.
+
+    Args:
+        column: ratings (numbers) or sources (text).
+
+    Raises:
+        UserError: such an array cannot be read, or has another length than its set.
+    """
+    kind, dtype = _STORED[column]
+    files = {name: pack.path / pack.split / f"{name}__{column}.npy" for name in pack.sets}
+    if not all(file.is_file() for file in files.values()):
+        return None
+    parts = []
+    for name, file in files.items():
+        count = len(pack.sets[name].inputs)
+        try:
+            part: NDArray[Any] = np.load(file)
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{file} is torn or is not a plain .npy file ({error}); build the pack again.") from error
+        if part.shape != (count,) or not np.issubdtype(part.dtype, dtype):
+            raise UserError(
+                f"{file} has shape {part.shape} of {part.dtype}, but its set has {count} examples; write {kind}, "
+                "one for each."
+            )
+        parts.append(part)
+    values = np.concatenate(parts)
+    return values if len(np.unique(values)) > 1 else None
+
+
+class Bar(TypedDict):
+    """Puzzles that have something in common, and how many of them were answered right."""
+
+    label: str
+    count: int
+    right: int
 
 
 @dataclass(frozen=True)
@@ -186,6 +219,7 @@ def write_report(
     subtitle: str = "",
     per_kind: int = 8,
     rating: Rating | None = None,
+    sources: NDArray[np.str_] | None = None,
     names: Sequence[str] | None = None,
     tasks: Mapping[int, ArcTask] | None = None,
 ) -> Path:
@@ -195,6 +229,7 @@ def write_report(
         title: what was evaluated, in a few words.
         subtitle: on what, and which checkpoint.
         per_kind: as the recorder's.
+        sources: of every example of the split [N], if that is known.
         names: of the puzzle identifiers, where puzzles have any.
         tasks: for ARC, by place in the split.
 
@@ -206,7 +241,8 @@ def write_report(
     """
     if not len(recording.shown.inputs):
         raise UserError("No test puzzle has a label to compare answers with: leave out report=.")
-    content = _content(recording, view, per_kind, rating, names, tasks or {}) | {"title": title, "subtitle": subtitle}
+    content = _content(recording, view, per_kind, names, tasks or {})
+    content |= {"title": title, "subtitle": subtitle, "totals": _totals(recording.scores, rating, sources)}
     # "<" could end the script element it stands in; JSON has another way to write it.
     data = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     parts = files("hrm.evaluation")
@@ -227,11 +263,10 @@ def _content(
     recording: Recording,
     view: View,
     per_kind: int,
-    rating: Rating | None,
     names: Sequence[str] | None,
     tasks: Mapping[int, ArcTask],
 ) -> dict[str, Any]:
-    """What the page's script reads."""
+    """What the page's script reads of the puzzles shown."""
     shown, scores = recording.shown, recording.shown.scores
     tags: dict[int, list[str]] = {}
     for kind, columns in kinds(scores, per_kind).items():
@@ -265,7 +300,6 @@ def _content(
         "length": shown.inputs.shape[1],
         "puzzles": puzzles,
         "tokens": _packed(shown),
-        "totals": _totals(recording.scores, rating),
     }
 
 
@@ -296,7 +330,7 @@ def _arc_content(shown: Trajectories, row: int, task: ArcTask) -> dict[str, Any]
     }
 
 
-def _totals(scores: Scores, rating: Rating | None) -> dict[str, Any]:
+def _totals(scores: Scores, rating: Rating | None, sources: NDArray[np.str_] | None) -> dict[str, Any]:
     exact, halting = scores.exact, scores.halting_step()
     last = len(exact)
     used = np.minimum(halting, last)
@@ -313,27 +347,53 @@ def _totals(scores: Scores, rating: Rating | None) -> dict[str, Any]:
         "halt": {"exact": round(float(at_halt.mean()), 4), "steps": round(float(used.mean()), 2)},
         "byUsed": by_used,
         "byRating": None,
+        "bySource": None,
     }
     if rating is not None:
-        bars = _by_rating(rating.values[scores.index], exact[-1])
-        totals["byRating"] = {"name": rating.name, "bars": bars}
+        totals["byRating"] = {"name": rating.name, "bars": by_rating(rating.values[scores.index], exact[-1])}
+    if sources is not None:
+        totals["bySource"] = {"name": "source", "bars": by_source(sources[scores.index], exact[-1])}
     return totals
 
 
-def _by_rating(values: NDArray[Any], right: NDArray[np.bool_]) -> list[dict[str, Any]]:
-    """Bars of about equally many puzzles, or one for each rating where there are few."""
-    distinct = np.unique(values)
-    starts = distinct
-    if len(distinct) > _MOST_BARS:
+def by_rating(values: NDArray[Any], right: NDArray[np.bool_]) -> list[Bar]:
+    """Bars of about equally many puzzles, or one for each rating where there are few.
+
+    Args:
+        values: ratings [N], N at least 1.
+        right: [N], which puzzles were answered right.
+    """
+    starts = np.unique(values)
+    if len(starts) > _MOST_BARS:
         starts = np.unique(np.quantile(values, np.arange(_MOST_BARS) / _MOST_BARS, method="lower"))
     bar = np.searchsorted(starts, values, side="right") - 1
-    bars = []
+    labels = []
     for number in range(len(starts)):
         inside = bar == number
         low, high = (f"{value:.4g}" for value in (values[inside].min(), values[inside].max()))
-        label = low if low == high else f"{low}–{high}"
-        bars.append({"label": label, "count": int(inside.sum()), "right": int(right[inside].sum())})
-    return bars
+        labels.append(low if low == high else f"{low}–{high}")
+    return _bars(labels, bar, right)
+
+
+def by_source(names: NDArray[np.str_], right: NDArray[np.bool_]) -> list[Bar]:
+    """A bar for each source, the largest first; where they are many, the smallest share the last one.
+
+    Args:
+        names: of the sources [N], N at least 1.
+        right: [N], which puzzles were answered right.
+    """
+    sources, source, counts = np.unique(names, return_inverse=True, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    labels = [name or "not named" for name in sources[order].tolist()]
+    if len(labels) > _MOST_BARS:
+        labels[_MOST_BARS - 1 :] = [f"{len(labels) - _MOST_BARS + 1} others"]
+    return _bars(labels, np.minimum(np.argsort(order)[source], len(labels) - 1), right)
+
+
+def _bars(labels: Sequence[str], bar: NDArray[np.int64], right: NDArray[np.bool_]) -> list[Bar]:
+    """From the bar that each puzzle belongs to [N]."""
+    counts, rights = (np.bincount(of, minlength=len(labels)).tolist() for of in (bar, bar[right]))
+    return [Bar(label=label, count=n, right=m) for label, n, m in zip(labels, counts, rights, strict=True)]
 
 
 def _rounded(values: NDArray[np.floating[Any]]) -> list[float]:

@@ -356,9 +356,9 @@
       `<div class="panel"><h3>Accuracy by ACT step</h3><div class="chart">${chart}</div></div>`,
       bars("Accuracy by steps used", "How long it thinks before q halt exceeds q continue, and how often its answer is right then.", "steps", totals.byUsed),
     ];
-    if (totals.byRating) {
-      const name = escape(totals.byRating.name);
-      panels.push(bars(`Accuracy by ${name}`, `After ${many(steps, "step")}.`, name, totals.byRating.bars));
+    for (const by of [totals.byRating, totals.bySource].filter(Boolean)) {
+      const name = escape(by.name);
+      panels.push(bars(`Accuracy by ${name}`, `After ${many(steps, "step")}.`, name, by.bars));
     }
     $("totals").innerHTML = panels.join("");
   }

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hrm.batch import Batch
 from hrm.data.maze import is_shortest_path
-from hrm.data.pack import Pack, read_identifiers
+from hrm.data.pack import IntArray, Pack, PackSet, read_identifiers
 from hrm.distributed import World, gather_on_main
 from hrm.errors import UserError
 from hrm.evaluation.arc import ArcScorer
 from hrm.evaluation.ensemble import Symmetry, identity, maze_symmetries, sudoku_symmetries
 from hrm.evaluation.gif import require_pillow, write_gifs
-from hrm.evaluation.report import Rating, View, arc_demonstrations, arc_tasks, originals, write_report
-from hrm.evaluation.runner import Answers, Examiner, Sums
+from hrm.evaluation.report import (
+    Bar,
+    Rating,
+    View,
+    arc_demonstrations,
+    arc_tasks,
+    by_rating,
+    by_source,
+    originals,
+    stored,
+    write_report,
+)
+from hrm.evaluation.runner import Answers, Examiner, Sums, judge
 from hrm.evaluation.trajectory import Recorder, check_vocabulary
 
 # Puzzles that a report shows of those answered right, wrong, and right at last.
@@ -48,11 +62,20 @@ def symmetries(pack: Pack, count: int) -> list[Symmetry]:
 
 
 def task_examiners(pack: Pack) -> list[Examiner]:
-    """Those that the pack's task has."""
+    """Those that the pack's task has, and one for ratings and sources if they are stored in the pack.
+
+    Raises:
+        UserError: as `hrm.evaluation.report.stored`.
+    """
     kind = View.of_pack(pack).kind
+    examiners: list[Examiner] = []
     if kind == "maze":
-        return [MazeExaminer()]
-    return [ArcExaminer(pack)] if kind == "arc" else []
+        examiners.append(MazeExaminer())
+    if kind == "arc":
+        examiners.append(ArcExaminer(pack))
+    if (breakdown := BreakdownExaminer(pack)).breakdowns:
+        examiners.append(breakdown)
+    return examiners
 
 
 class MazeExaminer:
@@ -108,6 +131,60 @@ class ArcExaminer:
         return f"  Tasks solved, by answers allowed: {passed}.\n  Saved the first two answers in {file}."
 
 
+class BreakdownExaminer:
+    """Counts exact answers by difficulty rating and by source, where the pack has these."""
+
+    counts_votes = False
+
+    def __init__(self, pack: Pack) -> None:
+        self._pack = pack
+        known = [
+            ("difficulty rating", stored(pack, "ratings"), by_rating),
+            ("source", stored(pack, "sources"), by_source),
+        ]
+        self.breakdowns = [(name, values, bars) for name, values, bars in known if values is not None]
+        self._keys: list[NDArray[np.uint64]] = []
+        self._judged: list[NDArray[np.bool_]] = []  # [2, N]: there is a label, the answer is it
+
+    def __call__(self, set_name: str, puzzles: Batch, answers: Answers) -> None:
+        judged = judge(puzzles["labels"], answers.tokens)
+        self._keys.append(_keys(puzzles["inputs"].numpy(), puzzles["puzzle_identifiers"].numpy()))
+        self._judged.append(torch.stack([judged.counted, judged.exact]).numpy())
+
+    def verdict(self, world: World, folder: Path) -> str:
+        gathered = gather_on_main((np.concatenate(self._keys), np.concatenate(self._judged, axis=1)), world)
+        if not gathered:
+            return ""
+        # The ranks took turns, so the answers come in another order than the puzzles. Sorted by key they agree; puzzles
+        # with the same key are one and the same, and so are their answers.
+        keys, judged = (np.concatenate(parts, axis=-1) for parts in zip(*gathered, strict=True))
+        counted, exact = judged[:, np.argsort(keys, kind="stable")]
+        in_split = np.argsort(np.concatenate([_keys_of_set(data) for data in self._pack.sets.values()]), kind="stable")
+        lines = []
+        for name, values, bars in self.breakdowns if counted.any() else ():
+            lines += [f"  Exact answers by {name}:", *_bar_rows(bars(values[in_split][counted], exact[counted]))]
+        return "\n".join(lines)
+
+
+def _keys(inputs: IntArray, identifiers: IntArray) -> NDArray[np.uint64]:
+    """A number [N] for each puzzle, by its tokens [N, S] and identifier [N], that no other one has."""
+    rows = np.column_stack([inputs, identifiers]).astype(np.int32)
+    return np.array([int.from_bytes(blake2b(row, digest_size=8).digest()) for row in rows], dtype=np.uint64)
+
+
+def _keys_of_set(data: PackSet) -> NDArray[np.uint64]:
+    return _keys(data.inputs, np.repeat(data.puzzle_identifiers, np.diff(data.puzzle_indices)))
+
+
+def _bar_rows(bars: Sequence[Bar]) -> list[str]:
+    width = max(len(bar["label"]) for bar in bars)
+    shares = [100 * bar["right"] / bar["count"] for bar in bars]
+    return [
+        f"    {bar['label']:<{width}}  {share:6.2f} % of {bar['count']:>7,}"
+        for bar, share in zip(bars, shares, strict=True)
+    ]
+
+
 class ReportWriter:
     """Records an evaluation step by step and writes the HTML report of it, and a GIF of a puzzle of each kind."""
 
@@ -138,6 +215,7 @@ class ReportWriter:
             subtitle=f"{weights_file} on {self._pack.path / self._pack.split}",
             per_kind=_SHOWN_PER_KIND,
             rating=Rating.of_pack(self._pack, self._view),
+            sources=stored(self._pack, "sources"),
             names=self._names if self._pack.metadata.num_puzzle_identifiers > 1 else None,
             tasks=tasks,
         )

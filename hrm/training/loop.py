@@ -16,6 +16,7 @@ from hrm.config import PretrainConfig
 from hrm.data.build import ensure_pack
 from hrm.data.loader import EvalLoader, TrainLoader
 from hrm.data.pack import Pack, open_pack
+from hrm.data.prefetch import on_device
 from hrm.distributed import World, join_world, share_from_main
 from hrm.errors import UserError
 from hrm.evaluation.runner import evaluate, save_outputs
@@ -149,7 +150,8 @@ class _Run:
         step = make_train_step(config, self.world, state)
         passes = config.epochs // (config.eval_interval or config.epochs)
         while progress.pass_index < passes:
-            for batch in self.window.timed(train_loader.iterate(progress.pass_index, progress.batches)):
+            batches = self.window.timed(train_loader.iterate(progress.pass_index, progress.batches))
+            for batch in on_device(batches, self.world.device):
                 if state.step == state.total_steps:
                     break
                 self.window.add(step(batch))

@@ -38,7 +38,7 @@ class TrainState:
 
 
 TrainStep = Callable[[Batch], dict[str, Tensor]]
-"""Takes this rank's batch, on the device or still on the host; returns the step's metrics, on the device, valid until the next step."""
+"""Takes this rank's batch, from anywhere; returns the step's metrics, on the device, valid until the next step."""
 
 
 def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainState:
