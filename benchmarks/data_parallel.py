@@ -21,13 +21,14 @@ from hrm.distributed import World, join_world, share_out
 from hrm.errors import UserError
 from hrm.training.step import initial_state, make_train_step
 
+WITHOUT_GRAPHS = "parallel.cuda_graphs=false"
 WAYS = {
     "flat": [],
     "buckets of 1 MB": ["parallel.bucket_mb=1"],
-    "buckets of 5 MB": ["parallel.bucket_mb=5"],
     "buckets of 25 MB": ["parallel.bucket_mb=25"],
-    "flat, graphs": ["parallel.cuda_graphs=true"],
-    "buckets of 25 MB, graphs": ["parallel.cuda_graphs=true", "parallel.bucket_mb=25"],
+    "flat, exchange not recorded": [WITHOUT_GRAPHS],
+    "buckets of 5 MB, exchange not recorded": [WITHOUT_GRAPHS, "parallel.bucket_mb=5"],
+    "buckets of 25 MB, exchange not recorded": [WITHOUT_GRAPHS, "parallel.bucket_mb=25"],
     "fsdp": ["parallel.fsdp=true"],
     "tensor 2": ["parallel.tensor=2"],
     "pipeline 2": ["parallel.pipeline=2"],

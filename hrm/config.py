@@ -205,7 +205,16 @@ class ParallelConfig:
     micro_batches: int = 4  # what a rank's batch is cut into on its way through the pipeline; at least its stages
     fsdp: bool = False  # keep the levels' weights and their optimizer state in shards over the data ranks
     bucket_mb: float = 0.0  # sum gradients in buckets of this many MB while backward goes on; 0: all at once after it
-    cuda_graphs: bool = False  # with kernels.cuda_graphs, record the exchange between GPUs into the graph as well
+    cuda_graphs: bool | None = None  # record the exchange between GPUs into kernels.cuda_graphs; null: where possible
+
+    @property
+    def records_exchange(self) -> bool:
+        """Whether `kernels.cuda_graphs` takes in what several processes exchange."""
+        return self._can_record if self.cuda_graphs is None else self.cuda_graphs
+
+    @property
+    def _can_record(self) -> bool:
+        return not self.fsdp and self.pipeline == 1
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline"):
@@ -214,7 +223,7 @@ class ParallelConfig:
         _at_least("parallel.bucket_mb", self.bucket_mb, 0)
         if self.fsdp and self.pipeline > 1:
             raise UserError("parallel.fsdp=true does not go with parallel.pipeline: drop one of them.")
-        if self.cuda_graphs and (self.fsdp or self.pipeline > 1):
+        if self.cuda_graphs and not self._can_record:
             raise UserError(
                 "parallel.cuda_graphs=true goes with data and tensor parallelism only: drop it, parallel.fsdp or "
                 "parallel.pipeline."

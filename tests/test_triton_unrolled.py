@@ -9,11 +9,12 @@ from torch import Tensor
 
 from hrm.errors import UserError
 from hrm.kernels import naive
+from hrm.kernels.cycles import Cycles
 from hrm.kernels.naive import BlockWeights, RotaryTables, rotary_tables
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from hrm.kernels import triton_unrolled
+from hrm.kernels import triton_module, triton_unrolled
 from hrm.kernels.triton_unrolled import cycles
 
 EPS = 1e-5
@@ -75,6 +76,7 @@ def check(
     updates: str,
     turned: bool,
     dtype: torch.dtype,
+    cycles: Cycles = cycles,
 ) -> None:
     state, H_blocks, L_blocks = problem(batch, tokens, heads, head_size, inner, layers)
     tables = rotary_tables(tokens, head_size, 10000.0)
@@ -121,9 +123,31 @@ def test_equals_the_definition(
     check(batch, tokens, 2, 32, 128, layers, updates, turned, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("layers", "updates"), [((1, 2), "LLHLLH"), ((2, 1), "LLHL"), ((1, 1), "LHHLL"), ((1, 2), "HLH"), ((0, 1), "LLH")]
+)
+def test_launch_by_launch(layers: tuple[int, int], updates: str, dtype: torch.dtype) -> None:
+    check(2, 5, 2, 32, 72, layers, updates, True, dtype, triton_module.cycles)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 82), (384, 82), (7, 901)])
+def test_launch_by_launch_at_full_size(batch: int, tokens: int) -> None:
+    check(batch, tokens, 8, 64, 1536, (2, 2), "LLHLLH", True, torch.bfloat16, triton_module.cycles)
+
+
 @pytest.mark.parametrize(("tokens", "dtype"), [(40, torch.float32), (130, torch.float16)])
 def test_tiles_past_the_end_of_rows_columns_and_keys(tokens: int, dtype: torch.dtype) -> None:
     check(2, tokens, 3, 16, 72, (1, 1), "LH", True, dtype)
+
+
+def test_many_rows_take_the_launches_of_the_triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel in ("update_on_chip", "_update_persistently"):
+        monkeypatch.setattr(triton_unrolled, kernel, None)
+    monkeypatch.setattr(triton_unrolled, "_MOST_ROWS", 3 * 40 - 1)
+    check(3, 40, 2, 16, 72, (1, 2), "LLHL", True, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +182,10 @@ def test_says_what_it_cannot_take(spoil: Callable[[dict[str, object]], dict[str,
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 82), (7, 82), (384, 82), (3, 901)])
-def test_equals_the_definition_at_full_size(batch: int, tokens: int, dtype: torch.dtype) -> None:
+def test_equals_the_definition_at_full_size(
+    batch: int, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_unrolled, "_MOST_ROWS", batch * tokens)
     layers = (1, 2) if batch == 384 or dtype == torch.float32 else (4, 4)
     check(batch, tokens, 8, 64, 1536, layers, "LLHLLH", True, dtype)
 

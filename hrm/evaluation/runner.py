@@ -39,8 +39,8 @@ def think(
         `(metrics, outputs)` of the last step, as in `ACTLossHead.forward`.
     """
     carry = model.initial_carry(batch)
-    for _ in range(model.halt_max_steps - 1):
-        carry, *_ = model(carry=carry, batch=batch)
+    if model.halt_max_steps > 1:
+        carry = model.model.think(carry, batch, model.halt_max_steps - 1)  # nobody asks what these would say
     _, _, metrics, outputs, _ = model(carry=carry, batch=batch, return_keys=return_keys)
     return metrics, outputs
 

@@ -90,9 +90,10 @@ class Backend(NamedTuple):
 
     module: str
     why_not: Callable[[Place], str | None]  # the reason why it cannot run there, or None
-    unrolled: str | None = None  # a module whose function `cycles` computes all updates without gradient at once
-    takes_attention: bool = False  # whether its `reasoning_module` has an argument `attend`
+    cycles: str | None = None  # a module whose function `cycles` computes the updates without gradient together
+    takes_attention: bool = False  # whether its functions have an argument `attend`
     compiles: bool = True  # whether torch.compile can take it into a graph
+    fp8: bool = True  # whether updates without gradient can be taken over by `fp8`
 
 
 def _anywhere(place: Place) -> str | None:
@@ -125,8 +126,12 @@ def _why_not_cute(place: Place) -> str | None:
 
 BACKENDS = {
     "naive": Backend("hrm.kernels.naive", _anywhere, takes_attention=True),
-    "triton": Backend("hrm.kernels.triton_module", _why_not_triton, takes_attention=True),
-    "triton_unrolled": Backend("hrm.kernels.triton_module", _why_not_triton, unrolled="hrm.kernels.triton_unrolled"),
+    "triton": Backend(
+        "hrm.kernels.triton_module", _why_not_triton, cycles="hrm.kernels.triton_module", takes_attention=True
+    ),
+    "triton_unrolled": Backend(
+        "hrm.kernels.triton_module", _why_not_triton, cycles="hrm.kernels.triton_unrolled", fp8=False
+    ),
     "head_parallel": Backend("hrm.kernels.head_parallel", _why_not_triton),
     "cute": Backend("hrm.kernels.cute_module", _why_not_cute, compiles=False),
 }
@@ -162,7 +167,7 @@ def resolve(config: KernelsConfig, place: Place) -> KernelsConfig:
         raise UserError(f"kernels.cuda_graphs=true needs an NVIDIA GPU, not {place.device.type}; take kernels=naive.")
     if config.fused_step and (reason := _why_not_triton(place)):
         raise UserError(f"kernels.fused_step=true cannot run: {reason}; take kernels=naive.")
-    if backend.unrolled and config.fp8 != "none":
+    if config.fp8 != "none" and not backend.fp8:
         raise UserError(f"kernels.fp8={config.fp8} does not go with kernels.backend={config.backend}: take triton.")
     return replace(config, attention=_resolve_attention(config, backend, place))
 
@@ -188,8 +193,11 @@ def make_kernels(config: KernelsConfig) -> Kernels:
     """The functions behind a choice that `resolve` returned."""
     module, first_token_block = _load(config.backend, config.attention, config.compile)
     fp8_levels = {"none": "", "both": "HL"}.get(config.fp8, config.fp8)
-    if unrolled := BACKENDS[config.backend].unrolled:
-        cycles: Cycles = importlib.import_module(unrolled).cycles
+    backend = BACKENDS[config.backend]
+    if backend.cycles and not fp8_levels and not config.compile:
+        own_cycles = importlib.import_module(backend.cycles).cycles
+        attend = {"attend": attention.get(config.attention)} if backend.takes_attention else {}
+        cycles: Cycles = functools.partial(own_cycles, **attend)
     else:
         free_modules: dict[str, Module[Any]] = dict.fromkeys("HL", module)
         if fp8_levels:

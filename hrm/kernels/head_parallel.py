@@ -32,7 +32,7 @@ from hrm.kernels.triton_attention import (
     _unpair,
     attention,
 )
-from hrm.kernels.triton_linear import linear_residual_rms, linear_swiglu
+from hrm.kernels.triton_linear import linear_residual_rms, linear_swiglu_and_input
 from hrm.kernels.triton_module import first_token_block
 
 __all__ = ["first_token_block", "reasoning_module"]
@@ -178,5 +178,6 @@ def reasoning_module(
     for weights in blocks:
         mixed = project_and_attend(x.view(shape), weights.qkv, rotary, num_heads).view(-1, shape[-1])
         x = linear_residual_rms(mixed, weights.o, x, eps)
-        x = linear_residual_rms(linear_swiglu(x, weights.gate_up), weights.down, x, eps)
+        inner, x = linear_swiglu_and_input(x, weights.gate_up)
+        x = linear_residual_rms(inner, weights.down, x, eps)
     return x.view(shape)

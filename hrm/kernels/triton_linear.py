@@ -14,6 +14,8 @@ Shapes: M rows, K inputs, F inner width of the gated MLP, D outputs.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -126,6 +128,38 @@ def _add_rms_kernel(
 
 
 @triton.jit
+def _rms_and_sums_kernel(
+    x: tl.tensor,
+    y: tl.tensor,
+    a: tl.tensor,
+    with_a: tl.tensor,
+    b: tl.tensor,
+    with_both: tl.tensor,
+    M: tl.tensor,
+    eps: tl.tensor,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)[None, :]
+    inside = (rows < M)[:, None] & (columns < D)
+    at = rows.to(tl.int64)[:, None] * D + columns
+    value = tl.load(x + at, inside, 0)
+    wide = value.to(tl.float32)
+    # Each sum rounds as if it had been made of what is in memory.
+    total = (wide * tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)[:, None]).to(value.dtype)
+    if y is not None:
+        tl.store(y + at, total, inside)
+    if a is not None:
+        total = (total.to(tl.float32) + tl.load(a + at, inside, 0).to(tl.float32)).to(value.dtype)
+        tl.store(with_a + at, total, inside)
+        if b is not None:
+            total = (total.to(tl.float32) + tl.load(b + at, inside, 0).to(tl.float32)).to(value.dtype)
+            tl.store(with_both + at, total, inside)
+
+
+@triton.jit
 def _rms_backward_kernel(
     dy: tl.tensor,
     y: tl.tensor,
@@ -217,6 +251,33 @@ def _linear_residual_rms_forward(
     return _add_rms_forward(residual, x @ weight.T, eps, save=save)
 
 
+def linear_residual_rms_and_sums(
+    x: Tensor, weight: Tensor, residual: Tensor, eps: float, addends: Sequence[Tensor] = (), *, keep: bool = True
+) -> tuple[Tensor, list[Tensor]]:
+    """`linear_residual_rms` without gradient, and what comes of adding one tensor after the other to its result.
+
+    Args:
+        x, weight, residual, eps: as there, contiguous; `residual` is overwritten.
+        addends: none, one or two, each [M, D].
+        keep: whether the result itself is wanted too.
+
+    Returns:
+        `(result, sums)`, as many sums as addends. Without `keep`, the result holds nothing of use.
+    """
+    kernels = _hopper(x)
+    if kernels is not None and kernels.pays_for_residual_rms(x, weight):
+        y, _ = kernels.linear_residual_rms(x, weight, residual, eps, False)
+        return y, list(accumulate(addends, initial=y))[1:]
+    y = residual.addmm_(x, weight.T)
+    sums = [torch.empty_like(y) for _ in addends]
+    pairs: list[Tensor | None] = [operand for pair in zip(addends, sums, strict=True) for operand in pair]
+    pairs += [None] * (4 - len(pairs))
+    M, D = y.shape
+    grid, tile = _row_wise(M, D)
+    _rms_and_sums_kernel[grid](y, y if keep else None, *pairs, M, eps, D, **tile)
+    return y, sums
+
+
 def _add_rms_forward(a: Tensor, b: Tensor, eps: float, save: bool) -> tuple[Tensor, Tensor | None]:
     """The result [M, D] and, with `save`, 1 / rms of the rows of a + b [M]."""
     M, D = a.shape
@@ -274,21 +335,38 @@ def _hopper(x: Tensor) -> ModuleType | None:
     return hopper_linear
 
 
-class _LinearSwiGLU(torch.autograd.Function):
+class _LinearAndInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate_up: Tensor) -> Tensor:
-        out, projected = _linear_swiglu_forward(x, gate_up, save=True)
-        ctx.save_for_backward(x, gate_up, projected)
-        return out
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T, x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, gate_up, projected = ctx.saved_tensors
-        d_projected = _swiglu_backward(d_out.contiguous(), projected)
-        d_x = d_projected @ gate_up if ctx.needs_input_grad[0] else None
-        d_gate_up = d_projected.T @ x if ctx.needs_input_grad[1] else None
-        return d_x, d_gate_up
+    def backward(ctx: Any, d_out: Tensor, d_input: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return _linear_backward(ctx, d_out, d_input)
+
+
+class _LinearSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        out, projected = _linear_swiglu_forward(x, gate_up, save=True)
+        ctx.save_for_backward(x, gate_up, projected)
+        return out, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_input: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        *_, projected = ctx.saved_tensors
+        return _linear_backward(ctx, _swiglu_backward(d_out.contiguous(), projected), d_input)
+
+
+def _linear_backward(ctx: Any, d_projected: Tensor, d_input: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and weight. That of x is added up in the memory of `d_input`, by the matmul itself."""
+    x, weight, *_ = ctx.saved_tensors
+    d_x = d_input.addmm_(d_projected, weight) if ctx.needs_input_grad[0] else None
+    d_weight = d_projected.T @ x if ctx.needs_input_grad[1] else None
+    return d_x, d_weight
 
 
 class _LinearResidualRMS(torch.autograd.Function):
@@ -333,10 +411,27 @@ def linear_swiglu(x: Tensor, gate_up: Tensor) -> Tensor:
     Returns:
         [M, F]. For a backward, x and the two projections [M, 2 F] are kept.
     """
+    return linear_swiglu_and_input(x, gate_up)[0]
+
+
+def linear_swiglu_and_input(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """`linear_swiglu` and x, to go on as a residual: see `linear_and_input`."""
     x, gate_up = x.contiguous(), gate_up.contiguous()
     if _differentiates(x, gate_up):
         return _LinearSwiGLU.apply(x, gate_up)  # type: ignore[no-any-return, no-untyped-call]
-    return _linear_swiglu_forward(x, gate_up, save=False)[0]
+    return _linear_swiglu_forward(x, gate_up, save=False)[0], x
+
+
+def linear_and_input(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x @ weight.T, and x [M, K] again, to go on as a residual.
+
+    The backward pass then adds up the gradients of both in its matmul, in the memory of the residual's: so the residual
+    must go to `linear_residual_rms` and nowhere else.
+    """
+    x, weight = x.contiguous(), weight.contiguous()
+    if _differentiates(x, weight):
+        return _LinearAndInput.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
+    return x @ weight.T, x
 
 
 def linear_residual_rms(x: Tensor, weight: Tensor, residual: Tensor, eps: float) -> Tensor:

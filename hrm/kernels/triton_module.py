@@ -7,13 +7,21 @@ MLP's activation, the residuals and the norms are epilogues of the matmuls befor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, zip_longest
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hrm.kernels.naive import Attend, BlockWeights, RotaryTables
 from hrm.kernels.triton_attention import attention, first_token_attention
-from hrm.kernels.triton_linear import linear_residual_rms, linear_swiglu
+from hrm.kernels.triton_linear import (
+    linear_and_input,
+    linear_residual_rms,
+    linear_residual_rms_and_sums,
+    linear_swiglu,
+    linear_swiglu_and_input,
+)
 
 
 def reasoning_module(
@@ -29,11 +37,70 @@ def reasoning_module(
     batch, tokens, width = state.shape
     x = (state + injection).view(-1, width)
     for weights in blocks:
-        qkv = F.linear(x, weights.qkv).view(batch, tokens, 3 * width)
-        mixed = attend(qkv, rotary, num_heads).view(-1, width)
+        qkv, x = linear_and_input(x, weights.qkv)
+        mixed = attend(qkv.view(batch, tokens, 3 * width), rotary, num_heads).view(-1, width)
         x = linear_residual_rms(mixed, weights.o, x, eps)
-        x = linear_residual_rms(linear_swiglu(x, weights.gate_up), weights.down, x, eps)
+        inner, x = linear_swiglu_and_input(x, weights.gate_up)
+        x = linear_residual_rms(inner, weights.down, x, eps)
     return x.view(batch, tokens, width)
+
+
+@torch.no_grad()
+def cycles(
+    z_H: Tensor,
+    z_L: Tensor,
+    embeddings: Tensor,
+    H_blocks: Sequence[BlockWeights],
+    L_blocks: Sequence[BlockWeights],
+    updates: str,
+    rotary: RotaryTables | None,
+    num_heads: int,
+    eps: float,
+    attend: Attend = attention,
+) -> tuple[Tensor, Tensor]:
+    """As `hrm.kernels.cycles.Cycles`, on the blocks of `naive`. An update's last norm adds what the next takes."""
+    shape = z_H.shape
+    z_H, z_L, embeddings = (tensor.reshape(-1, shape[-1]) for tensor in (z_H, z_L, embeddings))
+    injection = z_H + embeddings if updates.startswith("L") else z_L
+    x = (z_L if updates.startswith("L") else z_H) + injection
+    for level, following in zip_longest(updates, updates[1:]):
+        # What makes the input of the update that follows from this one's result; in the H level's case by two steps.
+        addends = {"LL": (injection,), "LH": (z_H,), "HL": (embeddings, z_L), "HH": (z_L,)}.get(
+            f"{level}{following}", ()
+        )
+        blocks = L_blocks if level == "L" else H_blocks
+        z, sums = _apply_blocks(x, blocks, shape, rotary, num_heads, eps, attend, addends, keep=level != following)
+        if level == "L":
+            z_L = z
+        else:
+            z_H = z
+        if sums:
+            injection, x = (sums[0] if len(sums) == 2 else injection), sums[-1]
+    return z_H.view(shape), z_L.view(shape)
+
+
+def _apply_blocks(
+    x: Tensor,
+    blocks: Sequence[BlockWeights],
+    shape: torch.Size,
+    rotary: RotaryTables | None,
+    num_heads: int,
+    eps: float,
+    attend: Attend,
+    addends: Sequence[Tensor],
+    *,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The blocks' result on x [B T, D], which is overwritten, and its sums as in `linear_residual_rms_and_sums`."""
+    batch, tokens, width = shape
+    for index, weights in enumerate(blocks):
+        mixed = attend(F.linear(x, weights.qkv).view(batch, tokens, 3 * width), rotary, num_heads).view(-1, width)
+        x, _ = linear_residual_rms_and_sums(mixed, weights.o, x, eps)
+        inner = linear_swiglu(x, weights.gate_up)
+        if index + 1 == len(blocks):
+            return linear_residual_rms_and_sums(inner, weights.down, x, eps, addends, keep=keep)
+        x, _ = linear_residual_rms_and_sums(inner, weights.down, x, eps)
+    return x, list(accumulate(addends, initial=x))[1:]
 
 
 def first_token_block(

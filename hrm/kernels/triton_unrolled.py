@@ -9,7 +9,8 @@ are separated by a barrier in global memory. A matrix that a program multiplies 
 others do: its first columns are on their way to registers before the program waits. Norms cost no phase: a row is
 stored as it is before its norm, and who reads it as a factor sums its squares on the way.
 
-Small models fit on chip, state and all, and need no barrier: `triton_on_chip`.
+Small models fit on chip, state and all, and need no barrier: `triton_on_chip`. What is too large for either takes the
+launches of `triton_module`.
 
 Shapes: B sequences, T tokens, M = B T rows, D hidden size, N heads of size K, F inner width of the gated MLP.
 """
@@ -25,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hrm.errors import UserError
+from hrm.kernels import triton_module
 from hrm.kernels.naive import BlockWeights, RotaryTables
 from hrm.kernels.triton_attention import _DTYPES, _HEAD_SIZES, _LOG2_E, _load, _load_rotated, _tile_rows
 from hrm.kernels.triton_linear import _multiprocessors, _stages
@@ -191,6 +193,7 @@ def _linear(
         else:
             acc += (before.to(tl.float32) * row_factor[:, None]).to(before.dtype).to(tl.float32)
         tl.store(out + at, acc.to(out.dtype.element_ty), inside)
+        tl.debug_barrier()  # no warp loads for the next tile where another one still multiplies
         tile += tl.num_programs(0)
         ahead = _load_ahead(weight, tile, tiles, N, K, GATED, BLOCK_N, BLOCK_K, AHEAD)
     _arrive(arrived)
@@ -325,6 +328,8 @@ def _persistent_kernel(
 # ---- launchers
 
 
+# With more, launches are short beside what they do, and `triton_module` does it faster.
+_MOST_ROWS = 1024
 # Of both operands in the registers of a program, 256 KiB in all.
 _BYTES_AHEAD = 144 * 1024
 
@@ -441,9 +446,14 @@ def cycles(
         UserError: a shape, dtype or text that the kernels are not made for.
     """
     _check(z_H, z_L, embeddings, updates, rotary, num_heads)
+    if _pays_on_chip(z_H, L_blocks[0].down.shape[1], num_heads):
+        update = update_on_chip
+    elif z_H.shape[0] * z_H.shape[1] <= _MOST_ROWS:
+        update = _update_persistently
+    else:
+        return triton_module.cycles(z_H, z_L, embeddings, H_blocks, L_blocks, updates, rotary, num_heads, eps)
     blocks = [BlockWeights(*(matrix.contiguous() for matrix in block)) for block in (*L_blocks, *H_blocks)]
     state = torch.stack((z_L, z_H))
-    update = update_on_chip if _pays_on_chip(z_H, blocks[0].down.shape[1], num_heads) else _update_persistently
     update(state, embeddings.contiguous(), blocks, len(L_blocks), updates, rotary, num_heads, eps)
     return state[1], state[0]
 

@@ -319,6 +319,15 @@ class AdaptiveComputation(nn.Module):
                 outputs["target_q_continue"] = torch.sigmoid(next_value)
         return Carry(state, steps, halted, data), outputs
 
+    def think(self, carry: Carry, batch: Batch, num_steps: int) -> Carry:
+        """What as many calls in evaluation do to a carry, if none of its sequences halts before the last of them."""
+        state, steps, data = self.inner.restart(carry, batch)
+        prepared = self.inner.prepare(data)
+        for _ in range(num_steps):
+            state = self.inner.recur(state, prepared)
+        steps = steps + (num_steps - 1)
+        return Carry(state, steps, steps >= self.inner.config.halt_max_steps, data)
+
     def _min_steps(self, steps: Tensor) -> Tensor:
         """For exploration: a share of the sequences may not halt before a random step in {2 .. halt_max_steps}."""
         config, generator = self.inner.config, self.exploration(steps.device)

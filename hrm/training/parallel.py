@@ -79,7 +79,7 @@ class SharedModel:
             self._sharded = {name: param for name, param in model.named_parameters() if name in self._cuts}
             # The optimizer works on plain tensors that share their memory with the shards.
             self.weights |= {name: nn.Parameter(_local(param)) for name, param in self._sharded.items()}
-        if is_divided and not config.cuda_graphs:  # evaluation too exchanges then
+        if is_divided and not config.records_exchange:  # evaluation too exchanges then
             kernels = model.model.inner.kernels
             model.model.inner.kernels = replace(kernels, config=replace(kernels.config, cuda_graphs=False))
         # FSDP sums the gradients of its shards itself.

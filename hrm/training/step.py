@@ -153,8 +153,7 @@ def _micro_batch_size(config: PretrainConfig, world: World) -> int:
 
 
 def _is_graphed(config: PretrainConfig, model: ACTLossHead, world: World) -> bool:
-    # The exchange of several ranks stays out of graphs unless asked for.
-    return model.kernels.cuda_graphs and (world.processes == 1 or config.parallel.cuda_graphs)
+    return model.kernels.cuda_graphs and (world.processes == 1 or config.parallel.records_exchange)
 
 
 def _set_rates(config: PretrainConfig, state: TrainState) -> None:
