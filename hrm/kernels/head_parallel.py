@@ -113,12 +113,20 @@ def _project_and_attend_forward(
         N=num_heads,
         K=head_size,
         ROWS=rows,
-        # A power of two that divides the width; 64 inputs of 16 bits are the 128 bytes of a line of the cache.
-        INPUTS=min(64 if head_size <= 64 else 32, width & -width),
-        num_warps=8 if rows == 128 else 4,  # see `triton_attention._one_tile_backward`
+        INPUTS=_inputs(width, head_size),
+        num_warps=8 if rows == 128 else 4,
         num_stages=3,
     )
     return out
+
+
+def _inputs(width: int, head_size: int) -> int:
+    """A power of two that divides the width: 64 inputs of 16 bits are the 128 bytes of a line of the cache.
+
+    Less than the width: what Triton 3.6 makes of the loop when it has one round only gives wrong results on an H200.
+    """
+    inputs = min(64 if head_size <= 64 else 32, width & -width)
+    return inputs // 2 if inputs == width else inputs
 
 
 class _ProjectAndAttend(torch.autograd.Function):
@@ -155,7 +163,7 @@ def project_and_attend(x: Tensor, weight: Tensor, rotary: RotaryTables | None, n
         UserError: a shape or dtype that the kernels are not made for.
     """
     _check(x, rotary, num_heads, parts=1)
-    if not _one_tile_holds(x):
+    if not _one_tile_holds(x) or _inputs(x.shape[2], x.shape[2] // num_heads) < 16:
         return attention(F.linear(x, weight), rotary, num_heads)
     x, weight = x.contiguous(), weight.contiguous()
     cos, sin = (None, None) if rotary is None else rotary

@@ -100,6 +100,7 @@ def _swiglu_multiply(
     SLICES: gl.constexpr,
     STAGES: gl.constexpr,
     SAVE: gl.constexpr,
+    ACTIVATE: gl.constexpr,
 ) -> None:
     """One of the two groups of four warps, which take turns: one multiplies while the other one finishes its tile."""
     out_desc, gate_desc, up_desc = descs
@@ -144,7 +145,8 @@ def _swiglu_multiply(
         if SAVE:
             _store_tile(gate_desc, m, n, gate, staging)
             _store_tile(up_desc, m, n, up, staging)
-        _store_tile(out_desc, m, n, gate * up / (1.0 + gl.exp(-gate)), staging)
+        if ACTIVATE:
+            _store_tile(out_desc, m, n, gate * up / (1.0 + gl.exp(-gate)), staging)
     tma.store_wait(0)
 
 
@@ -160,6 +162,7 @@ def _swiglu_kernel(
     SLICES: gl.constexpr,
     STAGES: gl.constexpr,
     SAVE: gl.constexpr,
+    ACTIVATE: gl.constexpr,
 ) -> None:
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
@@ -195,8 +198,8 @@ def _swiglu_kernel(
     second = (x_tile, weight_ring, staging.index(1))
     gl.warp_specialize(
         [
-            (_swiglu_multiply, (0, outputs, first, barriers, work, SLICES, STAGES, SAVE)),
-            (_swiglu_multiply, (1, outputs, second, barriers, work, SLICES, STAGES, SAVE)),
+            (_swiglu_multiply, (0, outputs, first, barriers, work, SLICES, STAGES, SAVE, ACTIVATE)),
+            (_swiglu_multiply, (1, outputs, second, barriers, work, SLICES, STAGES, SAVE, ACTIVATE)),
             (_swiglu_load, ((x_desc, weight_desc), (x_tile, weight_ring), barriers, work, SLICES, STAGES)),
         ],
         [4, 1],
@@ -466,11 +469,35 @@ def pays_for_residual_rms(x: Tensor, weight: Tensor) -> bool:
 
 def linear_swiglu(x: Tensor, gate_up: Tensor, save: bool) -> tuple[Tensor, Tensor | None]:
     """silu(x @ gate.T) * (x @ up.T) of contiguous x [M, K] and gate_up [2 F, K]; with `save` also x @ gate_up.T."""
+    out = x.new_empty(x.shape[0], gate_up.shape[0] // 2)
+    projected = x.new_empty(x.shape[0], gate_up.shape[0]) if save else None
+    _launch_swiglu(x, gate_up, out, projected)
+    return out, projected
+
+
+def pays_for_linear(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` takes these operands, and is faster than the library."""
+    M, K = x.shape
+    half, odd = divmod(weight.shape[0], 2)
+    tiles = triton.cdiv(M, _ROWS) * triton.cdiv(half, 2 * _COLUMNS)
+    fits = fits_swiglu(K) and x.dtype in _DTYPES and not odd and half % 8 == 0
+    return fits and tiles >= _multiprocessors(x.device)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T of contiguous x [M, K] and weight [N, K]: the matmul of `linear_swiglu` without its activation."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    _launch_swiglu(x, weight, None, out)
+    return out
+
+
+def _launch_swiglu(x: Tensor, gate_up: Tensor, out: Tensor | None, projected: Tensor | None) -> None:
+    """Write to `out` [M, F] what gate and up make of each other, to `projected` [M, 2 F] what they are."""
     M, K = x.shape
     F = gate_up.shape[0] // 2
-    out = x.new_empty(M, F)
-    projected = x.new_empty(M, 2 * F) if save else None
-    out_desc = gate_desc = up_desc = _descriptor(out, _ROWS, _COLUMNS)
+    out_desc = gate_desc = up_desc = None
+    if out is not None:
+        out_desc = gate_desc = up_desc = _descriptor(out, _ROWS, _COLUMNS)
     if projected is not None:
         gate_desc = _descriptor(projected[:, :F], _ROWS, _COLUMNS)
         up_desc = _descriptor(projected[:, F:], _ROWS, _COLUMNS)
@@ -478,18 +505,18 @@ def linear_swiglu(x: Tensor, gate_up: Tensor, save: bool) -> tuple[Tensor, Tenso
     _swiglu_kernel[(min(tiles, _multiprocessors(x.device)),)](
         _descriptor(x, _ROWS, _COLUMNS),
         _descriptor(gate_up.view(2, F, K), 2, _COLUMNS, _COLUMNS),
-        out_desc,
+        out_desc or gate_desc,
         gate_desc,
         up_desc,
         M,
         F,
         SLICES=K // _COLUMNS,
         STAGES=_SWIGLU_STAGES,
-        SAVE=save,
+        SAVE=projected is not None,
+        ACTIVATE=out is not None,
         num_warps=4,
         maxnreg=_START_REGISTERS,
     )
-    return out, projected
 
 
 def linear_residual_rms(

@@ -552,7 +552,6 @@ def _one_tile_backward(grad: Tensor, qkv: Tensor, cos: Tensor | None, sin: Tenso
         d_qkv,
         **sizes,
         ROWS=rows,
-        # Triton 3.6 multiplies wrongly where 8 warps share 64 rows of probabilities.
         num_warps=8 if sizes["K"] > 64 and rows == 128 else 4,
     )
     return d_qkv

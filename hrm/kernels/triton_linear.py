@@ -339,7 +339,7 @@ class _LinearAndInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
-        return x @ weight.T, x.view_as(x)
+        return linear(x, weight), x.view_as(x)
 
     @staticmethod
     @once_differentiable
@@ -431,7 +431,15 @@ def linear_and_input(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     x, weight = x.contiguous(), weight.contiguous()
     if _differentiates(x, weight):
         return _LinearAndInput.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
-    return x @ weight.T, x
+    return linear(x, weight), x
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T of contiguous operands, without gradient."""
+    kernels = _hopper(x)
+    if kernels is not None and kernels.pays_for_linear(x, weight):
+        return kernels.linear(x, weight)  # type: ignore[no-any-return]
+    return x @ weight.T
 
 
 def linear_residual_rms(x: Tensor, weight: Tensor, residual: Tensor, eps: float) -> Tensor:

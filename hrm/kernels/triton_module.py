@@ -16,6 +16,7 @@ from torch import Tensor
 from hrm.kernels.naive import Attend, BlockWeights, RotaryTables
 from hrm.kernels.triton_attention import attention, first_token_attention
 from hrm.kernels.triton_linear import (
+    linear,
     linear_and_input,
     linear_residual_rms,
     linear_residual_rms_and_sums,
@@ -94,7 +95,7 @@ def _apply_blocks(
     """The blocks' result on x [B T, D], which is overwritten, and its sums as in `linear_residual_rms_and_sums`."""
     batch, tokens, width = shape
     for index, weights in enumerate(blocks):
-        mixed = attend(F.linear(x, weights.qkv).view(batch, tokens, 3 * width), rotary, num_heads).view(-1, width)
+        mixed = attend(linear(x, weights.qkv).view(batch, tokens, 3 * width), rotary, num_heads).view(-1, width)
         x, _ = linear_residual_rms_and_sums(mixed, weights.o, x, eps)
         inner = linear_swiglu(x, weights.gate_up)
         if index + 1 == len(blocks):

@@ -414,7 +414,7 @@ def _update_persistently(
 def _queries(heads: int, tokens: int, programs: int) -> int:
     """The longest tile of queries that leaves no program without one, if there is such a tile.
 
-    64 are not among them: see `triton_attention._one_tile_backward`.
+    Not 64: what Triton 3.6 makes of it, for 8 warps, gave wrong results on an H200.
     """
     return 32 if tokens > 16 and heads * triton.cdiv(tokens, 32) >= programs else 16
 

@@ -114,6 +114,10 @@ class _InDtype(torch.autograd.Function):
         return None, *(wide.get(i) for i in range(len(grads)))
 
 
+# Matrices of 16 bits whose rows are whole 16 bytes: for others the library's kernels take several times as long.
+_ALIGNED = 8
+
+
 class Linear(nn.Module):
     """`x @ weight.T + bias`, the float32 master weights cast to the dtype of `x`."""
 
@@ -123,7 +127,33 @@ class Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, *in_dtype([self.weight] if self.bias is None else [self.weight, self.bias], x.dtype))
+        if self.bias is not None:
+            return F.linear(x, *in_dtype([self.weight, self.bias], x.dtype))
+        (weight,) = in_dtype([self.weight], x.dtype)
+        if x.element_size() == 2 and len(weight) % _ALIGNED:
+            return F.linear(x, F.pad(weight, (0, 0, 0, -len(weight) % _ALIGNED)))[..., : len(weight)]
+        return F.linear(x, weight)
+
+
+# Rows of a table whose gradient is faster as a matmul with ones and zeros than by sorting what was read from where. The
+# matmul also sums in the same order every time.
+_SMALL_TABLE = 256
+
+
+class _SmallEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.num_rows = len(table)
+        return F.embedding(ids, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (ids,) = ctx.saved_tensors
+        rows = torch.arange(ctx.num_rows + -ctx.num_rows % _ALIGNED, device=ids.device, dtype=ids.dtype)
+        is_read = (ids.flatten()[:, None] == rows).to(grad.dtype)
+        return None, (is_read.T @ grad.flatten(0, -2))[: ctx.num_rows]
 
 
 class Embedding(nn.Module):
@@ -134,7 +164,10 @@ class Embedding(nn.Module):
         self.embedding_weight = nn.Parameter(weight)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.embedding(ids, in_dtype([self.embedding_weight], dtype)[0])
+        (table,) = in_dtype([self.embedding_weight], dtype)
+        if len(table) <= _SMALL_TABLE:
+            return _SmallEmbedding.apply(ids, table)  # type: ignore[no-any-return, no-untyped-call]
+        return F.embedding(ids, table)
 
 
 class SparseEmbedding(nn.Module):
