@@ -29,7 +29,7 @@ from hrm.errors import UserError
 from hrm.kernels import triton_module
 from hrm.kernels.naive import BlockWeights, RotaryTables
 from hrm.kernels.triton_attention import _DTYPES, _HEAD_SIZES, _LOG2_E, _load, _load_rotated, _tile_rows
-from hrm.kernels.triton_linear import _multiprocessors, _stages
+from hrm.kernels.triton_linear import _multiprocessors
 from hrm.kernels.triton_on_chip import fits_on_chip, schedule, select, update_on_chip
 
 
@@ -136,7 +136,6 @@ def _linear(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     AHEAD: tl.constexpr,
-    STAGES: tl.constexpr,
 ) -> None:
     """A phase: `out` [M, N] from `x` [M, K].
 
@@ -174,7 +173,8 @@ def _linear(
             else:
                 acc = tl.dot(a, tl.trans(ahead[i]), acc, input_precision="ieee")
         if AHEAD * BLOCK_K < K:
-            for k in tl.range(AHEAD * BLOCK_K, K, BLOCK_K, num_stages=STAGES):
+            # Not pipelined: what Triton 3.6 makes of that inside the loop over tiles gives other results at every run.
+            for k in tl.range(AHEAD * BLOCK_K, K, BLOCK_K, num_stages=1):
                 a = _load_columns(x, rows.to(tl.int64), k, M, K, BLOCK_K)
                 if NORMS:
                     squares += a.to(tl.float32) * a.to(tl.float32)
@@ -193,7 +193,6 @@ def _linear(
         else:
             acc += (before.to(tl.float32) * row_factor[:, None]).to(before.dtype).to(tl.float32)
         tl.store(out + at, acc.to(out.dtype.element_ty), inside)
-        tl.debug_barrier()  # no warp loads for the next tile where another one still multiplies
         tile += tl.num_programs(0)
         ahead = _load_ahead(weight, tile, tiles, N, K, GATED, BLOCK_N, BLOCK_K, AHEAD)
     _arrive(arrived)
@@ -226,7 +225,7 @@ def _attention(
         peak = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         mixed = tl.zeros((ROWS, K), tl.float32)
-        for start in range(0, T, KEYS):
+        for start in tl.range(0, T, KEYS, num_stages=1):  # as in `_linear`
             keys = start + tl.arange(0, KEYS)
             k = _load_rotated(q_at + D, cos, sin, keys, T, 3 * D, K)
             v = _load(q_at + 2 * D, keys, T, 3 * D, K)
@@ -278,7 +277,6 @@ def _persistent_kernel(
     O: tl.constexpr,  # noqa: E741
     GATE_UP: tl.constexpr,
     DOWN: tl.constexpr,
-    STAGES: tl.constexpr,
 ) -> None:
     """Bit i of `H_updates` says that update i is of H; `state` [2, M, D] is z_L, z_H. The rest are work buffers.
 
@@ -303,22 +301,22 @@ def _persistent_kernel(
         while (block < end) & (update < num_updates):
             _linear(
                 arrived, phase, x, select(qkv_weights, block), qkv, None, rstd, block > first, M, eps,
-                3 * D, D, False, QKV[0], QKV[1], QKV[2], QKV[3], STAGES,
+                3 * D, D, False, QKV[0], QKV[1], QKV[2], QKV[3],
             )  # fmt: skip
             _wait(arrived, phase + 1)
             _attention(qkv, cos, sin, mixed, B, T, N, K, QUERIES, KEYS)
             _arrive(arrived)
             _linear(
                 arrived, phase + 2, mixed, select(o_weights, block), middle, x, rstd, True, M, eps,
-                D, D, False, O[0], O[1], O[2], O[3], STAGES,
+                D, D, False, O[0], O[1], O[2], O[3],
             )  # fmt: skip
             _linear(
                 arrived, phase + 3, middle, select(gate_up_weights, block), hidden, None, rstd, True, M, eps,
-                F, D, True, GATE_UP[0], GATE_UP[1], GATE_UP[2], GATE_UP[3], STAGES,
+                F, D, True, GATE_UP[0], GATE_UP[1], GATE_UP[2], GATE_UP[3],
             )  # fmt: skip
             _linear(
                 arrived, phase + 4, hidden, select(down_weights, block), x, middle, rstd, True, M, eps,
-                D, F, False, DOWN[0], DOWN[1], DOWN[2], DOWN[3], STAGES,
+                D, F, False, DOWN[0], DOWN[1], DOWN[2], DOWN[3],
             )  # fmt: skip
             phase += 5
             block += 1
@@ -404,7 +402,6 @@ def _update_persistently(
         O=_tile(rows, width, width, 1, itemsize, programs),
         GATE_UP=_tile(rows, inner, width, 2, itemsize, programs),
         DOWN=_tile(rows, width, inner, 1, itemsize, programs),
-        STAGES=_stages(state.device),
         num_warps=8,
         # All programs run at once, or the launch fails: a barrier would wait for ever for one that has no room.
         launch_cooperative_grid=state.is_cuda,
