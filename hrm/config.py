@@ -106,6 +106,9 @@ class HRMConfig:
     q_continue: bool = True
     H_cycles: int = 2  # slow updates in an ACT step
     L_cycles: int = 2  # fast updates before each slow one
+    # Updates at an ACT step's end that gradients flow through: 2, the last of either module, is the paper's one-step
+    # gradient; L_cycles + 1 the last cycle as in TRM; each costs its blocks twice more.
+    grad_updates: int = 2
     H_layers: int = 4
     L_layers: int = 4
     hidden_size: int = 512
@@ -123,6 +126,11 @@ class HRMConfig:
         return -(-round(self.expansion * self.hidden_size * 2 / 3) // 256) * 256
 
     @property
+    def updates(self) -> str:
+        """An ACT step's updates of L and H in order."""
+        return ("L" * self.L_cycles + "H") * self.H_cycles
+
+    @property
     def prefix_len(self) -> int:
         """Tokens that a puzzle's vector takes."""
         return -(-self.puzzle_emb_ndim // self.hidden_size)
@@ -137,6 +145,11 @@ class HRMConfig:
         for name in ("halt_max_steps", "H_cycles", "L_cycles", "H_layers", "L_layers", "hidden_size", "num_heads"):
             _at_least(f"arch.{name}", getattr(self, name), 1)
         _at_least("arch.puzzle_emb_ndim", self.puzzle_emb_ndim, 0)
+        if not 2 <= self.grad_updates <= len(self.updates):
+            raise UserError(
+                f"arch.grad_updates={self.grad_updates} is out of range: give a number from 2 to the "
+                f"{len(self.updates)} updates of an ACT step, {self.updates}."
+            )
         for name in ("expansion", "rope_theta", "rms_norm_eps"):
             _positive(f"arch.{name}", getattr(self, name))
         if self.hidden_size % self.num_heads:

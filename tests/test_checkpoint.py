@@ -167,6 +167,7 @@ def test_our_config_has_what_the_published_code_requires(tmp_path: Path) -> None
             assert (name, type(saved[name]), saved[name]) == (name, type(value), value)
     assert saved["arch"] == ARCH | {
         "q_continue": True,
+        "grad_updates": 2,
         "expansion": 4.0,
         "rms_norm_eps": 1e-5,
         "rope_theta": 1e4,

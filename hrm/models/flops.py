@@ -19,7 +19,9 @@ def act_step_blocks(arch: HRMConfig) -> int:
 def train_step_blocks(arch: HRMConfig) -> int:
     """Blocks of one training step, a backward pass through one counted as two.
 
-    A recurrence forward, with `q_continue` another one for its target, and backward through the last L and H.
+    A recurrence forward, with `q_continue` another one for its target, and backward through the last `grad_updates`.
     """
     recurrences = 2 if arch.q_continue and arch.halt_max_steps > 1 else 1
-    return recurrences * act_step_blocks(arch) + 2 * (arch.L_layers + arch.H_layers)
+    differentiated = arch.updates[-arch.grad_updates :]
+    backward = sum(arch.L_layers if level == "L" else arch.H_layers for level in differentiated)
+    return recurrences * act_step_blocks(arch) + 2 * backward

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hrm.batch import Batch
 from hrm.config import HRMConfig, KernelsConfig
 from hrm.kernels import make_kernels
+from hrm.kernels.cycles import Cycles, looped
 from hrm.kernels.naive import BlockWeights, RotaryTables, rotary_tables
 from hrm.models.layers import Embedding, Linear, SparseEmbedding, in_dtype, truncated_normal
 
@@ -209,19 +210,18 @@ class HierarchicalReasoningModel(nn.Module):
         return scaled
 
     def recur(self, carry: InnerCarry, prepared: Prepared) -> InnerCarry:
-        """One ACT step's cycles. Only the last update of each module is differentiable (the one-step gradient)."""
+        """One ACT step's cycles. Only their last `grad_updates` updates are differentiable."""
         if not torch.is_grad_enabled():
-            return self._update(carry, prepared, self._updates)
-        assert self._updates.endswith("LH")
-        carry = self._update(carry, prepared, self._updates[:-2])
-        module, rest = self.kernels.reasoning_module, (prepared.rotary, *self._block_options)
-        z_L = module(carry.z_L, carry.z_H + prepared.embeddings, prepared.L_blocks, *rest)
-        z_H = module(carry.z_H, z_L, prepared.H_blocks, *rest)
-        return InnerCarry(z_H, z_L)
+            return self._update(carry, prepared, self.config.updates)
+        updates, last = self.config.updates, self.config.grad_updates
+        if last < len(updates):
+            carry = self._update(carry, prepared, updates[:-last])
+        cycles = looped(dict.fromkeys("HL", self.kernels.reasoning_module))
+        return self._run(cycles, carry, prepared, prepared.H_blocks, prepared.L_blocks, updates[-last:])
 
     def recur_to_q_values(self, carry: InnerCarry, prepared: Prepared) -> tuple[Tensor, Tensor]:
         """`q_values` after one more ACT step, without gradient and without what only other tokens would need."""
-        carry = self._update(carry, prepared, self._updates[:-1])
+        carry = self._update(carry, prepared, self.config.updates[:-1])
         *_, last = prepared.H_blocks
         but_last = prepared._replace(free_H_blocks=prepared.free_H_blocks[:-1])
         x = self._update(carry, but_last, "H").z_H
@@ -229,23 +229,29 @@ class HierarchicalReasoningModel(nn.Module):
 
     @torch.no_grad()
     def _update(self, carry: InnerCarry, prepared: Prepared, updates: str) -> InnerCarry:
+        return self._run(self.kernels.cycles, carry, prepared, prepared.free_H_blocks, prepared.free_L_blocks, updates)
+
+    def _run(
+        self,
+        cycles: Cycles,
+        carry: InnerCarry,
+        prepared: Prepared,
+        H_blocks: Sequence[Any],
+        L_blocks: Sequence[Any],
+        updates: str,
+    ) -> InnerCarry:
         return InnerCarry(
-            *self.kernels.cycles(
+            *cycles(
                 carry.z_H,
                 carry.z_L,
                 prepared.embeddings,
-                prepared.free_H_blocks,
-                prepared.free_L_blocks,
+                H_blocks,
+                L_blocks,
                 updates,
                 prepared.rotary,
                 *self._block_options,
             )
         )
-
-    @property
-    def _updates(self) -> str:
-        """An ACT step's updates of L and H in order."""
-        return ("L" * self.config.L_cycles + "H") * self.config.H_cycles
 
     @property
     def _block_options(self) -> tuple[int, float]:
