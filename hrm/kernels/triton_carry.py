@@ -43,7 +43,6 @@ def _restart_kernel(
     widths: tl.constexpr,
     SIZE: tl.constexpr,
     D: tl.constexpr,
-    IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     sequence, piece = tl.program_id(0), tl.program_id(1)
@@ -57,13 +56,11 @@ def _restart_kernel(
             tl.store(new_steps + sequence, 1)
             _copy_row(sequence, fresh, new_data, widths, 1024)
     else:
-        if not IN_PLACE:
-            tl.store(new_z_H + at, tl.load(z_H + at, inside), inside)
-            tl.store(new_z_L + at, tl.load(z_L + at, inside), inside)
+        tl.store(new_z_H + at, tl.load(z_H + at, inside), inside)
+        tl.store(new_z_L + at, tl.load(z_L + at, inside), inside)
         if piece == 0:
             tl.store(new_steps + sequence, tl.load(steps + sequence) + 1)
-            if not IN_PLACE:
-                _copy_row(sequence, data, new_data, widths, 1024)
+            _copy_row(sequence, data, new_data, widths, 1024)
 
 
 def restart(
@@ -75,8 +72,6 @@ def restart(
     steps: Tensor,
     data: Sequence[Tensor],
     fresh: Sequence[Tensor],
-    *,
-    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Give halted places their initial state and new data, and count the step.
 
@@ -87,7 +82,6 @@ def restart(
         steps: [B] integers.
         data, fresh: fields [B, ...] of the sequences in hand and of the batch to take from, contiguous, of one dtype
             each.
-        in_place: overwrite the arguments, so that only halted places are written.
 
     Returns:
         The new `(z_H, z_L, steps, data)`.
@@ -95,12 +89,10 @@ def restart(
     B = len(halted)
     size, D = z_H[0].numel(), len(H_init)
     old = [z_H, z_L, steps, *data]
-    new = old if in_place else [torch.empty_like(tensor) for tensor in old]
+    new = [torch.empty_like(tensor) for tensor in old]
     widths = tuple(field[0].numel() for field in data)
     _restart_kernel[(B, triton.cdiv(size, _BLOCK))](
         *old[:3], tuple(data), *new[:3], tuple(new[3:]), tuple(fresh), H_init, L_init, halted,
-        widths, size, D, in_place, _BLOCK,
+        widths, size, D, _BLOCK,
     )  # fmt: skip
-    if in_place:
-        torch.autograd.graph.increment_version(old)
     return new[0], new[1], new[2], new[3:]
