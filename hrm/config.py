@@ -79,6 +79,11 @@ def _fraction(option: str, value: float, *, below_one: bool = False) -> None:
         )
 
 
+def updates_of(H_cycles: int, L_cycles: int) -> str:
+    """The updates of L and H, in order, of so many slow cycles with so many fast ones in each."""
+    return ("L" * L_cycles + "H") * H_cycles
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Groups
 
@@ -128,7 +133,7 @@ class HRMConfig:
     @property
     def updates(self) -> str:
         """An ACT step's updates of L and H in order."""
-        return ("L" * self.L_cycles + "H") * self.H_cycles
+        return updates_of(self.H_cycles, self.L_cycles)
 
     @property
     def prefix_len(self) -> int:
@@ -207,6 +212,20 @@ class OptimConfig:
 
 
 @dataclass
+class DepthStage:
+    """Training steps that think less deep than the architecture does."""
+
+    until: int = MISSING  # the last of these steps
+    H_cycles: int = MISSING
+    L_cycles: int = MISSING
+
+    def __post_init__(self) -> None:
+        for name in ("until", "H_cycles", "L_cycles"):
+            if getattr(self, name) != MISSING:
+                _at_least(f"curriculum: {name}", getattr(self, name), 1)
+
+
+@dataclass
 class ParallelConfig:
     """How the processes that torchrun started share the work.
 
@@ -270,6 +289,7 @@ class PretrainConfig:
     lr: float = 1e-4
     lr_min_ratio: float = 1.0  # the cosine's end, as a share of lr; 1.0: constant after the warm-up
     lr_warmup_steps: int = 2000
+    curriculum: list[DepthStage] = field(default_factory=list)  # cheaper steps at first, one stage after the other
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -335,6 +355,24 @@ class PretrainConfig:
             _at_least("stop_after", self.stop_after, 1)
         if self.stop_at_train_accuracy is not None:
             _fraction("stop_at_train_accuracy", self.stop_at_train_accuracy)
+        ends = [stage.until for stage in self.curriculum]
+        if ends != sorted(set(ends)):
+            raise UserError(f"curriculum: stages end at steps {', '.join(map(str, ends))}; give them in order.")
+        least = getattr(self.arch, "grad_updates", 2)
+        for stage in self.curriculum:
+            if len(updates := updates_of(stage.H_cycles, stage.L_cycles)) < least:
+                raise UserError(
+                    f"curriculum: the stage until step {stage.until} has {len(updates)} updates, {updates}, but "
+                    f"gradients flow through {least} (arch.grad_updates): give it more cycles."
+                )
+
+    def updates_at(self, step: int) -> str:
+        """The updates of L and H in training step `step`, counted from 1."""
+        for stage in self.curriculum:
+            if step <= stage.until:
+                return updates_of(stage.H_cycles, stage.L_cycles)
+        updates: str = self.arch.updates
+        return updates
 
 
 @dataclass

@@ -34,6 +34,10 @@ class Bad:
 
 
 # Each of these is added to a run of one second that would succeed.
+def stages(*of_curriculum: str) -> str:
+    return f"curriculum=[{','.join('{' + stage + '}' for stage in of_curriculum)}]"
+
+
 BAD_TRAINING = [
     # options
     Bad("misspelt option", "globl_batch_size=4", ("globl_batch_size", "global_batch_size?")),
@@ -90,6 +94,15 @@ BAD_TRAINING = [
     Bad("negative workers", "num_workers=-1", ("num_workers=-1", "at least 0")),
     Bad("negative seed", "seed=-1", ("seed=-1", "at least 0")),
     Bad("seed beyond 64 bits", "seed=99999999999999999999", ("seed=99999999999999999999",)),
+    Bad("gradients through no update", "arch.grad_updates=7", ("arch.grad_updates=7", "2 to the 6", "LLHLLH")),
+    Bad("stages in no order", stages("until:3,H_cycles:1,L_cycles:2", "until:3,H_cycles:2,L_cycles:2"), ("3, 3",)),
+    Bad("empty stage", stages("until:0,H_cycles:1,L_cycles:2"), ("curriculum", "until=0", "at least 1")),
+    Bad("incomplete stage", stages("until:3,H_cycles:1"), ("curriculum", "L_cycles")),
+    Bad(
+        "stage without the updates of the gradient",
+        f"arch.grad_updates=3 {stages('until:3,H_cycles:1,L_cycles:1')}",
+        ("curriculum", "LH", "arch.grad_updates"),
+    ),
     Bad("unknown variable", "run_name=${oc.env:HRM_NOT_SET}", ("run_name", "HRM_NOT_SET")),
     # data and files
     Bad("no data there", "data_path=nowhere", ("data_path=nowhere", "does not exist", "--output-dir nowhere")),

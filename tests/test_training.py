@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import spawn
 
 from hrm.batch import Batch
 from hrm.checkpoint import read_weights
-from hrm.config import DataConfig, HRMConfig, KernelsConfig, OptimConfig, PretrainConfig
+from hrm.config import DataConfig, DepthStage, HRMConfig, KernelsConfig, OptimConfig, PretrainConfig
 from hrm.data.loader import TrainLoader
 from hrm.data.pack import PackMetadata, PackSet, open_pack, write_split
 from hrm.distributed import World
@@ -252,6 +252,23 @@ def test_step_by_hand(config: PretrainConfig, optim: OptimConfig) -> None:
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_curriculum(config: PretrainConfig, tmp_path: Path) -> None:
+    """Its steps are those of a shallower architecture; what comes after, and evaluation, are as deep as ever."""
+    shallow = replace(config, arch=replace(ARCH, H_cycles=1, L_cycles=1), checkpoint_path=str(tmp_path / "shallow"))
+    config = replace(config, curriculum=[DepthStage(3, 1, 1), DepthStage(5, 1, 2)], epochs=1)
+    assert [config.updates_at(step) for step in (1, 3, 4, 5, 6)] == ["LH", "LH", "LLH", "LLH", "LLHLLH"]
+    config = replace(config, curriculum=[DepthStage(5, 1, 1)], epochs=2)
+    for each in (config, shallow):
+        pretrain(each)
+    one, other = weights(config.checkpoint_path, 5), weights(shallow.checkpoint_path, 5)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    one, other = weights(config.checkpoint_path, 10), weights(shallow.checkpoint_path, 10)
+    assert not any(torch.equal(one[name], other[name]) for name in other if "level" in name)
+    for_steps = {record["step"]: record for record in records(config.checkpoint_path) if "all/lm_loss" in record}
+    loss = for_steps[5]["all/lm_loss"]
+    assert loss != next(r["all/lm_loss"] for r in records(shallow.checkpoint_path) if "all/lm_loss" in r)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_cuda_graphs_change_nothing(config: PretrainConfig, tmp_path: Path) -> None:
@@ -259,6 +276,7 @@ def test_cuda_graphs_change_nothing(config: PretrainConfig, tmp_path: Path) -> N
     write_pack(tmp_path / "pack", train=20, test=18)
     arch = replace(ARCH, forward_dtype="float64", halt_exploration_prob=0.5, halt_max_steps=4)
     config = replace(config, arch=arch, device="cuda", log_interval=1, eval_save_outputs=["logits"])
+    config = replace(config, curriculum=[DepthStage(5, 1, 1)])  # a record for each stage
     eager, graphed = tmp_path / "eager", tmp_path / "graphed"
     for folder in (eager, graphed):
         kernels = KernelsConfig(cuda_graphs=folder == graphed)
@@ -280,20 +298,20 @@ def sums(**values: float) -> dict[str, Tensor]:
 def test_metric_window(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 10.0
     monkeypatch.setattr("hrm.training.metrics.time.perf_counter", lambda: now)
-    window = MetricWindow(ALONE, global_batch_size=8, sequence_flops=5e11)
+    window = MetricWindow(ALONE, global_batch_size=8)
     losses = {"lm_loss": 4.0, "q_halt_loss": 2.0}
-    window.add(sums(count=3, accuracy=1.5, steps=9, **losses))
-    window.add(sums(count=0, accuracy=0.0, steps=0, lm_loss=8.0, q_halt_loss=1.0))
-    window.add(sums(count=1, accuracy=1.0, steps=2, lm_loss=12.0, q_halt_loss=0.0))
+    window.add(sums(count=3, accuracy=1.5, steps=9, **losses), 5e11)
+    window.add(sums(count=0, accuracy=0.0, steps=0, lm_loss=8.0, q_halt_loss=1.0), 5e11)
+    window.add(sums(count=1, accuracy=1.0, steps=2, lm_loss=12.0, q_halt_loss=0.0), 5e11)
     now = 14.0
     window.close(step=3, lr=0.5)
-    window.add(sums(count=0, accuracy=0.0, steps=0, lm_loss=2.0, q_halt_loss=4.0))
+    window.add(sums(count=0, accuracy=0.0, steps=0, lm_loss=2.0, q_halt_loss=4.0), 5e11)
     now = 15.0
     window.close(step=4, lr=0.25)
     window.close(step=4, lr=0.25)  # nothing since
     now = 20.0
     window.restart_clock()
-    window.add(sums(count=8, accuracy=4.0, steps=32, lm_loss=16.0, q_halt_loss=0.0))
+    window.add(sums(count=8, accuracy=4.0, steps=32, lm_loss=16.0, q_halt_loss=0.0), 5e11)
     now = 22.0
     window.close(step=5, lr=0.125)
     assert window.finished(wait=True) == [

@@ -11,17 +11,18 @@ def block_flops(arch: HRMConfig, num_tokens: int) -> float:
     return 2 * (4 * width**2 + 3 * width * arch.inner_size) + 4 * num_tokens * width
 
 
-def act_step_blocks(arch: HRMConfig) -> int:
-    """Blocks that one ACT step's cycles run forward."""
-    return arch.H_cycles * (arch.L_cycles * arch.L_layers + arch.H_layers)
+def act_step_blocks(arch: HRMConfig, updates: str | None = None) -> int:
+    """Blocks that one ACT step runs forward, in the architecture's updates of L and H or in other ones."""
+    updates = arch.updates if updates is None else updates
+    return updates.count("L") * arch.L_layers + updates.count("H") * arch.H_layers
 
 
-def train_step_blocks(arch: HRMConfig) -> int:
+def train_step_blocks(arch: HRMConfig, updates: str | None = None) -> int:
     """Blocks of one training step, a backward pass through one counted as two.
 
     A recurrence forward, with `q_continue` another one for its target, and backward through the last `grad_updates`.
     """
     recurrences = 2 if arch.q_continue and arch.halt_max_steps > 1 else 1
-    differentiated = arch.updates[-arch.grad_updates :]
-    backward = sum(arch.L_layers if level == "L" else arch.H_layers for level in differentiated)
-    return recurrences * act_step_blocks(arch) + 2 * backward
+    updates = arch.updates if updates is None else updates
+    backward = act_step_blocks(arch, updates[-arch.grad_updates :])
+    return recurrences * act_step_blocks(arch, updates) + 2 * backward

@@ -134,6 +134,7 @@ class HierarchicalReasoningModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.training_updates = config.updates  # of a step in training; a curriculum sets others
         self.dtype: torch.dtype = getattr(torch, config.forward_dtype)
         self.kernels = make_kernels(kernels)
         width = config.hidden_size
@@ -212,8 +213,8 @@ class HierarchicalReasoningModel(nn.Module):
     def recur(self, carry: InnerCarry, prepared: Prepared) -> InnerCarry:
         """One ACT step's cycles. Only their last `grad_updates` updates are differentiable."""
         if not torch.is_grad_enabled():
-            return self._update(carry, prepared, self.config.updates)
-        updates, last = self.config.updates, self.config.grad_updates
+            return self._update(carry, prepared, self._updates)
+        updates, last = self._updates, self.config.grad_updates
         if last < len(updates):
             carry = self._update(carry, prepared, updates[:-last])
         cycles = looped(dict.fromkeys("HL", self.kernels.reasoning_module))
@@ -221,7 +222,7 @@ class HierarchicalReasoningModel(nn.Module):
 
     def recur_to_q_values(self, carry: InnerCarry, prepared: Prepared) -> tuple[Tensor, Tensor]:
         """`q_values` after one more ACT step, without gradient and without what only other tokens would need."""
-        carry = self._update(carry, prepared, self.config.updates[:-1])
+        carry = self._update(carry, prepared, self._updates[:-1])
         *_, last = prepared.H_blocks
         but_last = prepared._replace(free_H_blocks=prepared.free_H_blocks[:-1])
         x = self._update(carry, but_last, "H").z_H
@@ -252,6 +253,10 @@ class HierarchicalReasoningModel(nn.Module):
                 *self._block_options,
             )
         )
+
+    @property
+    def _updates(self) -> str:
+        return self.training_updates if self.training else self.config.updates
 
     @property
     def _block_options(self) -> tuple[int, float]:

@@ -83,7 +83,7 @@ def pretrain(config: PretrainConfig) -> None:
             pin_memory=world.device.type == "cuda",
         )
         state, progress = initial_state(config, train_pack, world), Progress()
-        window = MetricWindow(world, config.global_batch_size, _sequence_flops(config, train_pack))
+        window = MetricWindow(world, config.global_batch_size)
         if saved is not None:
             progress = Progress(**saved.facts.progress)
             if begun := restore(saved, state, world, config, train_pack):
@@ -154,7 +154,7 @@ class _Run:
             for batch in on_device(batches, self.world.device):
                 if state.step == state.total_steps:
                     break
-                self.window.add(step(batch))
+                self.window.add(step(batch), _sequence_flops(config, self.train_pack, state.step))
                 progress.batches += 1
                 self.log.advance()
                 trace_step()
@@ -325,9 +325,9 @@ def _check_one_task(train: Pack, test: Pack) -> None:
             )
 
 
-def _sequence_flops(config: PretrainConfig, pack: Pack) -> float:
+def _sequence_flops(config: PretrainConfig, pack: Pack, step: int) -> float:
     tokens = config.arch.prefix_len + pack.metadata.seq_len
-    return float(tokens * train_step_blocks(config.arch) * block_flops(config.arch, tokens))
+    return float(tokens * train_step_blocks(config.arch, config.updates_at(step)) * block_flops(config.arch, tokens))
 
 
 def _summary(config: PretrainConfig, state: TrainState, world: World, folder: Path) -> str:

@@ -33,6 +33,7 @@ class _Reading:
     num_steps: int
     lr: float
     data_wait: float
+    sequence_flops: float
     sums: Tensor
     started: torch.cuda.Event | float
     ended: torch.cuda.Event | float
@@ -69,11 +70,10 @@ class MetricWindow:
 
     gave_up = False
 
-    def __init__(self, world: World, global_batch_size: int, sequence_flops: float = 0.0) -> None:
-        """`sequence_flops`: floating-point operations that a step does for each sequence."""
+    def __init__(self, world: World, global_batch_size: int) -> None:
         self._world = world
         self._global_batch_size = global_batch_size
-        self._sequence_flops = sequence_flops
+        self._sequence_flops = 0.0
         self._names: list[str] = []
         self._sums: Tensor | None = None
         self._num_steps = 0
@@ -104,8 +104,13 @@ class MetricWindow:
                 return
             yield batch
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        """Add one step's sums (0-dimensional tensors on the device)."""
+    def add(self, metrics: dict[str, Tensor], sequence_flops: float = 0.0) -> None:
+        """Add one step's sums (0-dimensional tensors on the device).
+
+        Args:
+            sequence_flops: floating-point operations that the step did for each sequence; a window's last one counts.
+        """
+        self._sequence_flops = sequence_flops
         names = sorted(metrics)
         if names != self._names:  # reopened, but begun under other options
             self._names, self._sums, self._num_steps = names, None, 0
@@ -124,7 +129,9 @@ class MetricWindow:
             host = self._sums.cpu()
         now = time.perf_counter()
         data_wait, ended = self._waited / max(now - self._opened, 1e-9), self._mark(now)
-        self._on_the_way.append(_Reading(step, self._num_steps, lr, data_wait, host, self._started, ended))
+        self._on_the_way.append(
+            _Reading(step, self._num_steps, lr, data_wait, self._sequence_flops, host, self._started, ended)
+        )
         self._sums, self._num_steps, self._started, self._opened, self._waited = None, 0, ended, now, 0.0
 
     def finished(self, *, wait: bool = False) -> list[dict[str, float]]:
@@ -147,7 +154,7 @@ class MetricWindow:
                 "step": reading.step,
                 "train/lr": reading.lr,
                 "puzzles_per_second": rate,
-                "tflops": rate * self._sequence_flops / 1e12,
+                "tflops": rate * reading.sequence_flops / 1e12,
                 "data_wait": reading.data_wait,
             }
             if self._world.device.type == "cuda":

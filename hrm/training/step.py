@@ -109,20 +109,27 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
 
 def make_train_step(config: PretrainConfig, world: World, state: TrainState) -> TrainStep:
     """The function that advances `state` by one step, run eagerly or as a CUDA graph as `config.kernels` says."""
-    update: TrainStep = partial(_update, config, state)
-    if _is_graphed(config, state.model, world):
-        exploration = state.model.model.exploration(world.device)
-        in_place = partial(_update_in_place, config, state)
-        update = GraphedWork(in_place, world.device, eager_calls=3, generators=[exploration])
+    inner, update = state.model.model.inner, _make_update(config, world, state)
 
     def step(batch: Batch) -> dict[str, Tensor]:
+        nonlocal update
         _set_rates(config, state)
+        if inner.training_updates != (wanted := config.updates_at(state.step)):
+            inner.training_updates, update = wanted, _make_update(config, world, state)
         for optimizer, _ in state.optimizers:
             if isinstance(optimizer, AdamATan2):
                 optimizer.refresh_copies()  # a recorded graph reads the copies and cannot tell whether they are current
         return update({name: field.to(world.device, non_blocking=True) for name, field in batch.items()})
 
     return step
+
+
+def _make_update(config: PretrainConfig, world: World, state: TrainState) -> TrainStep:
+    if not _is_graphed(config, state.model, world):
+        return partial(_update, config, state)
+    exploration = state.model.model.exploration(world.device)
+    in_place = partial(_update_in_place, config, state)
+    return GraphedWork(in_place, world.device, eager_calls=3, generators=[exploration])
 
 
 def current_lr(config: PretrainConfig, state: TrainState, base_lr: float) -> float:
