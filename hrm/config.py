@@ -107,7 +107,7 @@ class HRMConfig:
     halt_exploration_prob: float = 0.1  # share of sequences made to think at least a random number of steps
     halt_max_steps: int = 16  # ACT steps after which every sequence halts
     # Learn the value of going on too, from a recurrence more in each step. False, as in TRM (Jolicoeur-Martineau 2025):
-    # sequences halt where q_halt > 0, and training is about 1.6 times as fast.
+    # sequences halt where q_halt > 0, and a training step is about 1.5 times as fast.
     q_continue: bool = True
     H_cycles: int = 2  # slow updates in an ACT step
     L_cycles: int = 2  # fast updates before each slow one
