@@ -21,17 +21,17 @@ from torch import Tensor
 
 from benchmarks.common import machine, write_results
 from hrm.batch import Batch
-from hrm.checkpoint import Checkpoint, find_checkpoint, load_weights, read_weights
-from hrm.config import arch_config
+from hrm.checkpoint import find_checkpoint, read_weights
 from hrm.data.loader import EvalLoader
 from hrm.data.pack import Pack, PackSet, open_pack
 from hrm.distributed import World, join_world
 from hrm.errors import UserError
 from hrm.evaluation.ensemble import Symmetry, make_answering, vote
+from hrm.evaluation.entry import Sizes, load_model
 from hrm.evaluation.runner import Sums, judge, score
 from hrm.evaluation.tasks import symmetries
 from hrm.kernels import describe
-from hrm.models import ACTLossHead, build_model
+from hrm.models import ACTLossHead
 
 
 class Member(NamedTuple):
@@ -63,12 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not isinstance(data_path, str):
         raise UserError(f"{checkpoints[0].config_file} does not say which data it was trained on: add --data.")
     pack = spread_out(open_pack(data_path, "test"), arguments.puzzles)
-    images = symmetries(pack, numbers[-1])
+    images, meta = symmetries(pack, numbers[-1]), pack.metadata
+    sizes = Sizes(arguments.batch_size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
     with join_world(arguments.device) as world:
         batches = [batch for _, batch, _ in EvalLoader(pack, arguments.batch_size)]
         said: list[list[Member]] = []
         for checkpoint in checkpoints:
-            model = _load(checkpoint, pack, arguments.batch_size, arguments.kernels, world)
+            model = load_model(checkpoint, read_weights(checkpoint.weights_file), sizes, arguments.kernels, world)
             said.append(answer(model, images, batches, world))
         subsets = [(1, number) for number in numbers]
         if len(said) > 1:
@@ -128,16 +129,6 @@ def _clock(world: World) -> float:
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
     return time.perf_counter()
-
-
-def _load(checkpoint: Checkpoint, pack: Pack, batch_size: int, kernels: str, world: World) -> ACTLossHead:
-    """The checkpoint's model in evaluation mode."""
-    meta = pack.metadata
-    sizes = {name: getattr(meta, name) for name in ("seq_len", "vocab_size", "num_puzzle_identifiers")}
-    arch = arch_config(checkpoint.config["arch"], sizes, where=f"{checkpoint.config_file}: arch")
-    model = build_model(arch, batch_size=batch_size, **sizes, kernels=kernels, device=world.device)
-    load_weights(model, read_weights(checkpoint.weights_file), checkpoint.weights_file)
-    return model.eval()
 
 
 def spread_out(pack: Pack, count: int) -> Pack:

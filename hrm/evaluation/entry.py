@@ -66,13 +66,17 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
     pin_memory = world.device.type == "cuda"
     loader = EvalLoader(pack, batch_size, world.rank, world.size, config.num_workers, pin_memory)
     meta = pack.metadata
-    sizes = _Sizes(batch_size // world.size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
-    model = _load_model(config, checkpoint, read_weights(checkpoint.weights_file), sizes, world)
+    sizes = Sizes(batch_size // world.size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
+
+    def load(each: Checkpoint) -> ACTLossHead:
+        return load_model(each, read_weights(each.weights_file), sizes, config.kernels, world, config.act_max_steps)
+
+    model = load(checkpoint)
     if world.is_main:
         print(f"{checkpoint.weights_file} on {data_path}/test, kernels: {describe(model.kernels)}")
     if config.ensemble != EnsembleConfig():
         others = [find_checkpoint(name) for name in config.ensemble.checkpoints]
-        more = [_load_model(config, other, read_weights(other.weights_file), sizes, world) for other in others]
+        more = [load(other) for other in others]
         _evaluate_ensemble(config, [model, *more], pack, loader, world, folder)
         return
     if config.act != "halt":
@@ -189,11 +193,11 @@ def _solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, wor
             f"on {vocab_size}: give a puzzle of the kind it was trained on."
         )
     num_identifiers = len(weights.get("model.inner.puzzle_emb.weights", [None]))
-    sizes = _Sizes(1, shape.cells, vocab_size, num_identifiers)
+    sizes = Sizes(1, shape.cells, vocab_size, num_identifiers)
     if config.kernels.backend == "auto":
         # Compiling anything would outlast one puzzle by far.
         config = replace(config, kernels=KernelsConfig("naive", attention="sdpa"))
-    model = _load_model(config, checkpoint, weights, sizes, world)
+    model = load_model(checkpoint, weights, sizes, config.kernels, world, config.act_max_steps)
     batch = {
         "inputs": torch.from_numpy(encode_tokens(puzzle)).int().unsqueeze(0),
         "labels": torch.full((1, shape.cells), IGNORE_LABEL_ID, dtype=torch.int32),
@@ -224,7 +228,7 @@ def _check_show(pack: Pack, world: World) -> None:
         )
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
     """What a model must know of its data, and the batch."""
 
     batch_size: int
@@ -236,14 +240,19 @@ class _Sizes(NamedTuple):
         return {name: size for name, size in self._asdict().items() if name != "batch_size"}
 
 
-def _load_model(
-    config: EvaluateConfig, checkpoint: Checkpoint, weights: Mapping[str, Tensor], sizes: _Sizes, world: World
+def load_model(
+    checkpoint: Checkpoint,
+    weights: Mapping[str, Tensor],
+    sizes: Sizes,
+    kernels: KernelsConfig | str,
+    world: World,
+    act_max_steps: int | None = None,
 ) -> ACTLossHead:
-    """The checkpoint's model in evaluation mode."""
+    """The checkpoint's model in evaluation mode, with another last ACT step than in training if one is given."""
     arch = arch_config(checkpoint.config["arch"], sizes.of_data(), where=f"{checkpoint.config_file}: arch")
-    if config.act_max_steps is not None:
-        arch = replace(arch, halt_max_steps=config.act_max_steps)
-    model = build_model(arch, **sizes._asdict(), kernels=config.kernels, device=world.device)
+    if act_max_steps is not None:
+        arch = replace(arch, halt_max_steps=act_max_steps)
+    model = build_model(arch, **sizes._asdict(), kernels=kernels, device=world.device)
     load_weights(model, weights, checkpoint.weights_file)
     return model.eval()
 

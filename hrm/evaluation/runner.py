@@ -206,9 +206,7 @@ class Sums:
 
 
 def _average(totals: dict[str, Tensor], world: World) -> dict[str, float]:
-    names = sorted(
-        totals, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-    )
+    names = sorted(totals, key=_natural)
     stacked = torch.stack([totals[name] for name in names])
     sum_over_ranks([stacked], world)
     values = dict(zip(names, stacked.tolist(), strict=True))
