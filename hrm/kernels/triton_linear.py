@@ -1,6 +1,6 @@
 """Projections of a block with what follows them fused in, forward and backward, in Triton.
 
-Forward, `linear_swiglu` and `linear_residual_rms` take the fastest of three ways, as measured on an H200:
+Forward, `linear`, `linear_swiglu` and `linear_residual_rms` take the fastest of these ways, as measured on an H200:
 
 - one of the kernels of `hopper_linear`, in 16 bit, where there are rows enough to fill the GPU;
 - SwiGLU in the epilogue of a Triton matmul, in 16 bit, for other widths and GPUs;

@@ -1,0 +1,52 @@
+"""The recipes of `config/experiment/` from one command to the next, on a pack and a model that take seconds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from entry_points import TINY_RUN, make_pack, printed_metrics, run_script, train
+
+from benchmarks import ensembles, run_curves
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "pack"
+    make_pack(folder)
+    return folder
+
+
+def run(experiment: str, pack: Path, folder: Path, *options: str) -> list[dict[str, float]]:
+    """What a run of the recipe logs."""
+    train(f"experiment={experiment}", *TINY_RUN, f"data_path={pack}", f"checkpoint_path={folder}", *options)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("experiment", "named"), [("sudoku_extreme_1k", "all"), ("sudoku_speedrun", "ema/all")])
+def test_hard_sudoku(experiment: str, named: str, pack: Path, tmp_path: Path) -> None:
+    """Trained, its curves drawn, its answers compared in 16 and 8 bit and put to the vote."""
+    records = run(experiment, pack, tmp_path / "run")
+    assert f"{named}/exact_accuracy" in records[-1]
+    run_curves.main([str(tmp_path / "run"), "--picture", str(tmp_path / "curves.svg")])
+    assert (tmp_path / "curves.svg").stat().st_size > 1000
+    counts = []
+    for kernels in ("naive", "fp8"):
+        outcome = run_script("evaluate.py", f"checkpoint={tmp_path / 'run'}", f"kernels={kernels}", "device=cpu")
+        assert outcome.status == 0, outcome.err
+        counts.append(printed_metrics(outcome.out)["count"])
+    assert counts == [5, 5]
+    argv = [str(tmp_path / "run"), "--images", "1,2", "--kernels", "naive", "--device", "cpu", "--batch-size", "4"]
+    ensembles.main([*argv, "--output-dir", str(tmp_path)])
+    (table,) = tmp_path.glob("*-ensembles.json")
+    assert [row["ACT steps"] for row in json.loads(table.read_text())["rows"]] == [2, 4]
+
+
+def test_the_speedrun_has_no_value_of_going_on(pack: Path, tmp_path: Path) -> None:
+    options = ("curriculum=[{until:3,H_cycles:1,L_cycles:2}]", "arch.grad_updates=3")
+    records = run("sudoku_speedrun", pack, tmp_path / "run", *options)
+    assert not any("train/q_continue_loss" in record for record in records)
+    assert any("train/q_halt_loss" in record for record in records)
+    saved = yaml.safe_load((tmp_path / "run" / "all_config.yaml").read_text())
+    assert (saved["arch"]["q_continue"], saved["arch"]["grad_updates"]) == (False, 3)
+    assert saved["curriculum"] == [{"until": 3, "H_cycles": 1, "L_cycles": 2}]
