@@ -22,6 +22,7 @@ from hrm.data.loader import TrainLoader
 from hrm.data.pack import PackMetadata, PackSet, open_pack, write_split
 from hrm.distributed import World
 from hrm.errors import UserError
+from hrm.models.flops import peak_tflops
 from hrm.optim import AdamATan2, SparseSignSGD
 from hrm.training.loop import pretrain
 from hrm.training.metrics import MetricWindow, RunLog
@@ -110,7 +111,7 @@ CLOCKED = {"puzzles_per_second", "tflops", "data_wait"}
 
 def without_clock(record: dict[str, float]) -> dict[str, float]:
     """What must be the same whenever and wherever it is computed."""
-    return {name: value for name, value in record.items() if name not in CLOCKED | {"memory_gib"}}
+    return {name: value for name, value in record.items() if name not in CLOCKED | {"memory_gib", "mfu"}}
 
 
 def start(config: PretrainConfig) -> tuple[TrainState, Iterator[Batch]]:
@@ -293,6 +294,37 @@ def test_cuda_graphs_change_nothing(config: PretrainConfig, tmp_path: Path) -> N
 
 def sums(**values: float) -> dict[str, Tensor]:
     return {name: torch.tensor(value) for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 2080", None),
+        ("Some Other L40", None),
+    ],
+)
+def test_peak_of_a_gpu(name: str, peak: float | None) -> None:
+    assert peak_tflops(name) == peak
+
+
+def test_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 10.0
+    monkeypatch.setattr("hrm.training.metrics.time.perf_counter", lambda: now)
+    window = MetricWindow(ALONE, global_batch_size=8)
+    window._peak_tflops = 50.0  # as of a GPU that is known
+    window.add(sums(count=1, accuracy=0.0, lm_loss=1.0), 5e12)
+    now = 12.0
+    window.close(step=1, lr=0.5)
+    (record,) = window.finished(wait=True)
+    assert record["tflops"] == pytest.approx(20)
+    assert record["mfu"] == pytest.approx(0.4)
 
 
 def test_metric_window(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from hrm.batch import Batch
 from hrm.checkpoint import METRICS_FILE, write_atomically
 from hrm.config import PretrainConfig
 from hrm.distributed import World, sum_over_ranks
+from hrm.models.flops import peak_tflops
 
 
 @dataclass
@@ -74,6 +75,8 @@ class MetricWindow:
         self._world = world
         self._global_batch_size = global_batch_size
         self._sequence_flops = 0.0
+        peak = peak_tflops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+        self._peak_tflops = peak and peak * world.processes
         self._names: list[str] = []
         self._sums: Tensor | None = None
         self._num_steps = 0
@@ -139,9 +142,9 @@ class MetricWindow:
 
         `train/<loss>` is per sequence of the global batch, the other `train/<metric>`s per halted sequence (left out
         where none halted), skipped steps left out; `train/skipped` counts these. With `step`, `train/lr`,
-        `puzzles_per_second`, and `tflops`, operations of the blocks in 1e12 a second, over all ranks; `data_wait`, the
-        share of this rank's time in which its loop waited for a batch; on CUDA `memory_gib`, the most that tensors of
-        this rank ever took.
+        `puzzles_per_second`, and `tflops`, operations of the blocks in 1e12 a second, over all ranks; `mfu`, the share
+        they are of what the GPUs could do at best, where that is known; `data_wait`, the share of this rank's time in
+        which its loop waited for a batch; on CUDA `memory_gib`, the most that tensors of this rank ever took.
         """
         records = []
         while self._on_the_way and (wait or self._on_the_way[0].arrived()):
@@ -157,6 +160,8 @@ class MetricWindow:
                 "tflops": rate * reading.sequence_flops / 1e12,
                 "data_wait": reading.data_wait,
             }
+            if self._peak_tflops is not None:
+                record["mfu"] = record["tflops"] / self._peak_tflops
             if self._world.device.type == "cuda":
                 record["memory_gib"] = torch.cuda.max_memory_allocated(self._world.device) / 2**30
             sequences = reading.num_steps * self._global_batch_size
