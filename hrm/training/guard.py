@@ -39,7 +39,8 @@ class NonFiniteGuard:
     def count(self, found: Tensor, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """The step's metrics, all 0 if it is skipped, with `skipped` and `gave_up` (1 when this is one too many)."""
         self._in_a_row.add_(1).mul_(found)
-        values = torch.stack([value.double() for value in metrics.values()])
+        wide = torch.float32 if found.device.type == "mps" else torch.float64
+        values = torch.stack([value.to(wide) for value in metrics.values()])
         kept = dict(zip(metrics, torch.where(found > 0, 0, values).unbind(), strict=True))
         gave_up = torch.zeros_like(found) if self._abort_after is None else self._in_a_row == self._abort_after
         return kept | {"skipped": found, "gave_up": gave_up}
