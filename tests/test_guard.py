@@ -298,9 +298,9 @@ def test_skipped_steps_are_logged(config: PretrainConfig, tmp_path: Path, monkey
     taken: list[float] = []
     add = MetricWindow.add
 
-    def noting(self: MetricWindow, metrics: dict[str, Tensor]) -> None:
+    def noting(self: MetricWindow, metrics: dict[str, Tensor], sequence_flops: float) -> None:
         taken.append(float(metrics["lm_loss"]))
-        add(self, metrics)
+        add(self, metrics, sequence_flops)
 
     monkeypatch.setattr(MetricWindow, "add", noting)
     poison_losses(monkeypatch, [2, 4, 5, 6, 10])
