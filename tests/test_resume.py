@@ -549,6 +549,17 @@ def test_changes_that_do_not_matter(config: PretrainConfig, stopped: Path, tmp_p
     assert all(torch.equal(x, contents(whole / "step_12")[name]) for name, x in contents(stopped / "step_12").items())
 
 
+def test_a_state_from_before_an_option(config: PretrainConfig, stopped: Path) -> None:
+    """What a state knows nothing of had its default, in groups too; another value changes the run."""
+    had = json.loads((stopped / "state_6" / "state.json").read_text())["config"]
+    had["arch"] = {name: value for name, value in had["arch"].items() if name not in ("q_continue", "grad_updates")}
+    edit_facts(stopped / "state_6", config={name: value for name, value in had.items() if name != "curriculum"})
+    other = replace(config, resume="auto", arch=replace(config.arch, q_continue=False))
+    with pytest.raises(UserError, match=r"arch\.q_continue=False \(it had True\)"):
+        pretrain(other)
+    pretrain(replace(config, resume="auto"))
+
+
 def test_a_state_can_be_branched_from(config: PretrainConfig, stopped: Path, tmp_path: Path) -> None:
     """Another run folder goes on from a state and leaves the run that it was of alone."""
     before = {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()}

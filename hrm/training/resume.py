@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +41,7 @@ from torch.distributed.tensor import DTensor, Shard
 from hrm import __version__
 from hrm.batch import Batch
 from hrm.checkpoint import sync
-from hrm.config import PROJECT_DIR, PretrainConfig
+from hrm.config import PROJECT_DIR, HRMConfig, PretrainConfig
 from hrm.data.pack import Pack, sha256_of
 from hrm.distributed import World
 from hrm.errors import UserError, first_sentence
@@ -353,8 +353,8 @@ def check_options(saved: SavedState, config: PretrainConfig, pack: Pack) -> list
     """
     now = _flat({**asdict(config), "pack": asdict(pack.metadata)})
     # Options newer than the state had their defaults.
-    defaults = {f.name: f.default for f in fields(PretrainConfig) if f.default is not MISSING}
-    had = _flat({**defaults, **saved.facts.config, "pack": saved.facts.pack})
+    defaults = _flat(asdict(PretrainConfig(arch=HRMConfig())))
+    had = defaults | _flat({**saved.facts.config, "pack": saved.facts.pack})
     changed = {name: f"{name}={now.get(name)} (it had {had.get(name)})" for name in sorted(now.keys() | had.keys())}
     changed = {name: text for name, text in changed.items() if not _is_free(name) and now.get(name) != had.get(name)}
     if fixed := [text for name, text in changed.items() if name in _FIXED or name.startswith("pack.")]:
