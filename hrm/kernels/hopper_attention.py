@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hrm.kernels.hopper_linear import _descriptor, _multiprocessors
+from hrm.kernels.hopper_linear import _descriptor, _multiprocessors, _run_of
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _LOG2_E = gl.constexpr(math.log2(math.e))
@@ -402,10 +402,7 @@ def _forward_kernel(
     for stage in gl.static_range(STAGES + 1):
         mbarrier.init(v_raw.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=_GROUPS)
-    tiles = heads * TILES
-    tiles_per_program = gl.cdiv(tiles, gl.num_programs(0))
-    start = gl.program_id(0) * tiles_per_program
-    end = gl.minimum(start + tiles_per_program, tiles)
+    start, end = _run_of(heads * TILES)
 
     work = (start, end)
     descs = (q_desc, kv_desc, rest_desc)

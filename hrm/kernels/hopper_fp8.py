@@ -18,7 +18,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -37,6 +36,8 @@ from hrm.kernels.hopper_linear import (
     _multiprocessors,
     _norm_kernel,
     _quarters,
+    _run_of,
+    _store_tile,
 )
 from hrm.kernels.naive import BlockWeights, RotaryTables
 from hrm.kernels.triton_attention import attention_in_e4m3
@@ -81,21 +82,6 @@ def _load(
                     at = [m + half * BLOCK_M, k * BLOCK_K]
                     tma.async_copy_global_to_shared(x_desc, at, x_full.index(i), x_tile.index(i))
         x_phase ^= new_rows.to(gl.int32)
-
-
-@gluon.jit
-def _store_part(
-    desc: tma.tensor_descriptor,
-    m: gl.tensor,
-    n: gl.tensor,
-    value: gl.tensor,
-    buffer: gl.shared_memory_descriptor,
-) -> None:
-    """Write `value` to global memory through `buffer`, one of two in turn, once the store before the last is done."""
-    tma.store_wait(1)
-    buffer.store(value.to(buffer.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(desc, [m, n], buffer)
 
 
 @gluon.jit
@@ -160,14 +146,15 @@ def _multiply(
 
         if SWIGLU:
             gate, up = acc.reshape([BLOCK_M, 2, BLOCK_N]).permute([0, 2, 1]).split()
-            _store_part(out_desc, m, n, _silu(SCALE * gate) * (SCALE * up), staging.index(2 * HALF + tile % 2))
+            value = _silu(SCALE * gate) * (SCALE * up)
+            _store_tile(out_desc, m, n, value, staging.index(2 * HALF + tile % 2), 1)
         else:
             part: gl.constexpr = BLOCK_N // 4
             a, b, c, d = _quarters(acc)
-            _store_part(out_desc, m, n, SCALE * a, staging.index(2 * HALF))
-            _store_part(out_desc, m, n + part, SCALE * b, staging.index(2 * HALF + 1))
-            _store_part(out_desc, m, n + 2 * part, SCALE * c, staging.index(2 * HALF))
-            _store_part(out_desc, m, n + 3 * part, SCALE * d, staging.index(2 * HALF + 1))
+            _store_tile(out_desc, m, n, SCALE * a, staging.index(2 * HALF), 1)
+            _store_tile(out_desc, m, n + part, SCALE * b, staging.index(2 * HALF + 1), 1)
+            _store_tile(out_desc, m, n + 2 * part, SCALE * c, staging.index(2 * HALF), 1)
+            _store_tile(out_desc, m, n + 3 * part, SCALE * d, staging.index(2 * HALF + 1), 1)
     tma.store_wait(0)
 
 
@@ -206,12 +193,8 @@ def _linear_kernel(
         mbarrier.init(weight_empty.index(stage), count=2)  # Both groups read the weights.
     for half in gl.static_range(2):
         mbarrier.init(turns.index(half), count=1)
-    # Neighbouring tiles share their rows of x, so a program takes a run of them.
     tiles_n = gl.cdiv(N, BLOCK_N)
-    tiles = gl.cdiv(M, 2 * BLOCK_M) * tiles_n
-    tiles_per_program = gl.cdiv(tiles, gl.num_programs(0))
-    start = gl.program_id(0) * tiles_per_program
-    end = gl.minimum(start + tiles_per_program, tiles)
+    start, end = _run_of(gl.cdiv(M, 2 * BLOCK_M) * tiles_n)  # neighbouring tiles share their rows of x
 
     work = (start, end, tiles_n)
     barriers = (x_full, x_empty, weight_full, weight_empty, turns)

@@ -80,11 +80,24 @@ def _swiglu_load(
 
 
 @gluon.jit
+def _run_of(tiles: gl.tensor) -> Any:
+    """First and end of the run of tiles that this program takes."""
+    most = gl.cdiv(tiles, gl.num_programs(0))
+    start = gl.program_id(0) * most
+    return start, gl.minimum(start + most, tiles)
+
+
+@gluon.jit
 def _store_tile(
-    desc: tma.tensor_descriptor, m: gl.tensor, n: gl.tensor, value: gl.tensor, staging: gl.shared_memory_descriptor
+    desc: tma.tensor_descriptor,
+    m: gl.tensor,
+    n: gl.tensor,
+    value: gl.tensor,
+    staging: gl.shared_memory_descriptor,
+    PENDING: gl.constexpr,
 ) -> None:
-    """Write `value` to global memory through `staging`, once the store before has left it."""
-    tma.store_wait(0)
+    """Write `value` to global memory through `staging`, once all but the last PENDING stores have left theirs."""
+    tma.store_wait(PENDING)
     staging.store(value.to(staging.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(desc, [m, n], staging)
@@ -143,10 +156,10 @@ def _swiglu_multiply(
 
         gate, up = acc.reshape([BLOCK_M, 2, BLOCK_N]).permute([0, 2, 1]).split()
         if SAVE:
-            _store_tile(gate_desc, m, n, gate, staging)
-            _store_tile(up_desc, m, n, up, staging)
+            _store_tile(gate_desc, m, n, gate, staging, 0)
+            _store_tile(up_desc, m, n, up, staging, 0)
         if ACTIVATE:
-            _store_tile(out_desc, m, n, gate * up / (1.0 + gl.exp(-gate)), staging)
+            _store_tile(out_desc, m, n, gate * up / (1.0 + gl.exp(-gate)), staging, 0)
     tma.store_wait(0)
 
 
@@ -184,12 +197,9 @@ def _swiglu_kernel(
         mbarrier.init(weight_empty.index(stage), count=1)
     for half in gl.static_range(2):
         mbarrier.init(turns.index(half), count=1)
-    # Neighbouring tiles share their rows of x, so a program takes a run of them. A tile is 2 BLOCK_N outputs wide.
+    # Neighbouring tiles share their rows of x. A tile is 2 BLOCK_N outputs wide.
     tiles_n = gl.cdiv(F, 2 * BLOCK_N)
-    tiles = gl.cdiv(M, BLOCK_M) * tiles_n
-    tiles_per_program = gl.cdiv(tiles, gl.num_programs(0))
-    start = gl.program_id(0) * tiles_per_program
-    end = gl.minimum(start + tiles_per_program, tiles)
+    start, end = _run_of(gl.cdiv(M, BLOCK_M) * tiles_n)
 
     work = (start, end, tiles_n)
     barriers = (x_full, x_empty, weight_full, weight_empty, turns)

@@ -158,7 +158,7 @@ def adam_atan2_(
     copies: Sequence[Tensor],
     *,
     step: Tensor,
-    lr: Tensor,
+    lr: float | Tensor,
     betas: tuple[float, float],
     weight_decay: float,
     found_inf: Tensor | None = None,
@@ -169,9 +169,10 @@ def adam_atan2_(
         params, grads, first, second: contiguous float32 tensors, of equal shapes across the four.
         copies: of the same shapes in any floating-point dtype, to be overwritten by the new weights; or none.
         step: 0-dimensional: the number of this step, from 1 (0 if the first is skipped).
-        lr: 0-dimensional.
+        lr: a number, or 0-dimensional.
         found_inf: 0-dimensional; when not 0, all stays as it is and the copies are of that.
     """
+    lr = _in_memory(lr, step.device)
     log2_betas = [math.log2(beta) if beta else -math.inf for beta in betas]
     operands = list(zip(params, grads, first, second, copies or params, strict=True))
     # Whole vectors are moved only where Triton knows all sizes to be multiples of them, so the others go apart.
@@ -190,7 +191,12 @@ def adam_atan2_(
 
 
 def sign_sgd_(
-    weights: Tensor, ids: Tensor, grads: Tensor, lr: Tensor, weight_decay: float, found_inf: Tensor | None = None
+    weights: Tensor,
+    ids: Tensor,
+    grads: Tensor,
+    lr: float | Tensor,
+    weight_decay: float,
+    found_inf: Tensor | None = None,
 ) -> None:
     """Update the rows `ids` of a table as `hrm.optim.SparseSignSGD` says, in place, in one launch.
 
@@ -200,9 +206,10 @@ def sign_sgd_(
         weights: [rows, N], contiguous.
         ids: [B] integers.
         grads: [B, N], contiguous.
-        lr: 0-dimensional.
+        lr: a number, or 0-dimensional.
         found_inf: 0-dimensional; when not 0, all stays as it is.
     """
+    lr = _in_memory(lr, grads.device)
     B, N = grads.shape
     # Few columns a program, so that several share the sum where one id fills the batch.
     columns = min(64, triton.next_power_of_2(N))
@@ -210,3 +217,8 @@ def sign_sgd_(
         weights, ids, grads, lr, found_inf, B, N, weight_decay, triton.next_power_of_2(B), 64, columns
     )
     torch.autograd.graph.increment_version(weights)
+
+
+def _in_memory(lr: float | Tensor, device: torch.device) -> Tensor:
+    """A rate as the kernels read it."""
+    return lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device=device)

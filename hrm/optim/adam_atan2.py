@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hrm.models.layers import keep_copy, kept_copy
+from hrm.optim.schedule import set_lr
 
 
 class AdamATan2(Optimizer):
@@ -67,8 +68,7 @@ class AdamATan2(Optimizer):
         own = [(group["lr"], group["capturable"], group["fused"]) for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, (lr, capturable, fused) in zip(self.param_groups, own, strict=True):
-            loaded = float(group["lr"])
-            group["lr"] = lr.fill_(loaded) if isinstance(lr, Tensor) else loaded
+            set_lr(group, float(group["lr"]), lr)
             group["capturable"], group["fused"] = capturable, fused
             for param in group["params"]:
                 if state := self.state.get(param):
@@ -180,7 +180,7 @@ class AdamATan2(Optimizer):
             [self.state[param]["exp_avg_sq"] for param in params],
             copies,
             step=step,
-            lr=lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device=step.device),
+            lr=lr,
             betas=betas,
             weight_decay=weight_decay,
             found_inf=self.found_inf,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+
+from torch import Tensor
 
 
 def learning_rate(step: int, base_lr: float, warmup_steps: int, total_steps: int, min_ratio: float) -> float:
@@ -15,3 +18,9 @@ def learning_rate(step: int, base_lr: float, warmup_steps: int, total_steps: int
         return base_lr * step / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return base_lr * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def set_lr(group: dict[str, Any], lr: float, holder: float | Tensor | None = None) -> None:
+    """Set a group's rate, in `holder` or else in what holds it now: a tensor, for CUDA graphs, is filled and stays."""
+    holder = group["lr"] if holder is None else holder
+    group["lr"] = holder.fill_(lr) if isinstance(holder, Tensor) else lr

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hrm.optim.schedule import set_lr
+
 
 class SparseTable(Protocol):
     """What the optimizer needs of a table; `hrm.models.layers.SparseEmbedding` is one."""
@@ -58,9 +60,7 @@ class SparseSignSGD(Optimizer):
         """Take the options of a state; a tensor that holds `lr` stays that tensor."""
         lr = self.param_groups[0]["lr"]
         super().load_state_dict(state_dict)
-        group = self.param_groups[0]
-        loaded = float(group["lr"])
-        group["lr"] = lr.fill_(loaded) if isinstance(lr, Tensor) else loaded
+        set_lr(self.param_groups[0], float(self.param_groups[0]["lr"]), lr)
 
     def keep(self) -> None:
         """Put the last forward's rows aside, for `step` to update together with those of the forwards that follow."""
@@ -100,8 +100,6 @@ class SparseSignSGD(Optimizer):
         if self._fused:
             from hrm.kernels.triton_optim import sign_sgd_  # imported here: Triton is not everywhere
 
-            if not isinstance(lr, Tensor):
-                lr = torch.full((), lr, dtype=torch.float64, device=grads.device)
             sign_sgd_(table.weights, ids.contiguous(), grads.contiguous(), lr, group["weight_decay"], self.found_inf)
             return loss
         # Rows of equal ids get the same sum, so writing a row several times is harmless, and no step of the way

@@ -17,7 +17,7 @@ from hrm.distributed import World, broadcast_tensors
 from hrm.errors import UserError
 from hrm.models import ACTLossHead, build_model
 from hrm.models.hrm_v1 import Carry, InnerCarry
-from hrm.optim import AdamATan2, SparseSignSGD, learning_rate
+from hrm.optim import AdamATan2, SparseSignSGD, learning_rate, set_lr
 from hrm.training.average import WeightAverage
 from hrm.training.guard import NonFiniteGuard, restart_poisoned
 from hrm.training.parallel import SharedModel
@@ -168,11 +168,7 @@ def _set_rates(config: PretrainConfig, state: TrainState) -> None:
     state.step += 1
     for optimizer, base_lr in state.optimizers:
         for group in optimizer.param_groups:
-            lr = current_lr(config, state, base_lr)
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+            set_lr(group, current_lr(config, state, base_lr))
 
 
 def _update(config: PretrainConfig, state: TrainState, batch: Batch) -> dict[str, Tensor]:
