@@ -89,13 +89,11 @@ def compare_presets(
         shapes: the default ones.
         measure: returns a row, with the time in `ms`.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(description)
     parser.add_argument("--data", help="a pack of real puzzles; shapes of another length get random tokens")
     parser.add_argument("--presets", default=PRESETS)
     parser.add_argument("--shapes", default=shapes, help="batch size x sequence length, several")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py, e.g. arch=hrm_small")
     arguments = parser.parse_args(argv)
 
@@ -126,6 +124,14 @@ def compare_presets(
             rows += measured
     about = machine(world.device) | {"bf16 matmul ceiling": f"{ceiling:.0f} TFLOP/s"}
     print(write_results(name, about, rows, arguments.output_dir))
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line of which a benchmark's device and the folder of its results can be chosen."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    return parser
 
 
 def preset_config(preset: str, shape: Shape, overrides: Sequence[str]) -> PretrainConfig:

@@ -6,7 +6,6 @@ torchrun --nproc-per-node 2 -m benchmarks.data_parallel --global-batch 768   the
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from benchmarks.common import Shape, batches, machine, median_ms, peak_gib, preset_config, write_results
+from benchmarks.common import Shape, batches, machine, make_parser, median_ms, peak_gib, preset_config, write_results
 from hrm.config import PretrainConfig, register_schemas
 from hrm.distributed import World, join_world, share_out
 from hrm.errors import UserError
@@ -36,15 +35,13 @@ WAYS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--ways", default=";".join(list(WAYS)[:6]), help=f"separated by semicolons, of: {list(WAYS)}")
     parser.add_argument("--batch", type=int, default=768, help="sequences of one rank alone")
     parser.add_argument("--global-batch", type=int, help="of all ranks together; default: each has its --batch")
     parser.add_argument("--seq-len", type=int, default=81)
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py, e.g. arch=hrm_small")
     arguments = parser.parse_args(argv)
     register_schemas()

@@ -8,18 +8,16 @@ parts took.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import machine, write_results
+from benchmarks.common import machine, make_parser, write_results
 from hrm.batch import Batch
 from hrm.checkpoint import find_checkpoint, read_weights
 from hrm.data.loader import EvalLoader
@@ -44,15 +42,13 @@ class Member(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", help="run folders, weights files or hub ids")
     parser.add_argument("--images", default="1,2,4,8,16", help="of each puzzle, itself included: several numbers")
     parser.add_argument("--puzzles", type=int, default=2000, help="of each test set, evenly spread over it")
     parser.add_argument("--data", help="a pack; default: the one that the first checkpoint was trained on")
     parser.add_argument("--kernels", default="auto", help="a preset of config/kernels/")
     parser.add_argument("--batch-size", type=int, default=500)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args(argv)
     numbers = sorted({int(number) for number in arguments.images.split(",")})
     if numbers[0] < 1 or arguments.puzzles < 1:

@@ -12,7 +12,6 @@ python -m benchmarks.loss_curves --data data/sudoku-extreme-1k-aug-1000 --refere
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.common import PRESETS, Shape, batches, machine, picture_file, preset_config, write_results
+from benchmarks.common import PRESETS, Shape, batches, machine, make_parser, picture_file, preset_config, write_results
 from hrm.config import KernelsConfig, PretrainConfig, register_schemas
 from hrm.distributed import World, join_world
 from hrm.errors import UserError
@@ -45,7 +44,7 @@ class Course(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--data", help="a pack of real puzzles; without it, random tokens")
     parser.add_argument("--presets", help="to compare with the reference; default: all")
     parser.add_argument("--reference", default="naive", metavar="PRESET", help="what the others are compared with")
@@ -55,8 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seeds", type=int, default=3, help="runs of the reference that make its spread; 1: no spread, no verdict"
     )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--picture", type=picture_file, help="draw all curves into this SVG or PNG file")
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py, e.g. arch=hrm_small")
     arguments = parser.parse_args(argv)
