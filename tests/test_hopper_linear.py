@@ -41,10 +41,15 @@ def assert_rounded_once(actual: Tensor, exact: Tensor) -> None:
         (130, 512, 128, 2),  # more slices of x than stages of weights
     ],
 )
-@pytest.mark.parametrize(("save", "activate"), [(False, True), (True, True), (True, False)])
-def test_swiglu(rows: int, inputs: int, inner: int, programs: int, save: bool, activate: bool) -> None:
+@pytest.mark.parametrize(
+    ("save", "activate", "norm"),
+    [(False, True, False), (True, True, False), (True, False, False), (True, False, True)],
+)
+def test_swiglu(rows: int, inputs: int, inner: int, programs: int, save: bool, activate: bool, norm: bool) -> None:
     x, gate_up = draw((rows, inputs), (2 * inner, inputs))
-    out, projected = empty(rows, inner), empty(rows, 2 * inner)
+    if norm:
+        x *= 1 + torch.arange(rows)[:, None] % 5  # rows of unlike sizes
+    out, projected, rstd = empty(rows, inner), empty(rows, 2 * inner), torch.full((rows,), math.nan)
     for program in range(programs):
         on_cpu(hopper_linear, "_swiglu_kernel", FakeGluon(program, programs, seed=program))(
             Descriptor(x, 128, 64),
@@ -52,14 +57,22 @@ def test_swiglu(rows: int, inputs: int, inner: int, programs: int, save: bool, a
             Descriptor(out, 128, 64),
             Descriptor(projected[:, :inner], 128, 64),
             Descriptor(projected[:, inner:], 128, 64),
+            Pointer(rstd),
             Number(rows),
             Number(inner),
+            EPS,
             inputs // 64,
             4,
             save,
             activate,
+            norm,
         )
-    exact = x.double() @ gate_up.double().T
+    exact = x.double()
+    if norm:
+        factors = (exact.square().mean(1) + EPS).rsqrt()
+        torch.testing.assert_close(rstd.double(), factors, rtol=1e-5, atol=0)
+        exact = exact * factors[:, None]
+    exact = exact @ gate_up.double().T
     if save:
         assert_rounded_once(projected, exact)
     if activate:
@@ -77,8 +90,10 @@ def unpack(words: Block, dtype: torch.dtype, layout: object) -> Block:
 
 @pytest.mark.parametrize(("rows", "inputs", "programs"), [(300, 64, 2), (128, 192, 1), (5, 512, 3)])
 @pytest.mark.parametrize("save", [False, True])
-def test_residual_rms(rows: int, inputs: int, programs: int, save: bool) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_residual_rms(rows: int, inputs: int, programs: int, save: bool, scaled: bool) -> None:
     x, weight, residual = draw((rows, inputs), (512, inputs), (rows, 512))
+    scales = torch.arange(rows) % 3 + 0.5
     y, rstd = empty(rows, 512), torch.full((rows,), math.nan)
     results = Descriptor(y, 128, 64)
     for program in range(programs):
@@ -88,6 +103,7 @@ def test_residual_rms(rows: int, inputs: int, programs: int, save: bool) -> None
             Descriptor(residual, 128, 64),
             results,
             results,
+            Pointer(scales) if scaled else None,
             Pointer(rstd),
             Number(rows),
             Number(inputs),
@@ -97,7 +113,7 @@ def test_residual_rms(rows: int, inputs: int, programs: int, save: bool) -> None
             save,
             False,
         )
-    total = residual.double() + x.double() @ weight.double().T
+    total = residual.double() * (scales[:, None] if scaled else 1) + x.double() @ weight.double().T
     factors = (total.square().mean(1) + EPS).rsqrt()
     # Half of a row waits in 16 bit for its norm.
     assert (y.double() - total * factors[:, None]).norm() / math.sqrt(y.numel()) < EPSILON

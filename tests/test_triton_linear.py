@@ -217,3 +217,32 @@ def test_gradients_need_not_be_contiguous() -> None:
         strict=True,
     ):
         torch.testing.assert_close(strided, plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="no NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [12_345, 16_896, 31_488])
+def test_a_norm_put_off(dtype: torch.dtype, rows: int) -> None:
+    """Applied by the two matmuls that read the row, it is as exact as one applied before."""
+    x, qkv, o = (t.detach() for t in draw(dtype, (rows, 512), (1536, 512), (512, 512)))
+    mixed = torch.randn(rows, 512, device=x.device, generator=torch.Generator(x.device).manual_seed(1)).to(dtype)
+    x *= 1 + torch.arange(rows, device=x.device, dtype=dtype)[:, None] % 7
+    if not triton_linear.defers_norm(x, qkv, o):
+        pytest.skip("does not pay for so many rows")
+    found, factors = triton_linear.deferred_norm_linear(x, qkv, EPS)
+    normed = x.double() * (x.double().square().mean(1) + EPS).rsqrt()[:, None]
+    plain = normed.to(dtype)
+    for ours, theirs, exact in (
+        (found, plain @ qkv.T, normed @ qkv.double().T),
+        (
+            triton_linear.deferred_norm_residual_rms(mixed, o, x, factors, EPS),
+            linear_residual_rms(mixed, o, plain),
+            torch.nn.functional.rms_norm(normed + mixed.double() @ o.double().T, (512,), eps=EPS),
+        ),
+    ):
+        error, limit = ((result.double() - exact).norm() / exact.norm() for result in (ours, theirs))
+        assert error <= 1.1 * limit
+    again, factors_again = triton_linear.deferred_norm_linear(x, qkv, EPS)
+    assert torch.equal(found, again)
+    assert torch.equal(factors, factors_again)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hrm.kernels.naive import BlockWeights, RotaryTables, rotary_tables
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from hrm.kernels import triton_module, triton_unrolled
+from hrm.kernels import triton_linear, triton_module, triton_unrolled
 from hrm.kernels.triton_unrolled import cycles
 
 EPS = 1e-5
@@ -129,6 +130,37 @@ def test_equals_the_definition(
 )
 def test_launch_by_launch(layers: tuple[int, int], updates: str, dtype: torch.dtype) -> None:
     check(2, 5, 2, 32, 72, layers, updates, True, dtype, triton_module.cycles)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("updates", ["LLHLLH", "HLL"])
+def test_norms_put_off(updates: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block's last norm is left to the next block's matmuls: here by plain ones that stand in for Hopper's."""
+    calls = []
+
+    def norm_linear(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        calls.append("norm_linear")
+        factors = (x.float().square().mean(1) + eps).rsqrt()
+        return ((x.float() @ weight.float().T) * factors[:, None]).to(x.dtype), factors
+
+    def linear_residual_rms(
+        x: Tensor, weight: Tensor, residual: Tensor, eps: float, save: bool, factors: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        scaled = residual.float() if factors is None else residual.float() * factors[:, None]
+        total = scaled + x.float() @ weight.float().T
+        return torch.nn.functional.rms_norm(total, total.shape[1:], eps=eps).to(x.dtype), None
+
+    hopper = SimpleNamespace(
+        norm_linear=norm_linear,
+        linear_residual_rms=linear_residual_rms,
+        linear=lambda x, weight: x @ weight.T,
+        pays_for_linear=lambda x, weight: True,
+        pays_for_residual_rms=lambda x, weight: weight.shape[0] == weight.shape[1],
+        fits_swiglu=lambda inputs: False,
+    )
+    monkeypatch.setattr(triton_linear, "_hopper", lambda x: hopper)
+    check(2, 5, 2, 32, 72, (3, 2), updates, True, dtype, triton_module.cycles)
+    assert len(calls) == updates.count("L") + 2 * updates.count("H")  # of two layers one, of three two
 
 
 @pytest.mark.gpu

@@ -302,6 +302,7 @@ def linear_residual_rms(
         _descriptor(y, _ROWS, _NORM_WIDTH // 8),
         _descriptor(rounded, _ROWS, _NORM_WIDTH // 8),
         None,
+        None,
         M,
         K,
         eps,

@@ -48,7 +48,13 @@ _LOAD_REGISTERS = gl.constexpr(24)
 
 @gluon.jit
 def _swiglu_load(
-    descs: gl.tuple, buffers: gl.tuple, barriers: gl.tuple, work: gl.tuple, SLICES: gl.constexpr, STAGES: gl.constexpr
+    descs: gl.tuple,
+    buffers: gl.tuple,
+    barriers: gl.tuple,
+    work: gl.tuple,
+    SLICES: gl.constexpr,
+    STAGES: gl.constexpr,
+    NORM: gl.constexpr,
 ) -> None:
     x_desc, weight_desc = descs
     x_tile, weight_ring = buffers
@@ -63,9 +69,16 @@ def _swiglu_load(
         m = tile // tiles_n * BLOCK_M
         n = tile % tiles_n * (2 * BLOCK_N)
         new_rows = (tile == start) | (n == 0)
+        if NORM:  # the norm wants all of a row before any of it is multiplied
+            for k in range(SLICES):
+                mbarrier.wait(x_empty.index(k), x_phase ^ 1, pred=new_rows)
+                mbarrier.expect(x_full.index(k), x_desc.block_type.nbytes, pred=new_rows)
+                tma.async_copy_global_to_shared(
+                    x_desc, [m, k * BLOCK_K], x_full.index(k), x_tile.index(k), pred=new_rows
+                )
         for half in gl.static_range(2):
             for k in range(SLICES):
-                if half == 0 and new_rows:
+                if not NORM and half == 0 and new_rows:
                     mbarrier.wait(x_empty.index(k), x_phase ^ 1)
                     mbarrier.expect(x_full.index(k), x_desc.block_type.nbytes)
                     tma.async_copy_global_to_shared(x_desc, [m, k * BLOCK_K], x_full.index(k), x_tile.index(k))
@@ -104,16 +117,43 @@ def _store_tile(
 
 
 @gluon.jit
+def _norm_factors(
+    x_tile: gl.shared_memory_descriptor,
+    x_full: gl.shared_memory_descriptor,
+    phase: gl.tensor,
+    eps: gl.tensor,
+    layout: gl.constexpr,
+    SLICES: gl.constexpr,
+) -> Any:
+    """1 / rms of the rows in `x_tile`, as soon as they are there."""
+    BLOCK_M: gl.constexpr = x_tile.type.shape[1]
+    BLOCK_K: gl.constexpr = x_tile.type.shape[2]
+    of_slice: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
+    squares = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, of_slice))
+    for k in range(SLICES):
+        mbarrier.wait(x_full.index(k), phase)
+        x = x_tile.index(k).load(of_slice).to(gl.float32)
+        squares += gl.sum(x * x, 1)
+    fence_async_shared()  # orders the reads before the copy engine's next writes
+    factors = gl.rsqrt(squares / (SLICES * BLOCK_K) + eps)
+    return gl.convert_layout(factors, gl.SliceLayout(1, layout))
+
+
+@gluon.jit
 def _swiglu_multiply(
     HALF: gl.constexpr,
     descs: gl.tuple,
     buffers: gl.tuple,
     barriers: gl.tuple,
     work: gl.tuple,
+    rstd: gl.tensor,
+    M: gl.tensor,
+    eps: gl.tensor,
     SLICES: gl.constexpr,
     STAGES: gl.constexpr,
     SAVE: gl.constexpr,
     ACTIVATE: gl.constexpr,
+    NORM: gl.constexpr,
 ) -> None:
     """One of the two groups of four warps, which take turns: one multiplies while the other one finishes its tile."""
     out_desc, gate_desc, up_desc = descs
@@ -127,11 +167,16 @@ def _swiglu_multiply(
     step = HALF * SLICES
     x_phase = 0
     turn_phase = 1 - HALF  # The first group finds its first turn given.
+    factors = gl.full([BLOCK_M], 1.0, gl.float32, gl.SliceLayout(1, layout))
     for tile in range(start, end):
         m = tile // tiles_n * BLOCK_M
         n = tile % tiles_n * (2 * BLOCK_N) + HALF * BLOCK_N
         new_rows = (tile == start) | (tile % tiles_n == 0)
         last_of_rows = (tile + 1 == end) | ((tile + 1) % tiles_n == 0)
+        if NORM and new_rows:
+            factors = _norm_factors(x_tile, x_full, x_phase, eps, layout, SLICES)
+            rows = m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+            gl.store(rstd + rows, factors, rows < M)  # both groups, and every program that has some of the rows
         acc = gl.zeros([BLOCK_M, 2 * BLOCK_N], gl.float32, layout)
         # Besides ordering the two, a turn says that the other group has seen all stages before this tile's come full:
         # without it, the parity of `weight_full` would be ambiguous.
@@ -154,6 +199,8 @@ def _swiglu_multiply(
         step += SLICES
         x_phase ^= last_of_rows.to(gl.int32)
 
+        if NORM:
+            acc = acc * gl.expand_dims(factors, 1)
         gate, up = acc.reshape([BLOCK_M, 2, BLOCK_N]).permute([0, 2, 1]).split()
         if SAVE:
             _store_tile(gate_desc, m, n, gate, staging, 0)
@@ -170,12 +217,15 @@ def _swiglu_kernel(
     out_desc: tma.tensor_descriptor,
     gate_desc: tma.tensor_descriptor,
     up_desc: tma.tensor_descriptor,
+    rstd: gl.tensor,
     M: gl.tensor,
     F: gl.tensor,
+    eps: gl.tensor,
     SLICES: gl.constexpr,
     STAGES: gl.constexpr,
     SAVE: gl.constexpr,
     ACTIVATE: gl.constexpr,
+    NORM: gl.constexpr,
 ) -> None:
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
@@ -208,9 +258,12 @@ def _swiglu_kernel(
     second = (x_tile, weight_ring, staging.index(1))
     gl.warp_specialize(
         [
-            (_swiglu_multiply, (0, outputs, first, barriers, work, SLICES, STAGES, SAVE, ACTIVATE)),
-            (_swiglu_multiply, (1, outputs, second, barriers, work, SLICES, STAGES, SAVE, ACTIVATE)),
-            (_swiglu_load, ((x_desc, weight_desc), (x_tile, weight_ring), barriers, work, SLICES, STAGES)),
+            (_swiglu_multiply, (0, outputs, first, barriers, work, rstd, M, eps, SLICES, STAGES, SAVE, ACTIVATE, NORM)),
+            (
+                _swiglu_multiply,
+                (1, outputs, second, barriers, work, rstd, M, eps, SLICES, STAGES, SAVE, ACTIVATE, NORM),
+            ),
+            (_swiglu_load, ((x_desc, weight_desc), (x_tile, weight_ring), barriers, work, SLICES, STAGES, NORM)),
         ],
         [4, 1],
         [_MULTIPLY_REGISTERS, _LOAD_REGISTERS],
@@ -276,9 +329,21 @@ def _unpack(words: gl.tensor, dtype: gl.constexpr, layout: gl.constexpr) -> Any:
 
 
 @gluon.jit
-def _add_residual(x: gl.tensor, residual: gl.shared_memory_descriptor, SCALE: gl.constexpr, PACK: gl.constexpr) -> Any:
-    """SCALE x + residual, and the sum of its squares in each row."""
-    x = SCALE * x + residual.load(x.type.layout).to(gl.float32)
+def _add_residual(
+    x: gl.tensor,
+    residual: gl.shared_memory_descriptor,
+    factors: gl.tensor,
+    rows: gl.tensor,
+    M: gl.tensor,
+    SCALE: gl.constexpr,
+    PACK: gl.constexpr,
+) -> Any:
+    """SCALE x + residual, its rows times `factors` if there are any, and the sum of its squares in each row."""
+    before = residual.load(x.type.layout).to(gl.float32)
+    if factors is not None:
+        rows = gl.convert_layout(rows, gl.SliceLayout(1, x.type.layout), assert_trivial=True)
+        before = before * gl.expand_dims(gl.load(factors + rows, rows < M, other=0.0), 1)
+    x = SCALE * x + before
     squares = gl.sum(x * x, 1)
     if PACK:
         x = _pack(x, residual.dtype)
@@ -295,6 +360,8 @@ def _half_row(
     residual_desc: tma.tensor_descriptor,
     buffers: gl.tuple,
     barriers: gl.tuple,
+    factors: gl.tensor,
+    M: gl.tensor,
     K: gl.tensor,
     SCALE: gl.constexpr,
     STAGES: gl.constexpr,
@@ -333,10 +400,11 @@ def _half_row(
     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
     mbarrier.wait(residual_full, HALF)
     a, b, c, d = _quarters(acc)
-    a, squares_a = _add_residual(a, staging.index(0), SCALE, HALF == 0)
-    b, squares_b = _add_residual(b, staging.index(1), SCALE, HALF == 0)
-    c, squares_c = _add_residual(c, staging.index(2), SCALE, HALF == 0)
-    d, squares_d = _add_residual(d, staging.index(3), SCALE, HALF == 0)
+    rows = m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, a.type.layout))
+    a, squares_a = _add_residual(a, staging.index(0), factors, rows, M, SCALE, HALF == 0)
+    b, squares_b = _add_residual(b, staging.index(1), factors, rows, M, SCALE, HALF == 0)
+    c, squares_c = _add_residual(c, staging.index(2), factors, rows, M, SCALE, HALF == 0)
+    d, squares_d = _add_residual(d, staging.index(3), factors, rows, M, SCALE, HALF == 0)
     return step, a, b, c, d, squares_a + squares_b + squares_c + squares_d
 
 
@@ -375,6 +443,7 @@ def _store_quarter(
 @gluon.jit
 def _norm_multiply(
     descs: gl.tuple,
+    factors: gl.tensor,
     rstd: gl.tensor,
     buffers: gl.tuple,
     barriers: gl.tuple,
@@ -397,8 +466,12 @@ def _norm_multiply(
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(M, BLOCK_M), gl.num_programs(0)):
         m = tile * BLOCK_M
-        step, a, b, c, d, squares_left = _half_row(step, m, 0, residual_desc, operands, barriers, K, SCALE, STAGES)
-        step, e, f, g, h, squares_right = _half_row(step, m, 1, residual_desc, operands, barriers, K, SCALE, STAGES)
+        step, a, b, c, d, squares_left = _half_row(
+            step, m, 0, residual_desc, operands, barriers, factors, M, K, SCALE, STAGES
+        )
+        step, e, f, g, h, squares_right = _half_row(
+            step, m, 1, residual_desc, operands, barriers, factors, M, K, SCALE, STAGES
+        )
         layout: gl.constexpr = e.type.layout
         row_scale = gl.rsqrt((squares_left + squares_right) / (2 * BLOCK_N) + eps)
         if SAVE:
@@ -423,6 +496,7 @@ def _norm_kernel(
     residual_desc: tma.tensor_descriptor,
     y_desc: tma.tensor_descriptor,
     y8_desc: tma.tensor_descriptor,
+    factors: gl.tensor,
     rstd: gl.tensor,
     M: gl.tensor,
     K: gl.tensor,
@@ -453,7 +527,7 @@ def _norm_kernel(
     barriers = (full, empty, residual_full)
     gl.warp_specialize(
         [
-            (_norm_multiply, (descs, rstd, buffers, barriers, M, K, eps, SCALE, STAGES, SAVE, ROUND)),
+            (_norm_multiply, (descs, factors, rstd, buffers, barriers, M, K, eps, SCALE, STAGES, SAVE, ROUND)),
             (_norm_load, ((x_desc, weight_desc), (x_ring, weight_ring), (full, empty), M, K, STAGES)),
         ],
         [1],
@@ -501,8 +575,26 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def _launch_swiglu(x: Tensor, gate_up: Tensor, out: Tensor | None, projected: Tensor | None) -> None:
-    """Write to `out` [M, F] what gate and up make of each other, to `projected` [M, 2 F] what they are."""
+def norm_linear(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """rms_norm(x) @ weight.T, and 1 / rms of the rows of x [M], float32: a row's norm commutes with the matmul."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    rstd = x.new_empty(x.shape[0], dtype=torch.float32)
+    _launch_swiglu(x, weight, None, out, rstd, eps)
+    return out, rstd
+
+
+def _launch_swiglu(
+    x: Tensor,
+    gate_up: Tensor,
+    out: Tensor | None,
+    projected: Tensor | None,
+    rstd: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Write to `out` [M, F] what gate and up make of each other, to `projected` [M, 2 F] what they are.
+
+    With `rstd` [M], of the rows of x after their norm, whose factors are left there.
+    """
     M, K = x.shape
     F = gate_up.shape[0] // 2
     out_desc = gate_desc = up_desc = None
@@ -518,21 +610,27 @@ def _launch_swiglu(x: Tensor, gate_up: Tensor, out: Tensor | None, projected: Te
         out_desc or gate_desc,
         gate_desc,
         up_desc,
+        rstd,
         M,
         F,
+        eps,
         SLICES=K // _COLUMNS,
         STAGES=_SWIGLU_STAGES,
         SAVE=projected is not None,
         ACTIVATE=out is not None,
+        NORM=rstd is not None,
         num_warps=4,
         maxnreg=_START_REGISTERS,
     )
 
 
 def linear_residual_rms(
-    x: Tensor, weight: Tensor, residual: Tensor, eps: float, save: bool
+    x: Tensor, weight: Tensor, residual: Tensor, eps: float, save: bool, factors: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """rms_norm(residual + x @ weight.T) of contiguous operands; with `save` also 1 / rms of the rows [M], float32."""
+    """rms_norm(residual + x @ weight.T) of contiguous operands; with `save` also 1 / rms of the rows [M], float32.
+
+    With `factors` [M], float32, the residual's rows count so many times.
+    """
     M, K = x.shape
     y = torch.empty_like(residual)
     y_desc = _descriptor(y, _ROWS, _NORM_WIDTH // 8)
@@ -543,6 +641,7 @@ def linear_residual_rms(
         _descriptor(residual, _ROWS, _NORM_WIDTH // 8),
         y_desc,
         y_desc,
+        factors,
         rstd,
         M,
         K,

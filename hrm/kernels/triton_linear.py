@@ -278,6 +278,25 @@ def linear_residual_rms_and_sums(
     return y, sums
 
 
+def defers_norm(x: Tensor, qkv: Tensor, o: Tensor) -> bool:
+    """Whether a block may leave the norm of its result `x` [M, D] to the next one's `deferred_norm_linear` and
+    `deferred_norm_residual_rms`: a row factor, which commutes with the matmul, found on the way.
+    """
+    kernels = _hopper(x)
+    return kernels is not None and kernels.pays_for_linear(x, qkv) and kernels.pays_for_residual_rms(x, o)
+
+
+def deferred_norm_linear(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """rms_norm(x) @ weight.T and the norm's factors [M], without gradient, where `defers_norm` says so."""
+    return _hopper(x).norm_linear(x, weight, eps)  # type: ignore[union-attr, no-any-return]
+
+
+def deferred_norm_residual_rms(x: Tensor, weight: Tensor, residual: Tensor, factors: Tensor, eps: float) -> Tensor:
+    """`linear_residual_rms` with the rows of the residual times `factors`, where `defers_norm` says so."""
+    y: Tensor = _hopper(x).linear_residual_rms(x, weight, residual, eps, False, factors)[0]  # type: ignore[union-attr]
+    return y
+
+
 def _add_rms_forward(a: Tensor, b: Tensor, eps: float, save: bool) -> tuple[Tensor, Tensor | None]:
     """The result [M, D] and, with `save`, 1 / rms of the rows of a + b [M]."""
     M, D = a.shape

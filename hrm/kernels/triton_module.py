@@ -16,6 +16,9 @@ from torch import Tensor
 from hrm.kernels.naive import Attend, BlockWeights, RotaryTables
 from hrm.kernels.triton_attention import attention, first_token_attention
 from hrm.kernels.triton_linear import (
+    deferred_norm_linear,
+    deferred_norm_residual_rms,
+    defers_norm,
     linear,
     linear_and_input,
     linear_residual_rms,
@@ -94,13 +97,25 @@ def _apply_blocks(
 ) -> tuple[Tensor, list[Tensor]]:
     """The blocks' result on x [B T, D], which is overwritten, and its sums as in `linear_residual_rms_and_sums`."""
     batch, tokens, width = shape
+    defers = False  # whether x still lacks its norm
     for index, weights in enumerate(blocks):
-        mixed = attend(linear(x, weights.qkv).view(batch, tokens, 3 * width), rotary, num_heads).view(-1, width)
-        x, _ = linear_residual_rms_and_sums(mixed, weights.o, x, eps)
+        factors = None
+        if defers:
+            qkv, factors = deferred_norm_linear(x, weights.qkv, eps)
+        else:
+            qkv = linear(x, weights.qkv)
+        mixed = attend(qkv.view(batch, tokens, 3 * width), rotary, num_heads).view(-1, width)
+        if factors is None:
+            x, _ = linear_residual_rms_and_sums(mixed, weights.o, x, eps)
+        else:
+            x = deferred_norm_residual_rms(mixed, weights.o, x, factors, eps)
         inner = linear_swiglu(x, weights.gate_up)
         if index + 1 == len(blocks):
             return linear_residual_rms_and_sums(inner, weights.down, x, eps, addends, keep=keep)
-        x, _ = linear_residual_rms_and_sums(inner, weights.down, x, eps)
+        if defers := defers_norm(x, weights.qkv, weights.o):
+            x.addmm_(inner, weights.down.T)
+        else:
+            x, _ = linear_residual_rms_and_sums(inner, weights.down, x, eps)
     return x, list(accumulate(addends, initial=x))[1:]
 
 
