@@ -25,11 +25,11 @@ CONFIG_DIR = PROJECT_DIR / "config"
 ARCHITECTURES = ("hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1",)  # as in the published configs
 LOSS_HEADS = ("losses@ACTLossHead",)
 LOSS_TYPES = ("stablemax_cross_entropy", "softmax_cross_entropy")
-POS_ENCODINGS = ("rope", "learned")
+POS_ENCODINGS = ("rope", "rope_2d", "learned")
 FORWARD_DTYPES = ("bfloat16", "float32", "float16", "float64")
 DEVICES = ("auto", "cuda", "mps", "cpu")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
-OPTIMIZERS = ("adam_atan2", "adamw")
+OPTIMIZERS = ("adam_atan2", "adamw", "muon")
 ACT_MODES = ("full", "halt", "both")
 FP8_LEVELS = ("none", "H", "L", "both")
 SAVEABLE_OUTPUTS = (
@@ -120,7 +120,7 @@ class HRMConfig:
     num_heads: int = 8
     expansion: float = 4.0  # SwiGLU's inner width is 2/3 of this times hidden_size, rounded up to 256s
     puzzle_emb_ndim: int = II(".hidden_size")  # numbers in a puzzle's vector; 0: no puzzle prefix
-    pos_encodings: str = "rope"  # or learned
+    pos_encodings: str = "rope"  # or rope_2d, by row and column of a square grid, or learned
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     forward_dtype: str = "bfloat16"  # of activations; the master weights are float32
@@ -162,10 +162,11 @@ class HRMConfig:
                 f"arch.hidden_size={self.hidden_size} cannot be split into arch.num_heads={self.num_heads} equal "
                 "heads: make it a multiple."
             )
-        if self.pos_encodings == "rope" and (self.hidden_size // self.num_heads) % 2:
+        turned = {"rope": 2, "rope_2d": 4}.get(self.pos_encodings, 1)  # numbers of a head that turn together
+        if (self.hidden_size // self.num_heads) % turned:
             raise UserError(
-                f"arch.pos_encodings=rope needs an even head size, but hidden_size/num_heads is "
-                f"{self.hidden_size // self.num_heads}: change one of them or take learned."
+                f"arch.pos_encodings={self.pos_encodings} needs heads of a multiple of {turned}, but "
+                f"hidden_size/num_heads is {self.hidden_size // self.num_heads}: change one of them or take learned."
             )
 
 
@@ -204,11 +205,17 @@ class DataConfig:
 class OptimConfig:
     """The optimizer of the dense weights; rates and betas are the top-level options of the published code."""
 
-    name: str = "adam_atan2"  # or adamw
+    name: str = "adam_atan2"  # or adamw, muon
     eps: float = 1e-8  # AdamW only: Adam-atan2 has none
+    momentum: float = 0.95  # Muon only: of the hidden matrices; `lr` and `weight_decay` are theirs
+    rest_lr_ratio: float = 0.1  # Muon only: rate of embeddings and heads, by Adam-atan2, as a multiple of `lr`
+    rest_weight_decay: float = 1.0  # Muon only: weight decay of embeddings and heads
 
     def __post_init__(self) -> None:
         _choice("optim.name", self.name, OPTIMIZERS)
+        _fraction("optim.momentum", self.momentum, below_one=True)
+        _positive("optim.rest_lr_ratio", self.rest_lr_ratio)
+        _at_least("optim.rest_weight_decay", self.rest_weight_decay, 0)
 
 
 @dataclass
@@ -290,6 +297,7 @@ class PretrainConfig:
     lr_min_ratio: float = 1.0  # the cosine's end, as a share of lr; 1.0: constant after the warm-up
     lr_warmup_steps: int = 2000
     curriculum: list[DepthStage] = field(default_factory=list)  # cheaper steps at first, one stage after the other
+    stagger: bool = False  # begin with sequences at all ACT steps, not all at the first, as published
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95

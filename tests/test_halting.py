@@ -121,6 +121,24 @@ def test_carry_has_no_gradient(tiny_arch: Arch, random_batch: RandomBatch) -> No
     assert not carry.inner_carry.z_L.requires_grad
 
 
+def test_a_staggered_start_shows_every_step_at_once(tiny_arch: Arch, random_batch: RandomBatch) -> None:
+    """Sequences think as from any start, but stand at different ACT steps, and so leave one after the other."""
+    model = build(tiny_arch | {"forward_dtype": "float64", "halt_max_steps": 3, "halt_exploration_prob": 0.0}).double()
+    first, second = random_batch(seed=1), random_batch(seed=2)
+    carry, outputs = step(model, model.model.staggered_carry(first), first)
+    assert carry.steps.tolist() == [1, 2, 3]
+    assert carry.halted.tolist() == [False, False, True]
+    together, expected = step(model, model.initial_carry(first), first)
+    for name in ("logits", "q_halt_logits"):
+        torch.testing.assert_close(outputs[name], expected[name], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(carry.inner_carry.z_H, together.inner_carry.z_H, rtol=1e-12, atol=1e-12)
+    left = []
+    for _ in range(6):
+        carry, _ = step(model, carry, second)
+        left.append(carry.halted.tolist())
+    assert left == 2 * [[False, True, False], [True, False, False], [False, False, True]]
+
+
 # --- when to halt ---
 
 

@@ -19,7 +19,7 @@ from hrm.config import CONFIG_DIR, KernelsConfig, kernels_config
 from hrm.errors import UserError
 from hrm.kernels import BACKENDS, Kernels, Place, ReasoningModule, make_kernels, naive, resolve
 from hrm.kernels.cycles import chunked, looped
-from hrm.kernels.naive import BlockWeights, RotaryTables
+from hrm.kernels.naive import BlockWeights, RotaryTables, rotate
 from hrm.models import ACTLossHead
 from hrm.models.hrm_v1 import InnerCarry
 from hrm.models.layers import in_dtype, kept_copy
@@ -405,6 +405,34 @@ def test_rotary_tables(tiny_arch: Arch, theta: float) -> None:
             # Frequency and angle are rounded to float32 before the cosine is taken.
             assert cos[token, feature].item() == pytest.approx(math.cos(angle), abs=1e-7 * (1 + 2 * angle))
             assert sin[token, feature].item() == pytest.approx(math.sin(angle), abs=1e-7 * (1 + 2 * angle))
+
+
+def test_grid_rotary_tables(tiny_arch: Arch) -> None:
+    """How two cells see each other depends on how many rows and columns lie between them, and on nothing else."""
+    inner = build(
+        tiny_arch | {"hidden_size": 64, "num_heads": 2, "puzzle_emb_ndim": 65, "pos_encodings": "rope_2d"}, seq_len=81
+    ).model.inner
+    assert inner.rotary_cos.shape == inner.rotary_sin.shape == (83, 32)
+    assert torch.equal(inner.rotary_cos[:, :16], inner.rotary_cos[:, 16:])  # as the fused kernels take for granted
+    assert torch.equal(inner.rotary_sin[:, :16], inner.rotary_sin[:, 16:])
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(32, generator=generator).expand(1, 1, 83, 32) for _ in range(2))
+    rotary = RotaryTables(inner.rotary_cos, inner.rotary_sin)
+    scores = (rotate(q, rotary) @ rotate(k, rotary).mT)[0, 0]
+    places = [(-2, -2), (-1, -1), *((row, column) for row in range(9) for column in range(9))]
+    by_distance: dict[tuple[int, int], list[float]] = {}
+    for number, (row, column) in enumerate(places):
+        for other, (its_row, its_column) in enumerate(places):
+            distance = (row - its_row, column - its_column)
+            by_distance.setdefault(distance, []).append(scores[number, other].item())
+    for alike in by_distance.values():
+        assert alike == pytest.approx([alike[0]] * len(alike), abs=1e-4)
+    assert len({round(alike[0], 3) for alike in by_distance.values()}) > 0.9 * len(by_distance)
+
+
+def test_grid_rotary_tables_need_a_square(tiny_arch: Arch) -> None:
+    with pytest.raises(UserError, match=r"pos_encodings=rope_2d is for square grids, which 80 tokens are not"):
+        build(tiny_arch | {"pos_encodings": "rope_2d"}, seq_len=80)
 
 
 # --- an ACT step ---

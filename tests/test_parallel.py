@@ -300,6 +300,16 @@ def test_batches_that_cannot_be_shared(pack: Path) -> None:
         initial_state(config, train_pack, replace(ALONE, pipeline=replace(ALONE.pipeline, size=2)))
 
 
+def test_muon_needs_whole_matrices() -> None:
+    model = build_model(
+        MODEL, batch_size=8, seq_len=16, vocab_size=5, num_puzzle_identifiers=3, kernels=KernelsConfig("naive")
+    )
+    world = replace(ALONE, tensor=replace(ALONE.tensor, size=2))
+    divided = SharedModel(model, ParallelConfig(tensor=2), world)
+    with pytest.raises(UserError, match=r"optim=muon needs whole matrices, which parallel\.tensor, .* divide"):
+        divided.hidden_matrices()
+
+
 def test_one_process_cannot_share() -> None:
     with (
         pytest.raises(UserError, match=r"parallel\.tensor=2 .* does not divide the 1 process.*--nproc-per-node 2"),

@@ -215,8 +215,9 @@ def test_killed_at_any_moment(config: PretrainConfig, tmp_path: Path) -> None:
         {"optim": OptimConfig("adamw"), "ema_decay": None},
         {"arch": replace(ARCH, puzzle_emb_ndim=0, forward_dtype="bfloat16"), "eval_interval": None},
         {"num_workers": 1},
+        {"optim": OptimConfig("muon"), "stagger": True},
     ],
-    ids=["adam_atan2", "adamw", "no puzzle table", "loader process"],
+    ids=["adam_atan2", "adamw", "no puzzle table", "loader process", "muon"],
 )
 def test_stopped_and_resumed(
     step: int, changes: dict[str, Any], config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -721,20 +722,21 @@ def test_ends_at_a_train_accuracy(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(
-    "kernels",
+    ("kernels", "optim"),
     [
-        KernelsConfig("triton", attention="triton"),
-        KernelsConfig("triton", attention="triton", cuda_graphs=True),
-        KernelsConfig("triton", attention="triton", cuda_graphs=True, fused_step=True),
+        (KernelsConfig("triton", attention="triton"), "adam_atan2"),
+        (KernelsConfig("triton", attention="triton", cuda_graphs=True), "adam_atan2"),
+        (KernelsConfig("triton", attention="triton", cuda_graphs=True, fused_step=True), "adam_atan2"),
+        (KernelsConfig("triton", attention="triton", cuda_graphs=True, fused_step=True), "muon"),
     ],
-    ids=["eager", "graph", "fused step"],
+    ids=["eager", "graph", "fused step", "muon"],
 )
 def test_resumed_on_the_gpu(
-    kernels: KernelsConfig, config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernels: KernelsConfig, optim: str, config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kernels that sum in a fixed order give the same bits there, recorded as a CUDA graph or not."""
     arch = replace(ARCH, hidden_size=128, forward_dtype="bfloat16")
-    config = replace(config, arch=arch, kernels=kernels, device="cuda", epochs=6)
+    config = replace(config, arch=arch, kernels=kernels, optim=OptimConfig(optim), device="cuda", epochs=6)
     whole, folder = tmp_path / "whole", tmp_path / "run"
     pretrain(in_folder(config, whole))
     stop_after(7, config, monkeypatch)

@@ -253,6 +253,16 @@ def test_step_by_hand(config: PretrainConfig, optim: OptimConfig) -> None:
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_staggered_start(config: PretrainConfig) -> None:
+    """Each step then sees the first ACT step of some sequences and the last of others."""
+    for stagger in (False, True):
+        options = replace(config, arch=replace(ARCH, halt_max_steps=4), stagger=stagger)
+        state, batches = start(options)
+        step = make_train_step(options, ALONE, state)
+        counts = [step(next(batches))["count"].item() for _ in range(4)]
+        assert counts == ([1, 1, 1, 1] if stagger else [0, 0, 0, 4])
+
+
 def test_curriculum(config: PretrainConfig, tmp_path: Path) -> None:
     """Its steps are those of a shallower architecture; what comes after, and evaluation, are as deep as ever."""
     shallow = replace(config, arch=replace(ARCH, H_cycles=1, L_cycles=1), checkpoint_path=str(tmp_path / "shallow"))

@@ -40,6 +40,20 @@ def rotary_tables(num_tokens: int, head_size: int, theta: float) -> RotaryTables
     return RotaryTables(angles.cos(), angles.sin())
 
 
+def grid_rotary_tables(num_prefix: int, side: int, head_size: int, theta: float) -> RotaryTables:
+    """Angles of RoPE for the cells of a square grid, row by row: half of the pairs turn by the row, half by the column.
+
+    The `num_prefix` tokens before the cells belong to none; they stand on the grid's diagonal, just before it.
+    """
+    pairs = head_size // 4  # of each coordinate
+    inverse_frequency = theta ** -(torch.arange(pairs, dtype=torch.float32) / pairs)
+    before = torch.arange(-num_prefix, 0).repeat(2, 1)
+    cells = torch.arange(side * side)
+    rows, columns = torch.cat([before, torch.stack([cells // side, cells % side])], dim=1).float()
+    angles = torch.cat([torch.outer(rows, inverse_frequency), torch.outer(columns, inverse_frequency)], 1).repeat(1, 2)
+    return RotaryTables(angles.cos(), angles.sin())
+
+
 def rotate(x: Tensor, rotary: RotaryTables) -> Tensor:
     """Turn the heads `x` [B, N, T, K] by their positions, in the tables' dtype."""
     first, second = x.to(rotary.cos.dtype).chunk(2, dim=-1)

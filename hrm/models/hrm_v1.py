@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from hrm.batch import Batch
 from hrm.config import HRMConfig, KernelsConfig
+from hrm.errors import UserError
 from hrm.kernels import make_kernels
 from hrm.kernels.cycles import Cycles, looped
-from hrm.kernels.naive import BlockWeights, RotaryTables, rotary_tables
+from hrm.kernels.naive import BlockWeights, RotaryTables, grid_rotary_tables, rotary_tables
 from hrm.models.layers import Embedding, Linear, SparseEmbedding, in_dtype, truncated_normal
 
 
@@ -64,6 +65,19 @@ class Prepared(NamedTuple):
 
 def _linear(out_features: int, in_features: int, generator: torch.Generator) -> Linear:
     return Linear(truncated_normal((out_features, in_features), in_features**-0.5, generator))
+
+
+def _rotary_tables(config: HRMConfig, prefix_len: int, seq_len: int) -> RotaryTables:
+    head_size = config.hidden_size // config.num_heads
+    if config.pos_encodings == "rope":
+        return rotary_tables(prefix_len + seq_len, head_size, config.rope_theta)
+    side = math.isqrt(seq_len)
+    if side * side != seq_len:
+        raise UserError(
+            f"arch.pos_encodings={config.pos_encodings} is for square grids, which {seq_len} tokens are not: "
+            "choose rope or learned."
+        )
+    return grid_rotary_tables(prefix_len, side, head_size, config.rope_theta)
 
 
 class Attention(nn.Module):
@@ -148,7 +162,7 @@ class HierarchicalReasoningModel(nn.Module):
         if config.pos_encodings == "learned":
             self.embed_pos = table(num_tokens)
         else:
-            tables = rotary_tables(num_tokens, width // config.num_heads, config.rope_theta)
+            tables = _rotary_tables(config, self.prefix_len, seq_len)
             self.register_buffer("rotary_cos", tables.cos, persistent=False)
             self.register_buffer("rotary_sin", tables.sin, persistent=False)
         if config.puzzle_emb_ndim > 0:
@@ -185,7 +199,7 @@ class HierarchicalReasoningModel(nn.Module):
     def prepare(self, batch: Batch) -> Prepared:
         """Embed a batch and cast the weights, once for all recurrences of an ACT step."""
         rotary = None
-        if self.config.pos_encodings == "rope":
+        if self.config.pos_encodings != "learned":
             rotary = RotaryTables(self.rotary_cos, self.rotary_sin)
         masters = [*self.H_level.weights(), *self.L_level.weights()]
         cast = iter(in_dtype([weight for block in masters for weight in block], self.dtype))
@@ -308,6 +322,16 @@ class AdaptiveComputation(nn.Module):
             halted=halted,
             current_data={name: torch.zeros_like(field) for name, field in batch.items()},
         )
+
+    def staggered_carry(self, batch: Batch) -> Carry:
+        """A carry to begin training with whose sequences, the batch's, halt at different times.
+
+        From `initial_carry` all begin together, and until some halt early, training steps see all at one ACT step, and
+        the same ones `halt_max_steps` times in a row. Here the first of them take fewer steps.
+        """
+        state, steps, data = self.inner.restart(self.initial_carry(batch), batch)
+        taken = torch.arange(len(steps), device=steps.device, dtype=steps.dtype) % self.inner.config.halt_max_steps
+        return Carry(state, taken, torch.zeros_like(steps, dtype=torch.bool), data)
 
     def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, dict[str, Tensor]]:
         state, steps, data = self.inner.restart(carry, batch)

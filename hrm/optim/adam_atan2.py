@@ -98,11 +98,17 @@ class AdamATan2(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            for step, same_step in self._count_step(params, group["capturable"]):
-                update = self._update_fused if group["fused"] else self._update
-                update(same_step, step, group["lr"], group["betas"], group["weight_decay"])
+            self._step_group(group)
         return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        params = [param for param in group["params"] if param.grad is not None]
+        for step, same_step in self._count_step(params, group["capturable"]):
+            update = self._update_fused if group["fused"] else self._update
+            update(same_step, step, group["lr"], group["betas"], group["weight_decay"])
+
+    def _new_state(self, param: Tensor) -> dict[str, Any]:
+        return {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
 
     def _count_step(self, params: list[Tensor], capturable: bool) -> list[tuple[int | Tensor, list[Tensor]]]:
         """Advance the step count of `params`; returns them by their count."""
@@ -110,8 +116,7 @@ class AdamATan2(Optimizer):
             state = self.state[param]
             if not state:
                 state["step"] = torch.zeros((), device=param.device) if capturable else 0
-                state["exp_avg"] = torch.zeros_like(param)
-                state["exp_avg_sq"] = torch.zeros_like(param)
+                state |= self._new_state(param)
         if capturable:
             steps = [self.state[param]["step"] for param in params]
             if self.found_inf is None:
@@ -148,17 +153,17 @@ class AdamATan2(Optimizer):
             for moment, grad in zip(first, grads, strict=True):
                 torch.where(skip > 0, moment, grad, out=grad)
         decay, rate, widen = 1 - lr * weight_decay, -lr / (1 - beta1**count), (1 - beta2**count) ** -0.5
-        torch._foreach_mul_(params, _scalar(decay, params))
+        torch._foreach_mul_(params, as_scalar(decay, params))
         torch._foreach_lerp_(first, grads, 1 - beta1)
         if self.found_inf is not None:
             torch._foreach_mul_(grads, 1 - self.found_inf)
-        torch._foreach_mul_(second, _scalar(second_decay, params))
+        torch._foreach_mul_(second, as_scalar(second_decay, params))
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
         update = torch._foreach_sqrt(second)
-        torch._foreach_mul_(update, _scalar(widen, params))
+        torch._foreach_mul_(update, as_scalar(widen, params))
         for moment, scale in zip(first, update, strict=True):
             torch.atan2(moment, scale, out=scale)  # there is no multi-tensor atan2
-        torch._foreach_mul_(update, _scalar(rate, params))
+        torch._foreach_mul_(update, as_scalar(rate, params))
         torch._foreach_add_(params, update)
 
     def _update_fused(
@@ -200,5 +205,5 @@ class AdamATan2(Optimizer):
         return copies
 
 
-def _scalar(value: float | Tensor, params: list[Tensor]) -> float | Tensor:
+def as_scalar(value: float | Tensor, params: list[Tensor]) -> float | Tensor:
     return value.to(params[0].dtype) if isinstance(value, Tensor) else value

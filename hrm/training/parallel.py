@@ -87,6 +87,19 @@ class SharedModel:
             [param for name, param in self.weights.items() if name not in self._sharded], world, config.bucket_mb
         )
 
+    def hidden_matrices(self) -> dict[nn.Parameter, int]:
+        """The weights that are matrices within the blocks, with how many of one kind each has one above the other.
+
+        Raises:
+            UserError: processes have parts of them.
+        """
+        if self._cuts:
+            raise UserError(
+                "optim=muon needs whole matrices, which parallel.tensor, parallel.pipeline and parallel.fsdp divide: "
+                "choose optim=adam_atan2, or share out the batch alone."
+            )
+        return {self.weights[name]: cut.stacked for name, cut in self._plan()}
+
     def last_backward(self) -> None:
         """Announce that with the next backward pass the gradients are complete."""
         self._sum.start()

@@ -226,12 +226,15 @@ def shared_tensors(state: TrainState) -> dict[str, Tensor]:
         tensors |= _named("average", state.shared.gather(state.average.model.state_dict()))
     dense, _ = state.optimizers[0]  # the puzzle table's keeps nothing
     values = dense.state_dict()["state"]
-    some = next(iter(values.values()))  # a process may have nothing of a weight; all have the same kinds of values
+    some: dict[str, Any] = {}  # a process may have nothing of a weight, and Muon's matrices have no second moment
+    for value in values.values():
+        some |= value
     for key, example in some.items():
         if torch.as_tensor(example).ndim:
             parts = {
                 name: values[number][key] if number in values else torch.empty_like(weight)
                 for number, (name, weight) in enumerate(state.shared.weights.items())
+                if key in values.get(number, some)
             }
             tensors |= _named(f"moments.{key}", state.shared.gather(parts))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from hrm.distributed import World, broadcast_tensors
 from hrm.errors import UserError
 from hrm.models import ACTLossHead, build_model
 from hrm.models.hrm_v1 import Carry, InnerCarry
-from hrm.optim import AdamATan2, SparseSignSGD, learning_rate, set_lr
+from hrm.optim import AdamATan2, Muon, SparseSignSGD, learning_rate, set_lr
 from hrm.training.average import WeightAverage
 from hrm.training.guard import NonFiniteGuard, restart_poisoned
 from hrm.training.parallel import SharedModel
@@ -87,15 +88,21 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
             capturable=graphed,
         )
     else:
-        dense = AdamATan2(
-            shared.weights.values(),
-            rate(config.lr),
-            betas,
-            config.weight_decay,
-            capturable=graphed or (guard is not None and guard.masks),
-            fused=fused,
-            copy_dtype=model.model.inner.dtype if fused and not config.parallel.fsdp else None,
-        )
+        options: dict[str, Any] = {
+            "capturable": graphed or (guard is not None and guard.masks),
+            "fused": fused,
+            "copy_dtype": model.model.inner.dtype if fused and not config.parallel.fsdp else None,
+        }
+        kind: type[AdamATan2] = AdamATan2
+        if config.optim.name == "muon":
+            kind = Muon
+            options |= {
+                "matrices": shared.hidden_matrices(),
+                "momentum": config.optim.momentum,
+                "rest_lr_ratio": config.optim.rest_lr_ratio,
+                "rest_weight_decay": config.optim.rest_weight_decay,
+            }
+        dense = kind(shared.weights.values(), rate(config.lr), betas, config.weight_decay, **options)
     optimizers: list[tuple[torch.optim.Optimizer, float]] = [(dense, config.lr)]
     if model.model.inner.prefix_len:
         table = model.model.inner.puzzle_emb
@@ -173,7 +180,7 @@ def _set_rates(config: PretrainConfig, state: TrainState) -> None:
 
 def _update(config: PretrainConfig, state: TrainState, batch: Batch) -> dict[str, Tensor]:
     """The device's part of a step: nothing in it depends on the host."""
-    carry = state.carry or state.model.initial_carry(batch)
+    carry = state.carry or _first_carry(config, state, batch)
     rows = len(batch["inputs"]) // config.accumulate
     passes = [slice(start, start + rows) for start in range(0, config.accumulate * rows, rows)]
     carries: list[Carry] = []
@@ -231,12 +238,16 @@ def _apply_gradients(state: TrainState, found_inf: Tensor | None = None) -> None
 
 def _update_in_place(config: PretrainConfig, state: TrainState, batch: Batch) -> dict[str, Tensor]:
     """`_update` for CUDA graphs: the carry stays in the same memory."""
-    carry = state.carry = state.carry or state.model.initial_carry(batch)
+    carry = state.carry = state.carry or _first_carry(config, state, batch)
     metrics = _update(config, state, batch)
     for kept, new in zip(carry.tensors(), state.carry.tensors(), strict=True):
         kept.copy_(new)
     state.carry = carry
     return metrics
+
+
+def _first_carry(config: PretrainConfig, state: TrainState, batch: Batch) -> Carry:
+    return state.model.model.staggered_carry(batch) if config.stagger else state.model.initial_carry(batch)
 
 
 def _part_of(carry: Carry, rows: slice) -> Carry:
