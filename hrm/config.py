@@ -25,7 +25,7 @@ CONFIG_DIR = PROJECT_DIR / "config"
 ARCHITECTURES = ("hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1",)  # as in the published configs
 LOSS_HEADS = ("losses@ACTLossHead",)
 LOSS_TYPES = ("stablemax_cross_entropy", "softmax_cross_entropy")
-POS_ENCODINGS = ("rope", "rope_2d", "learned")
+POS_ENCODINGS = ("rope", "rope_2d", "learned", "rope+learned", "rope_2d+learned")
 FORWARD_DTYPES = ("bfloat16", "float32", "float16", "float64")
 DEVICES = ("auto", "cuda", "mps", "cpu")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
@@ -120,7 +120,9 @@ class HRMConfig:
     num_heads: int = 8
     expansion: float = 4.0  # SwiGLU's inner width is 2/3 of this times hidden_size, rounded up to 256s
     puzzle_emb_ndim: int = II(".hidden_size")  # numbers in a puzzle's vector; 0: no puzzle prefix
-    pos_encodings: str = "rope"  # or rope_2d, by row and column of a square grid, or learned
+    # rope turns by the place in the row of tokens, rope_2d by row and column of a square grid; learned is added to the
+    # input. Also rope+learned and rope_2d+learned: distances and places.
+    pos_encodings: str = "rope"
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     forward_dtype: str = "bfloat16"  # of activations; the master weights are float32
@@ -134,6 +136,15 @@ class HRMConfig:
     def updates(self) -> str:
         """An ACT step's updates of L and H in order."""
         return updates_of(self.H_cycles, self.L_cycles)
+
+    @property
+    def rotation(self) -> str | None:
+        """The RoPE among `pos_encodings`."""
+        return next((part for part in self.pos_encodings.split("+") if part != "learned"), None)
+
+    @property
+    def learns_positions(self) -> bool:
+        return "learned" in self.pos_encodings.split("+")
 
     @property
     def prefix_len(self) -> int:
@@ -162,7 +173,7 @@ class HRMConfig:
                 f"arch.hidden_size={self.hidden_size} cannot be split into arch.num_heads={self.num_heads} equal "
                 "heads: make it a multiple."
             )
-        turned = {"rope": 2, "rope_2d": 4}.get(self.pos_encodings, 1)  # numbers of a head that turn together
+        turned = {"rope": 2, "rope_2d": 4, None: 1}[self.rotation]  # numbers of a head that turn together
         if (self.hidden_size // self.num_heads) % turned:
             raise UserError(
                 f"arch.pos_encodings={self.pos_encodings} needs heads of a multiple of {turned}, but "

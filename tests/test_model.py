@@ -258,7 +258,7 @@ def test_global_generator_is_neither_read_nor_advanced(tiny_arch: Arch, random_b
 # --- embeddings ---
 
 
-@pytest.mark.parametrize("pos_encodings", ["rope", "learned"])
+@pytest.mark.parametrize("pos_encodings", ["rope", "learned", "rope+learned"])
 @pytest.mark.parametrize(("puzzle_emb_ndim", "prefix_len"), [(0, 0), (20, 1), (80, 3)])
 def test_embeddings(
     tiny_arch: Arch, random_batch: RandomBatch, pos_encodings: str, puzzle_emb_ndim: int, prefix_len: int
@@ -276,7 +276,7 @@ def test_embeddings(
                 expected = torch.cat((row, torch.zeros(32 - len(row))))
             else:
                 expected = inner.embed_tokens.embedding_weight[batch["inputs"][sequence, token - prefix_len]]
-            if pos_encodings == "learned":
+            if pos_encodings != "rope":
                 expected = (expected + inner.embed_pos.embedding_weight[token]) / math.sqrt(2)
             torch.testing.assert_close(embeddings[sequence, token], math.sqrt(32) * expected)
 
@@ -440,7 +440,7 @@ def test_grid_rotary_tables_need_a_square(tiny_arch: Arch) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 @pytest.mark.parametrize("loss_type", ["stablemax_cross_entropy", "softmax_cross_entropy"])
-@pytest.mark.parametrize("pos_encodings", ["rope", "learned"])
+@pytest.mark.parametrize("pos_encodings", ["rope", "learned", "rope+learned"])
 def test_every_dtype_trains(
     tiny_arch: Arch, random_batch: RandomBatch, dtype: str, loss_type: str, pos_encodings: str
 ) -> None:

@@ -62,7 +62,7 @@ def build_model(
         device,
         getattr(torch, config.forward_dtype),
         config.hidden_size // config.num_heads,
-        rotary=config.pos_encodings != "learned",
+        rotary=config.rotation is not None,
         num_tokens=config.prefix_len + seq_len,
         batch_size=batch_size,
         width=config.hidden_size,

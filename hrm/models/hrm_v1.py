@@ -69,7 +69,7 @@ def _linear(out_features: int, in_features: int, generator: torch.Generator) -> 
 
 def _rotary_tables(config: HRMConfig, prefix_len: int, seq_len: int) -> RotaryTables:
     head_size = config.hidden_size // config.num_heads
-    if config.pos_encodings == "rope":
+    if config.rotation == "rope":
         return rotary_tables(prefix_len + seq_len, head_size, config.rope_theta)
     side = math.isqrt(seq_len)
     if side * side != seq_len:
@@ -159,9 +159,9 @@ class HierarchicalReasoningModel(nn.Module):
             return Embedding(truncated_normal((rows, width), width**-0.5, generator))
 
         self.embed_tokens = table(vocab_size)
-        if config.pos_encodings == "learned":
+        if config.learns_positions:
             self.embed_pos = table(num_tokens)
-        else:
+        if config.rotation is not None:
             tables = _rotary_tables(config, self.prefix_len, seq_len)
             self.register_buffer("rotary_cos", tables.cos, persistent=False)
             self.register_buffer("rotary_sin", tables.sin, persistent=False)
@@ -199,7 +199,7 @@ class HierarchicalReasoningModel(nn.Module):
     def prepare(self, batch: Batch) -> Prepared:
         """Embed a batch and cast the weights, once for all recurrences of an ACT step."""
         rotary = None
-        if self.config.pos_encodings != "learned":
+        if self.config.rotation is not None:
             rotary = RotaryTables(self.rotary_cos, self.rotary_sin)
         masters = [*self.H_level.weights(), *self.L_level.weights()]
         cast = iter(in_dtype([weight for block in masters for weight in block], self.dtype))
@@ -217,7 +217,7 @@ class HierarchicalReasoningModel(nn.Module):
             puzzle = self.puzzle_emb(puzzle_identifiers, self.dtype)
             puzzle = F.pad(puzzle, (0, self.prefix_len * width - self.config.puzzle_emb_ndim))
             embeddings = torch.cat((puzzle.view(-1, self.prefix_len, width), embeddings), dim=1)
-        if self.config.pos_encodings == "learned":
+        if self.config.learns_positions:
             # Two tables of equal variance are summed: scale back to the variance of one.
             (positions,) = in_dtype([self.embed_pos.embedding_weight], self.dtype)
             embeddings = 0.707106781 * (embeddings + positions)
