@@ -176,7 +176,7 @@ class HRMConfig:
         turned = {"rope": 2, "rope_2d": 4, None: 1}[self.rotation]  # numbers of a head that turn together
         if (self.hidden_size // self.num_heads) % turned:
             raise UserError(
-                f"arch.pos_encodings={self.pos_encodings} needs heads of a multiple of {turned}, but "
+                f"arch.pos_encodings={self.pos_encodings} needs a head size that is a multiple of {turned}, but "
                 f"hidden_size/num_heads is {self.hidden_size // self.num_heads}: change one of them or take learned."
             )
 

@@ -694,11 +694,15 @@ def test_published_configs_carry_what_the_data_say(tiny_arch: Arch) -> None:
         ({"loss": {"loss_tpye": "stablemax_cross_entropy"}}, "loss_type"),
         ({"loss": "softmax_cross_entropy"}, "arch.loss"),
         ({"loss": {"loss_type": "softmax"}}, "arch.loss.loss_type=softmax is not a choice"),
-        ({"pos_encodings": "none"}, "arch.pos_encodings=none is not a choice; there are: learned, rope."),
+        (
+            {"pos_encodings": "none"},
+            "arch.pos_encodings=none is not a choice; there are: learned, rope, rope+learned, rope_2d, "
+            "rope_2d+learned.",
+        ),
         ({"forward_dtype": "bf16"}, "arch.forward_dtype=bf16 is not a choice; did you mean bfloat16?"),
         ({"hidden_size": "wide"}, "arch.hidden_size is not usable: Value 'wide'"),
         ({"num_heads": 5}, "arch.hidden_size=32 cannot be split into arch.num_heads=5 equal heads"),
-        ({"num_heads": 32}, "arch.pos_encodings=rope needs an even head size"),
+        ({"num_heads": 32}, "arch.pos_encodings=rope needs a head size that is a multiple of 2"),
         ({"H_cycles": 0}, "arch.H_cycles=0 is too small"),
         ({"halt_max_steps": 0}, "arch.halt_max_steps=0 is too small"),
         ({"halt_exploration_prob": 1.5}, "arch.halt_exploration_prob=1.5 is out of range"),
