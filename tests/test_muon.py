@@ -1,11 +1,11 @@
 """Muon against PyTorch's, its parts against what they stand for."""
 
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from test_optim import through_a_file
 from torch import Tensor, nn
 
 from hrm.models.layers import keep_copy, kept_copy
@@ -15,6 +15,7 @@ from hrm.optim.muon import orthogonal
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(16, 16), (48, 16), (16, 40), (16, 16)]
 STACKED = [1, 3, 1, 1]
+ALL_SHAPES: list[tuple[int, ...]] = [*SHAPES, (11, 16), (2,)]
 LR, WEIGHT_DECAY = 0.02, 0.5
 
 
@@ -24,7 +25,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def parameters() -> list[nn.Parameter]:
     """Four hidden matrices, an embedding and a bias."""
-    return [nn.Parameter(draw(*shape, seed=seed)) for seed, shape in enumerate([*SHAPES, (11, 16), (2,)])]
+    return [nn.Parameter(draw(*shape, seed=seed)) for seed, shape in enumerate(ALL_SHAPES)]
 
 
 def muon(params: list[nn.Parameter], **options: Any) -> Muon:
@@ -33,10 +34,15 @@ def muon(params: list[nn.Parameter], **options: Any) -> Muon:
     return Muon(params, options.pop("lr", LR), matrices=matrices, **options)
 
 
+def gradient(number: int, step: int) -> Tensor:
+    """Of parameter `number`; the parameters' are of unlike size."""
+    return draw(*ALL_SHAPES[number], seed=100 * step + number) * 10.0 ** (number - 2)
+
+
 def take(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: range) -> None:
     for step in steps:
         for number, param in enumerate(params):
-            param.grad = draw(*param.shape, seed=100 * step + number) * 10.0 ** (number - 2)
+            param.grad = gradient(number, step)
         optimizer.step()
 
 
@@ -69,8 +75,7 @@ def test_equals_pytorchs() -> None:
     for step in range(1, 5):
         take(optimizer, ours, range(step, step + 1))
         for number, (parts, reference) in enumerate(zip(matrices, optimizers, strict=True)):
-            grad = draw(*SHAPES[number], seed=100 * step + number) * 10.0 ** (number - 2)
-            for part, part_grad in zip(parts, grad.chunk(STACKED[number]), strict=True):
+            for part, part_grad in zip(parts, gradient(number, step).chunk(STACKED[number]), strict=True):
                 part.grad = part_grad
             reference.step()
     for param, before, parts in zip(ours, parameters(), matrices, strict=False):
@@ -84,7 +89,7 @@ def test_rest_is_adam_atan2s() -> None:
     reference = AdamATan2(theirs, LR * 0.3, (0.8, 0.9), 0.1)
     for step in range(1, 5):
         for number, param in enumerate(theirs, start=len(SHAPES)):
-            param.grad = draw(*param.shape, seed=100 * step + number) * 10.0 ** (number - 2)
+            param.grad = gradient(number, step)
         reference.step()
     assert all(torch.equal(one, other) for one, other in zip(ours[len(SHAPES) :], theirs, strict=True))
 
@@ -125,11 +130,8 @@ def test_continues_from_its_state() -> None:
     take(muon(whole), whole, range(1, 6))
     first = muon(half)
     take(first, half, range(1, 3))
-    file = BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
     second = muon(half)
-    second.load_state_dict(torch.load(file, weights_only=True))
+    second.load_state_dict(through_a_file(first.state_dict()))
     take(second, half, range(3, 6))
     assert all(torch.equal(one, other) for one, other in zip(whole, half, strict=True))
     assert all("exp_avg_sq" not in second.state[param] for param in half[: len(SHAPES)])

@@ -35,9 +35,7 @@ Attend: TypeAlias = Callable[[Tensor, RotaryTables | None, int], Tensor]  # qkv,
 
 def rotary_tables(num_tokens: int, head_size: int, theta: float) -> RotaryTables:
     """Angles of RoPE (Su et al. 2021) for positions 0 to `num_tokens` - 1."""
-    inverse_frequency = theta ** -(torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
-    angles = torch.outer(torch.arange(num_tokens, dtype=torch.float32), inverse_frequency).repeat(1, 2)
-    return RotaryTables(angles.cos(), angles.sin())
+    return _rotary_tables([torch.arange(num_tokens)], head_size, theta)
 
 
 def grid_rotary_tables(num_prefix: int, side: int, head_size: int, theta: float) -> RotaryTables:
@@ -45,12 +43,16 @@ def grid_rotary_tables(num_prefix: int, side: int, head_size: int, theta: float)
 
     The `num_prefix` tokens before the cells belong to none; they stand on the grid's diagonal, just before it.
     """
-    pairs = head_size // 4  # of each coordinate
+    before, cells = torch.arange(-num_prefix, 0), torch.arange(side * side)
+    rows, columns = torch.cat([before, cells // side]), torch.cat([before, cells % side])
+    return _rotary_tables([rows, columns], head_size, theta)
+
+
+def _rotary_tables(coordinates: Sequence[Tensor], head_size: int, theta: float) -> RotaryTables:
+    """Angles for tokens at `coordinates`, each [T] int64, an equal part of the pairs for each."""
+    pairs = head_size // 2 // len(coordinates)
     inverse_frequency = theta ** -(torch.arange(pairs, dtype=torch.float32) / pairs)
-    before = torch.arange(-num_prefix, 0).repeat(2, 1)
-    cells = torch.arange(side * side)
-    rows, columns = torch.cat([before, torch.stack([cells // side, cells % side])], dim=1).float()
-    angles = torch.cat([torch.outer(rows, inverse_frequency), torch.outer(columns, inverse_frequency)], 1).repeat(1, 2)
+    angles = torch.cat([torch.outer(places.float(), inverse_frequency) for places in coordinates], 1).repeat(1, 2)
     return RotaryTables(angles.cos(), angles.sin())
 
 

@@ -99,11 +99,7 @@ def _apply_blocks(
     batch, tokens, width = shape
     defers = False  # whether x still lacks its norm
     for index, weights in enumerate(blocks):
-        factors = None
-        if defers:
-            qkv, factors = deferred_norm_linear(x, weights.qkv, eps)
-        else:
-            qkv = linear(x, weights.qkv)
+        qkv, factors = deferred_norm_linear(x, weights.qkv, eps) if defers else (linear(x, weights.qkv), None)
         mixed = attend(qkv.view(batch, tokens, 3 * width), rotary, num_heads).view(-1, width)
         if factors is None:
             x, _ = linear_residual_rms_and_sums(mixed, weights.o, x, eps)

@@ -150,8 +150,7 @@ class AdamATan2(Optimizer):
             assert isinstance(count, Tensor)
             skip = self.found_inf.double()
             count, lr, second_decay = count.clamp(min=1), lr * (1 - skip), beta2 * (1 - skip) + skip
-            for moment, grad in zip(first, grads, strict=True):
-                torch.where(skip > 0, moment, grad, out=grad)
+            hold(first, grads, self.found_inf)
         decay, rate, widen = 1 - lr * weight_decay, -lr / (1 - beta1**count), (1 - beta2**count) ** -0.5
         torch._foreach_mul_(params, as_scalar(decay, params))
         torch._foreach_lerp_(first, grads, 1 - beta1)
@@ -205,5 +204,12 @@ class AdamATan2(Optimizer):
         return copies
 
 
+def hold(moments: list[Tensor], grads: list[Tensor], found_inf: Tensor) -> None:
+    """Where `found_inf` is not 0, put each moment in the place of its gradient: averaging the two changes nothing."""
+    for moment, grad in zip(moments, grads, strict=True):
+        torch.where(found_inf > 0, moment, grad, out=grad)
+
+
 def as_scalar(value: float | Tensor, params: list[Tensor]) -> float | Tensor:
+    """A factor for all of `params`, in their dtype if it is on the device."""
     return value.to(params[0].dtype) if isinstance(value, Tensor) else value

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hrm.models.layers import keep_copy
-from hrm.optim.adam_atan2 import AdamATan2, as_scalar
+from hrm.optim.adam_atan2 import AdamATan2, as_scalar, hold
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of Jordan 2024: singular values end between about 0.7 and 1.2
 _ITERATIONS = 5
@@ -61,10 +61,7 @@ class Muon(AdamATan2):
         self._rest_weight_decay = rest_weight_decay
 
     def _new_state(self, param: Tensor) -> dict[str, Any]:
-        state = super()._new_state(param)
-        if param in self._matrices:
-            del state["exp_avg_sq"]
-        return state
+        return {"exp_avg": torch.zeros_like(param)} if param in self._matrices else super()._new_state(param)
 
     def _step_group(self, group: dict[str, Any]) -> None:
         params = [param for param in group["params"] if param.grad is not None]
@@ -80,24 +77,20 @@ class Muon(AdamATan2):
         moments = [self.state[param]["exp_avg"] for param in params]
         if self.found_inf is not None:  # from a moment to itself, at a rate of 0: nothing changes
             lr = lr * (1 - self.found_inf.double())
-            for moment, grad in zip(moments, grads, strict=True):
-                torch.where(self.found_inf > 0, moment, grad, out=grad)
+            hold(moments, grads, self.found_inf)
         torch._foreach_lerp_(moments, grads, 1 - self._momentum)
         torch._foreach_lerp_(grads, moments, self._momentum)
 
-        by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for number, param in enumerate(params):
-            stacked = self._matrices[param]
-            by_shape[param.shape[0] // stacked, param.shape[1]].append(number)
-        updates = list(grads)
-        for (rows, columns), numbers in by_shape.items():
-            stack = torch.cat([grads[number].reshape(-1, rows, columns) for number in numbers])
-            stack = orthogonal(stack).to(stack.dtype) * (-lr * 0.2 * max(rows, columns) ** 0.5)
-            sizes = [self._matrices[params[number]] for number in numbers]
-            for number, update in zip(numbers, stack.split(sizes), strict=True):
-                updates[number] = update.reshape(params[number].shape)
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for param, grad in zip(params, grads, strict=True):
+            by_shape[param.shape[0] // self._matrices[param], param.shape[1]].append((param, grad))
         torch._foreach_mul_(params, as_scalar(1 - lr * weight_decay, params))
-        torch._foreach_add_(params, updates)
+        for (rows, columns), pairs in by_shape.items():
+            stack = torch.cat([grad.reshape(-1, rows, columns) for _, grad in pairs])
+            stack = orthogonal(stack).to(stack.dtype) * (-lr * 0.2 * max(rows, columns) ** 0.5)
+            same = [param for param, _ in pairs]
+            updates = stack.split([self._matrices[param] for param in same])
+            torch._foreach_add_(same, [x.reshape(param.shape) for x, param in zip(updates, same, strict=True)])
         if copies := self._copies(params):
             torch._foreach_copy_(copies, params)
             for param, copy in zip(params, copies, strict=True):
