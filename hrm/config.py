@@ -230,16 +230,17 @@ class OptimConfig:
 
 
 @dataclass
-class DepthStage:
-    """Training steps that think less deep than the architecture does."""
+class Stage:
+    """Training steps that think less deep, or halt sooner, than the architecture does; null: as it does."""
 
     until: int = MISSING  # the last of these steps
-    H_cycles: int = MISSING
-    L_cycles: int = MISSING
+    H_cycles: int | None = None
+    L_cycles: int | None = None
+    halt_max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("until", "H_cycles", "L_cycles"):
-            if getattr(self, name) != MISSING:
+        for name in ("until", "H_cycles", "L_cycles", "halt_max_steps"):
+            if getattr(self, name) not in (MISSING, None):
                 _at_least(f"curriculum: {name}", getattr(self, name), 1)
 
 
@@ -307,7 +308,7 @@ class PretrainConfig:
     lr: float = 1e-4
     lr_min_ratio: float = 1.0  # the cosine's end, as a share of lr; 1.0: constant after the warm-up
     lr_warmup_steps: int = 2000
-    curriculum: list[DepthStage] = field(default_factory=list)  # cheaper steps at first, one stage after the other
+    curriculum: list[Stage] = field(default_factory=list)  # other steps at first, one stage after the other
     stagger: bool = False  # begin with sequences at all ACT steps, not all at the first, as published
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -379,7 +380,7 @@ class PretrainConfig:
             raise UserError(f"curriculum: stages end at steps {', '.join(map(str, ends))}; give them in order.")
         least = getattr(self.arch, "grad_updates", 2)
         for stage in self.curriculum:
-            if len(updates := updates_of(stage.H_cycles, stage.L_cycles)) < least:
+            if len(updates := self.updates_at(stage.until)) < least:
                 raise UserError(
                     f"curriculum: the stage until step {stage.until} has {len(updates)} updates, {updates}, but "
                     f"gradients flow through {least} (arch.grad_updates): give it more cycles."
@@ -387,11 +388,16 @@ class PretrainConfig:
 
     def updates_at(self, step: int) -> str:
         """The updates of L and H in training step `step`, counted from 1."""
-        for stage in self.curriculum:
-            if step <= stage.until:
-                return updates_of(stage.H_cycles, stage.L_cycles)
-        updates: str = self.arch.updates
-        return updates
+        stage = self._stage_at(step)
+        return updates_of(stage.H_cycles or self.arch.H_cycles, stage.L_cycles or self.arch.L_cycles)
+
+    def halt_max_steps_at(self, step: int) -> int:
+        """ACT steps after which every sequence halts in training step `step`, counted from 1."""
+        most: int = self._stage_at(step).halt_max_steps or self.arch.halt_max_steps
+        return most
+
+    def _stage_at(self, step: int) -> Stage:
+        return next((stage for stage in self.curriculum if step <= stage.until), Stage(until=step))
 
 
 @dataclass

@@ -98,7 +98,10 @@ BAD_TRAINING = [
     Bad("gradients through no update", "arch.grad_updates=7", ("arch.grad_updates=7", "2 to the 6", "LLHLLH")),
     Bad("stages in no order", stages("until:3,H_cycles:1,L_cycles:2", "until:3,H_cycles:2,L_cycles:2"), ("3, 3",)),
     Bad("empty stage", stages("until:0,H_cycles:1,L_cycles:2"), ("curriculum", "until=0", "at least 1")),
-    Bad("incomplete stage", stages("until:3,H_cycles:1"), ("curriculum", "L_cycles")),
+    Bad("endless stage", stages("H_cycles:1,L_cycles:2"), ("curriculum", "until")),
+    Bad(
+        "stage without ACT steps", stages("until:3,halt_max_steps:0"), ("curriculum", "halt_max_steps=0", "at least 1")
+    ),
     Bad(
         "stage without the updates of the gradient",
         f"arch.grad_updates=3 {stages('until:3,H_cycles:1,L_cycles:1')}",

@@ -43,10 +43,10 @@ def test_hard_sudoku(experiment: str, named: str, pack: Path, tmp_path: Path) ->
 
 
 def test_the_speedrun_has_no_value_of_going_on(pack: Path, tmp_path: Path) -> None:
-    options = ("curriculum=[{until:3,H_cycles:1,L_cycles:2}]", "arch.grad_updates=3")
+    options = ("curriculum=[{until:3,H_cycles:1,L_cycles:2,halt_max_steps:1}]", "arch.grad_updates=3")
     records = run("sudoku_speedrun", pack, tmp_path / "run", *options)
     assert not any("train/q_continue_loss" in record for record in records)
     assert any("train/q_halt_loss" in record for record in records)
     saved = yaml.safe_load((tmp_path / "run" / "all_config.yaml").read_text())
     assert (saved["arch"]["q_continue"], saved["arch"]["grad_updates"]) == (False, 3)
-    assert saved["curriculum"] == [{"until": 3, "H_cycles": 1, "L_cycles": 2}]
+    assert saved["curriculum"] == [{"until": 3, "H_cycles": 1, "L_cycles": 2, "halt_max_steps": 1}]

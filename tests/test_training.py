@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import spawn
 
 from hrm.batch import Batch
 from hrm.checkpoint import read_weights
-from hrm.config import DataConfig, DepthStage, HRMConfig, KernelsConfig, OptimConfig, PretrainConfig
+from hrm.config import DataConfig, HRMConfig, KernelsConfig, OptimConfig, PretrainConfig, Stage
 from hrm.data.loader import TrainLoader
 from hrm.data.pack import PackMetadata, PackSet, open_pack, write_split
 from hrm.distributed import World
@@ -266,9 +266,9 @@ def test_staggered_start(config: PretrainConfig) -> None:
 def test_curriculum(config: PretrainConfig, tmp_path: Path) -> None:
     """Its steps are those of a shallower architecture; what comes after, and evaluation, are as deep as ever."""
     shallow = replace(config, arch=replace(ARCH, H_cycles=1, L_cycles=1), checkpoint_path=str(tmp_path / "shallow"))
-    config = replace(config, curriculum=[DepthStage(3, 1, 1), DepthStage(5, 1, 2)], epochs=1)
+    config = replace(config, curriculum=[Stage(3, 1, 1), Stage(5, 1, 2)], epochs=1)
     assert [config.updates_at(step) for step in (1, 3, 4, 5, 6)] == ["LH", "LH", "LLH", "LLH", "LLHLLH"]
-    config = replace(config, curriculum=[DepthStage(5, 1, 1)], epochs=2)
+    config = replace(config, curriculum=[Stage(5, 1, 1)], epochs=2)
     for each in (config, shallow):
         pretrain(each)
     one, other = weights(config.checkpoint_path, 5), weights(shallow.checkpoint_path, 5)
@@ -280,6 +280,24 @@ def test_curriculum(config: PretrainConfig, tmp_path: Path) -> None:
     assert loss != next(r["all/lm_loss"] for r in records(shallow.checkpoint_path) if "all/lm_loss" in r)
 
 
+def test_halting_sooner_at_first(config: PretrainConfig) -> None:
+    """Sequences halt as the stage says, then as the architecture does; evaluation never halts them sooner."""
+    stage = Stage(4, halt_max_steps=2)
+    config = replace(config, arch=replace(ARCH, halt_max_steps=4), curriculum=[stage], stagger=True)
+    assert [config.updates_at(step) for step in (1, 5)] == [config.arch.updates] * 2
+    assert [config.halt_max_steps_at(step) for step in (1, 4, 5)] == [2, 2, 4]
+    state, batches = start(config)
+    step = make_train_step(config, ALONE, state)
+    halted, taken = [], []
+    for _ in range(8):
+        metrics = step(next(batches))
+        halted.append(metrics["count"].item())
+        taken.append(metrics["steps"].item())
+    assert halted == [2, 2, 2, 2, 0, 0, 2, 2]
+    assert taken == [4, 4, 4, 4, 0, 0, 8, 8]
+    assert state.model.eval().halt_max_steps == 4
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_cuda_graphs_change_nothing(config: PretrainConfig, tmp_path: Path) -> None:
@@ -287,7 +305,7 @@ def test_cuda_graphs_change_nothing(config: PretrainConfig, tmp_path: Path) -> N
     write_pack(tmp_path / "pack", train=20, test=18)
     arch = replace(ARCH, forward_dtype="float64", halt_exploration_prob=0.5, halt_max_steps=4)
     config = replace(config, arch=arch, device="cuda", log_interval=1, eval_save_outputs=["logits"])
-    config = replace(config, curriculum=[DepthStage(5, 1, 1)])  # a record for each stage
+    config = replace(config, curriculum=[Stage(3, 1, 1, 2), Stage(6, 1, 1)])  # a record for each stage
     eager, graphed = tmp_path / "eager", tmp_path / "graphed"
     for folder in (eager, graphed):
         kernels = KernelsConfig(cuda_graphs=folder == graphed)

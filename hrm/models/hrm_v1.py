@@ -300,6 +300,7 @@ class AdaptiveComputation(nn.Module):
     def __init__(self, inner: HierarchicalReasoningModel, seed: int) -> None:
         super().__init__()
         self.inner = inner
+        self.training_halt_max_steps = inner.config.halt_max_steps  # a curriculum sets others
         self._exploration: torch.Generator | None = None
         self.seed_exploration(seed)
 
@@ -327,10 +328,10 @@ class AdaptiveComputation(nn.Module):
         """A carry to begin training with whose sequences, the batch's, halt at different times.
 
         From `initial_carry` all begin together, and until some halt early, training steps see all at one ACT step, and
-        the same ones `halt_max_steps` times in a row. Here the first of them take fewer steps.
+        the same ones as many times in a row as there are ACT steps. Here the first of them take fewer steps.
         """
         state, steps, data = self.inner.restart(self.initial_carry(batch), batch)
-        taken = torch.arange(len(steps), device=steps.device, dtype=steps.dtype) % self.inner.config.halt_max_steps
+        taken = torch.arange(len(steps), device=steps.device, dtype=steps.dtype) % self.training_halt_max_steps
         return Carry(state, taken, torch.zeros_like(steps, dtype=torch.bool), data)
 
     def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, dict[str, Tensor]]:
@@ -342,7 +343,7 @@ class AdaptiveComputation(nn.Module):
 
         with torch.no_grad():
             state = InnerCarry(state.z_H.detach(), state.z_L.detach())
-            max_steps = self.inner.config.halt_max_steps
+            max_steps = self._max_steps
             last = steps >= max_steps
             halted = last
             if self.training and max_steps > 1:
@@ -365,7 +366,11 @@ class AdaptiveComputation(nn.Module):
 
     def _min_steps(self, steps: Tensor) -> Tensor:
         """For exploration: a share of the sequences may not halt before a random step in {2 .. halt_max_steps}."""
-        config, generator = self.inner.config, self.exploration(steps.device)
+        generator = self.exploration(steps.device)
         coin = torch.rand(steps.shape, device=steps.device, generator=generator)
-        minimum = torch.randint(2, config.halt_max_steps + 1, steps.shape, device=steps.device, generator=generator)
-        return torch.where(coin < config.halt_exploration_prob, minimum, 0)
+        minimum = torch.randint(2, self._max_steps + 1, steps.shape, device=steps.device, generator=generator)
+        return torch.where(coin < self.inner.config.halt_exploration_prob, minimum, 0)
+
+    @property
+    def _max_steps(self) -> int:
+        return self.training_halt_max_steps if self.training else self.inner.config.halt_max_steps

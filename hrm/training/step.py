@@ -116,13 +116,15 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
 
 def make_train_step(config: PretrainConfig, world: World, state: TrainState) -> TrainStep:
     """The function that advances `state` by one step, run eagerly or as a CUDA graph as `config.kernels` says."""
-    inner, update = state.model.model.inner, _make_update(config, world, state)
+    act, update = state.model.model, _make_update(config, world, state)
 
     def step(batch: Batch) -> dict[str, Tensor]:
         nonlocal update
         _set_rates(config, state)
-        if inner.training_updates != (wanted := config.updates_at(state.step)):
-            inner.training_updates, update = wanted, _make_update(config, world, state)
+        wanted = config.updates_at(state.step), config.halt_max_steps_at(state.step)
+        if (act.inner.training_updates, act.training_halt_max_steps) != wanted:
+            act.inner.training_updates, act.training_halt_max_steps = wanted
+            update = _make_update(config, world, state)
         for optimizer, _ in state.optimizers:
             if isinstance(optimizer, AdamATan2):
                 optimizer.refresh_copies()  # a recorded graph reads the copies and cannot tell whether they are current
