@@ -25,7 +25,7 @@ CONFIG_DIR = PROJECT_DIR / "config"
 ARCHITECTURES = ("hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1",)  # as in the published configs
 LOSS_HEADS = ("losses@ACTLossHead",)
 LOSS_TYPES = ("stablemax_cross_entropy", "softmax_cross_entropy")
-POS_ENCODINGS = ("rope", "rope_2d", "learned", "rope+learned", "rope_2d+learned")
+POS_ENCODINGS = ("rope", "rope_2d", "learned", "rope+learned", "rope_2d+learned", "none")
 FORWARD_DTYPES = ("bfloat16", "float32", "float16", "float64")
 DEVICES = ("auto", "cuda", "mps", "cpu")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
@@ -100,7 +100,10 @@ class LossConfig:
 
 @dataclass
 class HRMConfig:
-    """HRM v1 with adaptive computation time (paper section 2; names as in the published configs)."""
+    """HRM v1 with adaptive computation time (paper section 2; names as in the published configs).
+
+    `H_layers=0`, `mlp_t` and `puzzle_emb_len` are TRM's (Jolicoeur-Martineau 2025, arXiv 2510.04871), named as there.
+    """
 
     name: str = ARCHITECTURES[0]
     loss: LossConfig = field(default_factory=LossConfig)
@@ -114,14 +117,16 @@ class HRMConfig:
     # Updates at an ACT step's end that gradients flow through: 2, the last of either module, is the paper's one-step
     # gradient; L_cycles + 1 the last cycle as in TRM; each costs its blocks twice more.
     grad_updates: int = 2
-    H_layers: int = 4
+    H_layers: int = 4  # 0: none of its own, the L level's blocks are H's too
     L_layers: int = 4
     hidden_size: int = 512
     num_heads: int = 8
     expansion: float = 4.0  # SwiGLU's inner width is 2/3 of this times hidden_size, rounded up to 256s
+    mlp_t: bool = False  # mix tokens by a gated MLP over them, not by attention: for packs of one shape of puzzle
     puzzle_emb_ndim: int = II(".hidden_size")  # numbers in a puzzle's vector; 0: no puzzle prefix
+    puzzle_emb_len: int = 0  # tokens of the puzzle prefix, zeros where the vector ends; 0: as many as it fills
     # rope turns by the place in the row of tokens, rope_2d by row and column of a square grid; learned is added to the
-    # input. Also rope+learned and rope_2d+learned: distances and places.
+    # input. Also rope+learned and rope_2d+learned: distances and places. none: for mlp_t, which tells places apart.
     pos_encodings: str = "rope"
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -130,7 +135,19 @@ class HRMConfig:
     @property
     def inner_size(self) -> int:
         """Inner width of the gated MLP."""
-        return -(-round(self.expansion * self.hidden_size * 2 / 3) // 256) * 256
+        return self._inner_size_of(self.hidden_size)
+
+    def token_inner_size(self, num_tokens: int) -> int:
+        """Inner width of `mlp_t`'s MLP."""
+        return self._inner_size_of(num_tokens)
+
+    def _inner_size_of(self, size: int) -> int:
+        return -(-round(self.expansion * size * 2 / 3) // 256) * 256
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """Blocks that an update of either level runs through."""
+        return {"H": self.H_layers or self.L_layers, "L": self.L_layers}
 
     @property
     def updates(self) -> str:
@@ -139,8 +156,10 @@ class HRMConfig:
 
     @property
     def rotation(self) -> str | None:
-        """The RoPE among `pos_encodings`."""
-        return next((part for part in self.pos_encodings.split("+") if part != "learned"), None)
+        """The RoPE among `pos_encodings`, or None where there is none or `mlp_t` has no use for one."""
+        if self.mlp_t:
+            return None
+        return next((part for part in self.pos_encodings.split("+") if part.startswith("rope")), None)
 
     @property
     def learns_positions(self) -> bool:
@@ -149,18 +168,21 @@ class HRMConfig:
     @property
     def prefix_len(self) -> int:
         """Tokens that a puzzle's vector takes."""
-        return -(-self.puzzle_emb_ndim // self.hidden_size)
+        return max(self.puzzle_emb_len, -(-self.puzzle_emb_ndim // self.hidden_size)) if self.puzzle_emb_ndim else 0
 
     def __post_init__(self) -> None:
         if self.puzzle_emb_ndim == II(".hidden_size"):  # made in Python, where nobody resolves interpolations
             self.puzzle_emb_ndim = self.hidden_size
         _choice("arch.name", self.name, ARCHITECTURES)
         _choice("arch.pos_encodings", self.pos_encodings, POS_ENCODINGS)
+        if self.pos_encodings == "none" and not self.mlp_t:
+            raise UserError("arch.pos_encodings=none leaves attention blind to places: choose another, or mlp_t=true.")
         _choice("arch.forward_dtype", self.forward_dtype, FORWARD_DTYPES)
         _fraction("arch.halt_exploration_prob", self.halt_exploration_prob)
-        for name in ("halt_max_steps", "H_cycles", "L_cycles", "H_layers", "L_layers", "hidden_size", "num_heads"):
+        for name in ("halt_max_steps", "H_cycles", "L_cycles", "L_layers", "hidden_size", "num_heads"):
             _at_least(f"arch.{name}", getattr(self, name), 1)
-        _at_least("arch.puzzle_emb_ndim", self.puzzle_emb_ndim, 0)
+        for name in ("H_layers", "puzzle_emb_ndim", "puzzle_emb_len"):
+            _at_least(f"arch.{name}", getattr(self, name), 0)
         if not 2 <= self.grad_updates <= len(self.updates):
             raise UserError(
                 f"arch.grad_updates={self.grad_updates} is out of range: give a number from 2 to the "

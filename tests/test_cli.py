@@ -82,7 +82,7 @@ BAD_TRAINING = [
     Bad("heads that do not divide", "arch.num_heads=7", ("num_heads=7", "hidden_size=32")),
     Bad("odd heads with rope", "arch.hidden_size=30 arch.pos_encodings=rope", ("rope", "15")),
     Bad("heads of 2 on a grid", "arch.num_heads=16 arch.pos_encodings=rope_2d", ("rope_2d", "multiple of 4")),
-    Bad("no layers", "arch.H_layers=0", ("arch.H_layers=0", "at least 1")),
+    Bad("no layers", "arch.L_layers=0", ("arch.L_layers=0", "at least 1")),
     Bad("no ACT steps", "arch.halt_max_steps=0", ("arch.halt_max_steps=0", "at least 1")),
     Bad("impossible probability", "arch.halt_exploration_prob=1.5", ("halt_exploration_prob=1.5", "0 to 1")),
     Bad("expansion that is no number", "arch.expansion=nan", ("arch.expansion=nan",)),

@@ -695,10 +695,11 @@ def test_published_configs_carry_what_the_data_say(tiny_arch: Arch) -> None:
         ({"loss": "softmax_cross_entropy"}, "arch.loss"),
         ({"loss": {"loss_type": "softmax"}}, "arch.loss.loss_type=softmax is not a choice"),
         (
-            {"pos_encodings": "none"},
-            "arch.pos_encodings=none is not a choice; there are: learned, rope, rope+learned, rope_2d, "
+            {"pos_encodings": "sine"},
+            "arch.pos_encodings=sine is not a choice; there are: learned, none, rope, rope+learned, rope_2d, "
             "rope_2d+learned.",
         ),
+        ({"pos_encodings": "none"}, "arch.pos_encodings=none leaves attention blind to places"),
         ({"forward_dtype": "bf16"}, "arch.forward_dtype=bf16 is not a choice; did you mean bfloat16?"),
         ({"hidden_size": "wide"}, "arch.hidden_size is not usable: Value 'wide'"),
         ({"num_heads": 5}, "arch.hidden_size=32 cannot be split into arch.num_heads=5 equal heads"),

@@ -83,6 +83,7 @@ class Place(NamedTuple):
     num_tokens: int = 82  # of a sequence, the puzzle prefix included
     batch_size: int = 384  # sequences on this rank
     width: int = 512  # hidden size
+    mlp_t: bool = False  # tokens are mixed by an MLP over them
 
 
 class Backend(NamedTuple):
@@ -100,7 +101,7 @@ def _anywhere(place: Place) -> str | None:
     return None
 
 
-def _why_not_triton(place: Place) -> str | None:
+def _why_no_triton(place: Place) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if place.device.type != "cuda" and not interpreted:
         return f"Triton needs an NVIDIA GPU, not {place.device.type}"
@@ -108,14 +109,22 @@ def _why_not_triton(place: Place) -> str | None:
         return "Triton is not installed"
     if place.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"it has no kernels for {str(place.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _why_not_triton(place: Place) -> str | None:
+    if reason := _why_no_triton(place):
+        return reason
+    if place.mlp_t:
+        return "its kernels mix tokens by attention, not by arch.mlp_t's MLP"
     if place.head_size not in (16, 32, 64, 128):
         return f"it has kernels for heads of 16, 32, 64 and 128, not {place.head_size}"
     return None
 
 
 def _is_measured(place: Place) -> bool:
-    """Whether the Triton backend was run and found faster there: on Hopper, with rotary positions."""
-    return place.rotary and torch.cuda.get_device_capability(place.device) == (9, 0)
+    """Whether our kernels were run and found faster there: on Hopper."""
+    return torch.cuda.get_device_capability(place.device) == (9, 0)
 
 
 def _why_not_cute(place: Place) -> str | None:
@@ -149,11 +158,13 @@ def resolve(config: KernelsConfig, place: Place) -> KernelsConfig:
             raise UserError(
                 "kernels.backend=auto chooses compile and cuda_graphs itself: name a backend too, or drop the switch."
             )
-        if on_cuda and _why_not_triton(place) is None and _is_measured(place):
+        is_measured = on_cuda and _why_no_triton(place) is None and _is_measured(place)
+        if is_measured and place.rotary and _why_not_triton(place) is None:
             config = replace(config, backend="triton", cuda_graphs=True, fused_step=True)
         else:
             compiled = on_cuda and _why_not_compiled(place) is None
-            config = replace(config, backend="naive", compile=compiled, cuda_graphs=on_cuda)
+            fused = is_measured and place.mlp_t
+            config = replace(config, backend="naive", compile=compiled, cuda_graphs=on_cuda, fused_step=fused)
     if config.backend not in BACKENDS:
         raise UserError(f"kernels.backend={config.backend} is not one; {neighbours(config.backend, BACKENDS)}")
     backend = BACKENDS[config.backend]
@@ -165,8 +176,10 @@ def resolve(config: KernelsConfig, place: Place) -> KernelsConfig:
         raise UserError(f"kernels.compile=true cannot run on {place.device.type}: {reason}; take kernels=naive.")
     if config.cuda_graphs and not on_cuda:
         raise UserError(f"kernels.cuda_graphs=true needs an NVIDIA GPU, not {place.device.type}; take kernels=naive.")
-    if config.fused_step and (reason := _why_not_triton(place)):
+    if config.fused_step and (reason := _why_no_triton(place)):
         raise UserError(f"kernels.fused_step=true cannot run: {reason}; take kernels=naive.")
+    if config.fp8 != "none" and place.mlp_t:
+        raise UserError(f"kernels.fp8={config.fp8} does not go with arch.mlp_t=true: drop it.")
     if config.fp8 != "none" and not backend.fp8:
         raise UserError(f"kernels.fp8={config.fp8} does not go with kernels.backend={config.backend}: take triton.")
     return replace(config, attention=_resolve_attention(config, backend, place))

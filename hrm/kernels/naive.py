@@ -23,6 +23,15 @@ class BlockWeights(NamedTuple):
     down: Tensor  # [D, F]
 
 
+class MixerWeights(NamedTuple):
+    """The matrices of one block that mixes tokens by a gated MLP over them, in the dtype of the activations."""
+
+    token_gate_up: Tensor  # [2 G, T]: gate, then up; G is its inner width
+    token_down: Tensor  # [T, G]
+    gate_up: Tensor  # [2 F, D]: gate, then up
+    down: Tensor  # [D, F]
+
+
 class RotaryTables(NamedTuple):
     """Rotary position embedding, half-split: feature i turns with feature i + K/2."""
 
@@ -99,16 +108,29 @@ def attention(
     return F.linear(attend(F.linear(x, weights.qkv), rotary, num_heads), weights.o)
 
 
-def swiglu(x: Tensor, weights: BlockWeights) -> Tensor:
-    """Gated MLP over `x` [B, T, D]."""
-    gate, up = F.linear(x, weights.gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, weights.down)
+def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Gated MLP over the last dimension of `x`."""
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)
+
+
+def mixed_tokens(
+    x: Tensor,
+    weights: BlockWeights | MixerWeights,
+    rotary: RotaryTables | None,
+    num_heads: int,
+    attend: Attend = sdpa,
+) -> Tensor:
+    """What the tokens of `x` [B, T, D] learn of one another: by attention, or by the block's MLP over tokens."""
+    if isinstance(weights, MixerWeights):
+        return swiglu(x.mT, weights.token_gate_up, weights.token_down).mT
+    return attention(x, weights, rotary, num_heads, attend)
 
 
 def reasoning_module(
     state: Tensor,
     injection: Tensor,
-    blocks: Sequence[BlockWeights],
+    blocks: Sequence[BlockWeights | MixerWeights],
     rotary: RotaryTables | None,
     num_heads: int,
     eps: float,
@@ -127,13 +149,13 @@ def reasoning_module(
     """
     x = state + injection
     for weights in blocks:
-        x = rms_norm(x + attention(x, weights, rotary, num_heads, attend), eps)
-        x = rms_norm(x + swiglu(x, weights), eps)
+        x = rms_norm(x + mixed_tokens(x, weights, rotary, num_heads, attend), eps)
+        x = rms_norm(x + swiglu(x, weights.gate_up, weights.down), eps)
     return x
 
 
 def first_token_block(
-    x: Tensor, weights: BlockWeights, rotary: RotaryTables | None, num_heads: int, eps: float
+    x: Tensor, weights: BlockWeights | MixerWeights, rotary: RotaryTables | None, num_heads: int, eps: float
 ) -> Tensor:
     """One block where only token 0 of the result is wanted: the others still give their keys and values.
 
@@ -145,6 +167,10 @@ def first_token_block(
     """
     batch, _, width = x.shape
     first = x[:, 0]
+    if isinstance(weights, MixerWeights):
+        mixed = swiglu(x.mT, weights.token_gate_up, weights.token_down[:1])[..., 0]
+        first = rms_norm(first + mixed, eps)
+        return rms_norm(first + swiglu(first, weights.gate_up, weights.down), eps)
 
     def heads(rows: Tensor) -> Tensor:
         return rows.view(batch, -1, num_heads, width // num_heads).transpose(1, 2)
@@ -155,7 +181,7 @@ def first_token_block(
         k = rotate(k, rotary)
     mixed = F.scaled_dot_product_attention(q, k, v).reshape(batch, width)
     first = rms_norm(first + F.linear(mixed, weights.o), eps)
-    return rms_norm(first + swiglu(first, weights), eps)
+    return rms_norm(first + swiglu(first, weights.gate_up, weights.down), eps)
 
 
 def restart(

@@ -43,7 +43,7 @@ def reasoning_module(
     for weights in blocks:
         mixed = attention(_Share.apply(x, axis), weights, rotary, own_heads, attend)  # type: ignore[no-untyped-call]
         x = rms_norm(x + _Sum.apply(mixed, axis), eps)  # type: ignore[no-untyped-call]
-        gated = swiglu(_Share.apply(x, axis), weights)  # type: ignore[no-untyped-call]
+        gated = swiglu(_Share.apply(x, axis), weights.gate_up, weights.down)  # type: ignore[no-untyped-call]
         x = rms_norm(x + _Sum.apply(gated, axis), eps)  # type: ignore[no-untyped-call]
     return x
 

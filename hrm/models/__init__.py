@@ -66,6 +66,7 @@ def build_model(
         num_tokens=config.prefix_len + seq_len,
         batch_size=batch_size,
         width=config.hidden_size,
+        mlp_t=config.mlp_t,
     )
     inner = HierarchicalReasoningModel(
         config,

@@ -22,13 +22,15 @@ _PEAK_TFLOPS = {
 def block_flops(arch: HRMConfig, num_tokens: int) -> float:
     """Floating-point operations of one token's way through one block, among `num_tokens`."""
     width = arch.hidden_size
+    if arch.mlp_t:
+        return 6 * width * (arch.token_inner_size(num_tokens) + arch.inner_size)
     return 2 * (4 * width**2 + 3 * width * arch.inner_size) + 4 * num_tokens * width
 
 
 def act_step_blocks(arch: HRMConfig, updates: str | None = None) -> int:
     """Blocks that one ACT step runs forward, in the architecture's updates of L and H or in other ones."""
     updates = arch.updates if updates is None else updates
-    return updates.count("L") * arch.L_layers + updates.count("H") * arch.H_layers
+    return sum(updates.count(level) * layers for level, layers in arch.layers.items())
 
 
 def train_step_blocks(arch: HRMConfig, updates: str | None = None) -> int:

@@ -20,7 +20,7 @@ from hrm.config import HRMConfig, KernelsConfig
 from hrm.errors import UserError
 from hrm.kernels import make_kernels
 from hrm.kernels.cycles import Cycles, looped
-from hrm.kernels.naive import BlockWeights, RotaryTables, grid_rotary_tables, rotary_tables
+from hrm.kernels.naive import BlockWeights, MixerWeights, RotaryTables, grid_rotary_tables, rotary_tables
 from hrm.models.layers import Embedding, Linear, SparseEmbedding, in_dtype, truncated_normal
 
 
@@ -56,8 +56,8 @@ class Prepared(NamedTuple):
     """What stays the same through the recurrences of one ACT step: embeddings, and weights in the compute dtype."""
 
     embeddings: Tensor  # [B, T, D]
-    H_blocks: list[BlockWeights]
-    L_blocks: list[BlockWeights]
+    H_blocks: Sequence[Any]  # weights of the blocks, of the type that the architecture's blocks have
+    L_blocks: Sequence[Any]
     free_H_blocks: Sequence[Any]  # the same for updates that need no gradient
     free_L_blocks: Sequence[Any]
     rotary: RotaryTables | None
@@ -99,15 +99,28 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Weights of one post-norm transformer block; `hrm.kernels` computes it."""
+    """Weights of one post-norm transformer block; `hrm.kernels` computes it.
 
-    def __init__(self, config: HRMConfig, generator: torch.Generator) -> None:
+    With `mlp_t` it has another MLP, over the tokens, instead of attention.
+    """
+
+    def __init__(self, config: HRMConfig, num_tokens: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.self_attn = Attention(config.hidden_size, generator)
+        if config.mlp_t:
+            self.mlp_t = SwiGLU(num_tokens, config.token_inner_size(num_tokens), generator)
+        else:
+            self.self_attn = Attention(config.hidden_size, generator)
         self.mlp = SwiGLU(config.hidden_size, config.inner_size, generator)
 
-    def weights(self) -> BlockWeights:
+    def weights(self) -> BlockWeights | MixerWeights:
         """The master weights."""
+        if hasattr(self, "mlp_t"):
+            return MixerWeights(
+                token_gate_up=self.mlp_t.gate_up_proj.weight,
+                token_down=self.mlp_t.down_proj.weight,
+                gate_up=self.mlp.gate_up_proj.weight,
+                down=self.mlp.down_proj.weight,
+            )
         return BlockWeights(
             qkv=self.self_attn.qkv_proj.weight,
             o=self.self_attn.o_proj.weight,
@@ -119,11 +132,11 @@ class Block(nn.Module):
 class Level(nn.Module):
     """Weights of one reasoning module, H or L."""
 
-    def __init__(self, config: HRMConfig, num_layers: int, generator: torch.Generator) -> None:
+    def __init__(self, config: HRMConfig, num_layers: int, num_tokens: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(config, generator) for _ in range(num_layers))
+        self.layers = nn.ModuleList(Block(config, num_tokens, generator) for _ in range(num_layers))
 
-    def weights(self) -> list[BlockWeights]:
+    def weights(self) -> list[BlockWeights | MixerWeights]:
         """The master weights of its blocks."""
         return [layer.weights() for layer in self.layers]  # type: ignore[operator]
 
@@ -167,13 +180,19 @@ class HierarchicalReasoningModel(nn.Module):
             self.register_buffer("rotary_sin", tables.sin, persistent=False)
         if config.puzzle_emb_ndim > 0:
             self.puzzle_emb = SparseEmbedding(num_puzzle_identifiers, config.puzzle_emb_ndim)
-        self.H_level = Level(config, config.H_layers, generator)
-        self.L_level = Level(config, config.L_layers, generator)
+        if config.H_layers:
+            self.H_level = Level(config, config.H_layers, num_tokens, generator)
+        self.L_level = Level(config, config.L_layers, num_tokens, generator)
         self.register_buffer("H_init", truncated_normal((width,), 1.0, generator))
         self.register_buffer("L_init", truncated_normal((width,), 1.0, generator))
         self.lm_head = Linear(truncated_normal((vocab_size, width), width**-0.5, generator))
         # Q-learning starts from "both values are near 0" (sigmoid of -5), whatever the state.
         self.q_head = Linear(torch.zeros(2, width), torch.full((2,), -5.0))
+
+    @property
+    def levels(self) -> dict[str, Level]:
+        """The modules that have blocks, by their names in `state_dict()`."""
+        return {name: getattr(self, name) for name in ("H_level", "L_level") if hasattr(self, name)}
 
     def initial_carry(self, batch: Batch) -> InnerCarry:
         sequences, seq_len = batch["inputs"].shape
@@ -201,10 +220,11 @@ class HierarchicalReasoningModel(nn.Module):
         rotary = None
         if self.config.rotation is not None:
             rotary = RotaryTables(self.rotary_cos, self.rotary_sin)
-        masters = [*self.H_level.weights(), *self.L_level.weights()]
+        masters = [block for level in self.levels.values() for block in level.weights()]
         cast = iter(in_dtype([weight for block in masters for weight in block], self.dtype))
-        blocks = [BlockWeights(*islice(cast, len(block))) for block in masters]
-        H_blocks, L_blocks = blocks[: self.config.H_layers], blocks[self.config.H_layers :]
+        blocks: list[Any] = [type(block)(*islice(cast, len(block))) for block in masters]
+        L_blocks = blocks[self.config.H_layers :]
+        H_blocks = blocks[: self.config.H_layers] or L_blocks
         with torch.no_grad():
             free_H_blocks, free_L_blocks = self.kernels.prepare("H", H_blocks), self.kernels.prepare("L", L_blocks)
         embeddings = self._embed(batch["inputs"], batch["puzzle_identifiers"])

@@ -42,6 +42,8 @@ class _Cut(NamedTuple):
 _BLOCK_WEIGHTS = {
     "self_attn.qkv_proj.weight": (0, 3),
     "self_attn.o_proj.weight": (1, 1),
+    "mlp_t.gate_up_proj.weight": (0, 2),
+    "mlp_t.down_proj.weight": (1, 1),
     "mlp.gate_up_proj.weight": (0, 2),
     "mlp.down_proj.weight": (1, 1),
 }  # dim and stacked of each
@@ -146,15 +148,20 @@ class SharedModel:
 
     def _plan(self) -> Iterator[tuple[str, _Cut]]:
         inner = self._model.model.inner
-        for level_name, level in (("H_level", inner.H_level), ("L_level", inner.L_level)):
+        for level_name, level in inner.levels.items():
             for index, layer in enumerate(level.layers):
                 stage = index * self._world.pipeline.size // len(level.layers)
-                for path, (dim, stacked) in _BLOCK_WEIGHTS.items():
-                    shape = layer.get_parameter(path).shape
-                    yield f"model.inner.{level_name}.layers.{index}.{path}", _Cut(stage, dim, stacked, shape)
+                for path, weight in layer.named_parameters():
+                    cut = _Cut(stage, *_BLOCK_WEIGHTS[path], weight.shape)
+                    yield f"model.inner.{level_name}.layers.{index}.{path}", cut
 
     def _check_divides(self) -> None:
         world, arch = self._world, self._model.model.inner.config
+        if (arch.mlp_t or not arch.H_layers) and (self._fsdp or world.processes > world.size):
+            raise UserError(
+                f"arch.{'mlp_t=true' if arch.mlp_t else 'H_layers=0'} does not go with parallel.tensor, "
+                "parallel.pipeline or parallel.fsdp: share out the batch alone."
+            )
         for option, size, parts in (
             ("arch.num_heads", arch.num_heads, world.tensor.size),
             ("arch.H_layers", arch.H_layers, world.pipeline.size),
@@ -217,8 +224,7 @@ class SharedModel:
             cycles = looped(dict.fromkeys("HL", module))
             cycles = chunked(cycles, config.chunk) if config.chunk else cycles
         if world.pipeline.size > 1:
-            layers = {"H": inner.config.H_layers, "L": inner.config.L_layers}
-            staged = pipeline.Pipeline(world.pipeline, module, first_token_block, layers, micro_batches)
+            staged = pipeline.Pipeline(world.pipeline, module, first_token_block, inner.config.layers, micro_batches)
             module, first_token_block, cycles = staged.reasoning_module, staged.first_token_block, staged.cycles
         inner.kernels = replace(kernels, reasoning_module=module, first_token_block=first_token_block, cycles=cycles)
 
@@ -236,7 +242,7 @@ class SharedModel:
         policy = MixedPrecisionPolicy(
             param_dtype=inner.dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
         )
-        for level in (inner.H_level, inner.L_level):
+        for level in inner.levels.values():
             sharded = fully_shard(level, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
             assert isinstance(sharded, FSDPModule)
             sharded.set_gradient_divide_factor(1.0)  # the loss is divided by the global batch already
