@@ -332,6 +332,7 @@ class PretrainConfig:
     lr_warmup_steps: int = 2000
     curriculum: list[Stage] = field(default_factory=list)  # other steps at first, one stage after the other
     stagger: bool = False  # begin with sequences at all ACT steps, not all at the first, as published
+    augment_act_steps: bool = False  # at every ACT step, show a puzzle as another of its images: Sudoku and mazes
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95

@@ -1,5 +1,6 @@
 """Halting: what the carry keeps, when sequences stop, and how exploration spreads."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -335,3 +336,52 @@ def test_evaluation_leaves_the_exploration_stream_alone(tiny_arch: Arch, random_
         expected = halting_after(undisturbed, 3, batch)
         assert expected.any()
         assert torch.equal(halting_after(model.train(), 3, batch), expected)
+
+
+# --- images ---
+
+
+@pytest.mark.parametrize("puzzle_emb_ndim", [32, 0])
+def test_what_is_thought_of_a_token_moves_with_it(
+    puzzle_emb_ndim: int, tiny_arch: Arch, random_batch: RandomBatch
+) -> None:
+    """Steps that show an image are those of a carry turned by hand; labels move along, evaluation does not."""
+    arch = tiny_arch | {"puzzle_emb_ndim": puzzle_emb_ndim}
+    shown, plain, batch = build(arch), build(arch), random_batch()
+    turn = torch.tensor([2, 0, 1, 4, 3])
+    shown.model.show_images(turn.expand(4, -1))
+
+    def by_hand(carry: Carry) -> Carry:
+        prefix = plain.model.inner.prefix_len
+        places = torch.cat([torch.arange(prefix), turn + prefix])
+        state = InnerCarry(carry.inner_carry.z_H[:, places], carry.inner_carry.z_L[:, places])
+        data = {name: field[:, turn] if field.ndim == 2 else field for name, field in carry.current_data.items()}
+        return replace(carry, inner_carry=state, current_data=data)
+
+    carry, expected = shown.initial_carry(batch), plain.initial_carry(batch)
+    turned = {name: field[:, turn] if field.ndim == 2 else field for name, field in batch.items()}
+    for number in range(3):
+        carry, outputs = step(shown, carry, batch)
+        expected, reference = step(plain, by_hand(expected) if number else expected, turned)
+        torch.testing.assert_close(outputs, reference)
+        torch.testing.assert_close(carry.tensors(), expected.tensors())
+    evaluated = [step(model.eval(), model.initial_carry(batch), batch)[1] for model in (shown, plain)]
+    torch.testing.assert_close(*evaluated, rtol=0, atol=0)
+
+
+def test_images_are_drawn_anew_and_by_seed(tiny_arch: Arch, random_batch: RandomBatch) -> None:
+    batch = random_batch()
+
+    def seen() -> list[Tensor]:
+        model = build(tiny_arch)
+        model.model.show_images(torch.stack([torch.arange(5).roll(n) for n in range(5)]))
+        carry, inputs = model.initial_carry(batch), []
+        for _ in range(4):
+            carry, _ = step(model, carry, batch)
+            inputs.append(carry.current_data["inputs"])
+        return inputs
+
+    one = seen()
+    assert all(torch.equal(first, second) for first, second in zip(one, seen(), strict=True))
+    assert not any(torch.equal(first, second) for first, second in itertools.pairwise(one))
+    assert all(torch.equal(inputs.sort().values, batch["inputs"].sort().values) for inputs in one)

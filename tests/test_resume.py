@@ -215,7 +215,7 @@ def test_killed_at_any_moment(config: PretrainConfig, tmp_path: Path) -> None:
         {"optim": OptimConfig("adamw"), "ema_decay": None},
         {"arch": replace(ARCH, puzzle_emb_ndim=0, forward_dtype="bfloat16"), "eval_interval": None},
         {"num_workers": 1},
-        {"optim": OptimConfig("muon"), "stagger": True},
+        {"optim": OptimConfig("muon"), "stagger": True, "augment_act_steps": True},
     ],
     ids=["adam_atan2", "adamw", "no puzzle table", "loader process", "muon"],
 )

@@ -14,8 +14,9 @@ from entry_points import TINY_RUN, evaluated, make_pack, train
 
 from dataset import build_arc_dataset, build_custom_dataset, build_maze_dataset, write_example_task
 from hrm.data.pack import open_pack
+from hrm.data.sudoku import BoxShape, decode_tokens, is_solved
 from hrm.errors import UserError
-from hrm.evaluation.tasks import symmetries
+from hrm.evaluation.tasks import cell_permutations, symmetries
 
 
 def run(builder: Callable[[Sequence[str]], int], *argv: str) -> None:
@@ -100,3 +101,32 @@ def test_symmetries_that_a_task_has(tmp_path: Path) -> None:
         symmetries(open_pack(tmp_path / "maze", "test"), 9)
     with pytest.raises(UserError, match="needs a Sudoku or a maze pack"):
         symmetries(open_pack(tmp_path / "routes", "test"), 2)
+
+
+def test_permutations_of_cells_keep_the_rules(tmp_path: Path) -> None:
+    make_mazes(tmp_path / "maze")
+    make_pack(tmp_path / "sudoku", box="2x3", train_size=20)
+    make_routes(tmp_path / "routes")
+    pack = open_pack(tmp_path / "sudoku", "train")
+    solutions = np.asarray(pack.sets["all"].labels)
+    cells = cell_permutations(pack, seed=3, count=200).numpy()
+    assert is_solved(decode_tokens(solutions[:, cells].reshape(-1, 36)), BoxShape(2, 3)).all()
+    assert len({tuple(image) for image in cells}) > 150
+    assert not np.array_equal(cells, cell_permutations(pack, seed=4, count=200).numpy())
+    images = cell_permutations(open_pack(tmp_path / "maze", "train"), seed=0)
+    assert len(images) == 8
+    assert images.sort().values.equal(images[:1].expand(8, -1))
+    with pytest.raises(UserError, match=r"^augment_act_steps=true needs a Sudoku or a maze pack, .*routes"):
+        cell_permutations(open_pack(tmp_path / "routes", "train"), seed=0)
+
+
+def test_another_image_at_every_step(tmp_path: Path) -> None:
+    """The same seed trains the same; without images, it would train otherwise."""
+    make_pack(tmp_path / "pack")
+    losses = []
+    for run_name, turned in (("a", "true"), ("b", "true"), ("c", "false")):
+        folder = tmp_path / run_name
+        train(*TINY_RUN, f"data_path={tmp_path / 'pack'}", f"checkpoint_path={folder}", f"augment_act_steps={turned}")
+        records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        losses.append([record["train/lm_loss"] for record in records if "train/lm_loss" in record])
+    assert losses[0] == losses[1] != losses[2]

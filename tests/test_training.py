@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from entry_points import make_pack
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
@@ -302,7 +303,8 @@ def test_halting_sooner_at_first(config: PretrainConfig) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_cuda_graphs_change_nothing(config: PretrainConfig, tmp_path: Path) -> None:
     # float64 hides the order in which atomic sums came out. The test split is long enough for a replay.
-    write_pack(tmp_path / "pack", train=20, test=18)
+    make_pack(tmp_path / "sudoku", train_size=20, test_size=18)
+    config = replace(config, data_path=str(tmp_path / "sudoku"), augment_act_steps=True)
     arch = replace(ARCH, forward_dtype="float64", halt_exploration_prob=0.5, halt_max_steps=4)
     config = replace(config, arch=arch, device="cuda", log_interval=1, eval_save_outputs=["logits"])
     config = replace(config, curriculum=[Stage(3, 1, 1, 2), Stage(6, 1, 1)])  # a record for each stage

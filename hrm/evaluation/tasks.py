@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hrm.batch import Batch
 from hrm.data.maze import is_shortest_path
 from hrm.data.pack import IntArray, Pack, PackSet, read_identifiers
+from hrm.data.sudoku import random_symmetries
 from hrm.distributed import World, gather_on_main
 from hrm.errors import UserError
 from hrm.evaluation.arc import ArcScorer
@@ -59,6 +61,25 @@ def symmetries(pack: Pack, count: int) -> list[Symmetry]:
             "already: leave it out."
         )
     raise UserError(f"ensemble.augmentations={count} needs a Sudoku or a maze pack, for {pack.path} holds neither.")
+
+
+def cell_permutations(pack: Pack, seed: int, count: int = 4096) -> Tensor:
+    """Permutations of a puzzle's cells under which the rules stay: image[i] = puzzle[cells[i]].
+
+    Returns:
+        [N, S] int64: `count` random ones for Sudoku, the eight of the square for mazes.
+
+    Raises:
+        UserError: the pack holds neither.
+    """
+    view = View.of_pack(pack)
+    if view.box is not None:
+        return torch.from_numpy(random_symmetries(count, view.box, np.random.default_rng(seed)).source.astype(np.int64))
+    if view.kind == "maze":
+        return torch.stack([image.cells for image in maze_symmetries(pack.metadata.seq_len, 1, 8)])
+    raise UserError(
+        f"augment_act_steps=true needs a Sudoku or a maze pack, for {pack.path} holds neither: leave it out."
+    )
 
 
 def task_examiners(pack: Pack) -> list[Examiner]:

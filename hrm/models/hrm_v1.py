@@ -317,10 +317,13 @@ class HierarchicalReasoningModel(nn.Module):
 class AdaptiveComputation(nn.Module):
     """Halting around the model: every call is one ACT step; places whose sequence halted take a new one."""
 
+    images: Tensor | None  # [N, S] int64: see `show_images`
+
     def __init__(self, inner: HierarchicalReasoningModel, seed: int) -> None:
         super().__init__()
         self.inner = inner
         self.training_halt_max_steps = inner.config.halt_max_steps  # a curriculum sets others
+        self.register_buffer("images", None, persistent=False)
         self._exploration: torch.Generator | None = None
         self.seed_exploration(seed)
 
@@ -334,6 +337,17 @@ class AdaptiveComputation(nn.Module):
         if self._exploration is None or self._exploration.device != device:
             self._exploration = torch.Generator(device).manual_seed(self._seed)
         return self._exploration
+
+    def show_images(self, cells: Tensor) -> None:
+        """In training, show every sequence as one of its images from now on, another one at each ACT step.
+
+        What the model thinks of a token moves with it. So a puzzle is not the same twice in the many steps that train
+        on it, and cannot be learnt by heart.
+
+        Args:
+            cells: [N, S] int64, permutations that keep the rules: token i of image n is the puzzle's token cells[n, i].
+        """
+        self.images = cells
 
     def initial_carry(self, batch: Batch) -> Carry:
         halted = torch.ones_like(batch["inputs"][:, 0], dtype=torch.bool)
@@ -356,6 +370,8 @@ class AdaptiveComputation(nn.Module):
 
     def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, dict[str, Tensor]]:
         state, steps, data = self.inner.restart(carry, batch)
+        if self.training and self.images is not None:
+            state, data = self._turned(state, data, self.images)
         prepared = self.inner.prepare(data)
         state = self.inner.recur(state, prepared)
         q_halt, q_continue = self.inner.q_values(state)
@@ -383,6 +399,18 @@ class AdaptiveComputation(nn.Module):
             state = self.inner.recur(state, prepared)
         steps = steps + (num_steps - 1)
         return Carry(state, steps, steps >= self.inner.config.halt_max_steps, data)
+
+    def _turned(self, state: InnerCarry, data: Batch, images: Tensor) -> tuple[InnerCarry, Batch]:
+        """Each sequence and its state as a random one of the images."""
+        sequences, tokens, width = state.z_H.shape
+        drawn = torch.randint(
+            len(images), (sequences,), device=images.device, generator=self.exploration(images.device)
+        )
+        cells = images[drawn]
+        prefix = torch.arange(self.inner.prefix_len, device=cells.device).expand(sequences, -1)
+        places = torch.cat([prefix, cells + self.inner.prefix_len], 1).unsqueeze(-1).expand(-1, tokens, width)
+        data = data | {name: data[name].gather(1, cells) for name in ("inputs", "labels")}
+        return InnerCarry(state.z_H.gather(1, places), state.z_L.gather(1, places)), data
 
     def _min_steps(self, steps: Tensor) -> Tensor:
         """For exploration: a share of the sequences may not halt before a random step in {2 .. halt_max_steps}."""

@@ -16,6 +16,7 @@ from hrm.cuda_graphs import GraphedWork
 from hrm.data.pack import Pack
 from hrm.distributed import World, broadcast_tensors
 from hrm.errors import UserError
+from hrm.evaluation.tasks import cell_permutations
 from hrm.models import ACTLossHead, build_model
 from hrm.models.hrm_v1 import Carry, InnerCarry
 from hrm.optim import AdamATan2, Muon, SparseSignSGD, learning_rate, set_lr
@@ -64,6 +65,8 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
     )
     broadcast_tensors(model.state_dict().values(), world)
     model.model.seed_exploration(config.seed + world.rank)
+    if config.augment_act_steps:
+        model.model.show_images(cell_permutations(pack, config.seed).to(world.device))
     shared = SharedModel(model, config.parallel, world)
 
     graphed, fused, on_cuda = _is_graphed(config, model, world), model.kernels.fused_step, world.device.type == "cuda"
