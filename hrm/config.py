@@ -22,7 +22,8 @@ from hrm.errors import UserError, first_sentence
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 CONFIG_DIR = PROJECT_DIR / "config"
 
-ARCHITECTURES = ("hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1",)  # as in the published configs
+TRM = "recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1"
+ARCHITECTURES = ("hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1", TRM)  # as in the published configs
 LOSS_HEADS = ("losses@ACTLossHead",)
 LOSS_TYPES = ("stablemax_cross_entropy", "softmax_cross_entropy")
 POS_ENCODINGS = ("rope", "rope_2d", "learned", "rope+learned", "rope_2d+learned", "none")
@@ -117,7 +118,7 @@ class HRMConfig:
     # Updates at an ACT step's end that gradients flow through: 2, the last of either module, is the paper's one-step
     # gradient; L_cycles + 1 the last cycle as in TRM; each costs its blocks twice more.
     grad_updates: int = 2
-    H_layers: int = 4  # 0: none of its own, the L level's blocks are H's too
+    H_layers: int = 4  # 0, and with TRM's name always: none of its own, the L level's blocks are H's too
     L_layers: int = 4
     hidden_size: int = 512
     num_heads: int = 8
@@ -174,6 +175,8 @@ class HRMConfig:
         if self.puzzle_emb_ndim == II(".hidden_size"):  # made in Python, where nobody resolves interpolations
             self.puzzle_emb_ndim = self.hidden_size
         _choice("arch.name", self.name, ARCHITECTURES)
+        if self.name == TRM:
+            self.H_layers = 0
         _choice("arch.pos_encodings", self.pos_encodings, POS_ENCODINGS)
         if self.pos_encodings == "none" and not self.mlp_t:
             raise UserError("arch.pos_encodings=none leaves attention blind to places: choose another, or mlp_t=true.")
@@ -529,6 +532,10 @@ def arch_config(
         claimed, real = values.pop(name, None), (from_data or {}).get(name)
         if None not in (claimed, real) and claimed != real:
             raise UserError(f"arch.{name}={claimed} contradicts the data, which has {real}: drop it from arch.")
+    if values.get("name") == TRM:  # whose code has no choice of the gradient, and other defaults
+        values = {"q_continue": False, "puzzle_emb_len": 16, "grad_updates": values.get("L_cycles", 6) + 1} | values
+    if (no_continue := values.pop("no_ACT_continue", None)) is not None:
+        values["q_continue"] = not no_continue
     if values.pop("causal", False):
         raise UserError("arch.causal=true is not supported: HRM's attention is non-causal; drop it from arch.")
     return to_typed(HRMConfig, values, where)

@@ -168,6 +168,8 @@ def test_our_config_has_what_the_published_code_requires(tmp_path: Path) -> None
     assert saved["arch"] == ARCH | {
         "q_continue": True,
         "grad_updates": 2,
+        "mlp_t": False,
+        "puzzle_emb_len": 0,
         "expansion": 4.0,
         "rms_norm_eps": 1e-5,
         "rope_theta": 1e4,

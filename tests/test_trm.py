@@ -70,7 +70,7 @@ def reference_module(state: Tensor, injection: Tensor, blocks: list[MixerWeights
         x = sequence
         for block in blocks:
             mixed = torch.stack([reference_mlp(feature, block.token_gate_up, block.token_down) for feature in x.T], -1)
-            x = reference_norm(x + mixed)
+            x = reference_norm((x + mixed).T).T
             x = reference_norm(x + reference_mlp(x, block.gate_up, block.down))
         rows.append(x)
     return torch.stack(rows)
@@ -282,3 +282,34 @@ def test_hidden_matrices(trm: Arch) -> None:
         }.items()
     }
     assert all(number is None for name, number in stacked.items() if "layers." not in name)
+
+
+def test_published_config() -> None:
+    """The published YAML file, as its code resolves it, is `arch=trm`."""
+    theirs = {
+        "name": "recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1",
+        "loss": {"name": "losses@ACTLossHead", "loss_type": "stablemax_cross_entropy"},
+        "halt_exploration_prob": 0.1,
+        "halt_max_steps": 16,
+        "H_cycles": 3,
+        "L_cycles": 6,
+        "H_layers": 0,
+        "L_layers": 2,
+        "hidden_size": 512,
+        "num_heads": 8,
+        "expansion": 4,
+        "puzzle_emb_ndim": 512,
+        "pos_encodings": "rope",
+        "forward_dtype": "bfloat16",
+        "mlp_t": False,
+        "puzzle_emb_len": 16,
+        "no_ACT_continue": True,
+    }
+    assert arch_config(theirs) == published()
+    assert arch_config(theirs | {"mlp_t": True, "pos_encodings": "none", "H_layers": 2}) == published(
+        mlp_t=True, pos_encodings="none"
+    )
+    assert arch_config(theirs | {"L_cycles": 4, "no_ACT_continue": False}).grad_updates == 5
+    assert arch_config(theirs | {"no_ACT_continue": False}).q_continue
+    left_out = {name: value for name, value in theirs.items() if name not in ("puzzle_emb_len", "no_ACT_continue")}
+    assert arch_config(left_out) == published()

@@ -114,17 +114,10 @@ def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(gate) * up, down)
 
 
-def mixed_tokens(
-    x: Tensor,
-    weights: BlockWeights | MixerWeights,
-    rotary: RotaryTables | None,
-    num_heads: int,
-    attend: Attend = sdpa,
-) -> Tensor:
-    """What the tokens of `x` [B, T, D] learn of one another: by attention, or by the block's MLP over tokens."""
-    if isinstance(weights, MixerWeights):
-        return swiglu(x.mT, weights.token_gate_up, weights.token_down).mT
-    return attention(x, weights, rotary, num_heads, attend)
+def mix_tokens(x: Tensor, weights: MixerWeights, eps: float) -> Tensor:
+    """The first half of a block with an MLP over the tokens of `x` [B, T, D]: its norm, too, is over the tokens."""
+    features = x.mT
+    return rms_norm(features + swiglu(features, weights.token_gate_up, weights.token_down), eps).mT
 
 
 def reasoning_module(
@@ -149,7 +142,10 @@ def reasoning_module(
     """
     x = state + injection
     for weights in blocks:
-        x = rms_norm(x + mixed_tokens(x, weights, rotary, num_heads, attend), eps)
+        if isinstance(weights, MixerWeights):
+            x = mix_tokens(x, weights, eps)
+        else:
+            x = rms_norm(x + attention(x, weights, rotary, num_heads, attend), eps)
         x = rms_norm(x + swiglu(x, weights.gate_up, weights.down), eps)
     return x
 
@@ -157,7 +153,7 @@ def reasoning_module(
 def first_token_block(
     x: Tensor, weights: BlockWeights | MixerWeights, rotary: RotaryTables | None, num_heads: int, eps: float
 ) -> Tensor:
-    """One block where only token 0 of the result is wanted: the others still give their keys and values.
+    """One block where only token 0 of the result is wanted: the others still give their keys and values, or mix.
 
     Args:
         x: [B, T, D].
@@ -168,8 +164,7 @@ def first_token_block(
     batch, _, width = x.shape
     first = x[:, 0]
     if isinstance(weights, MixerWeights):
-        mixed = swiglu(x.mT, weights.token_gate_up, weights.token_down[:1])[..., 0]
-        first = rms_norm(first + mixed, eps)
+        first = mix_tokens(x, weights, eps)[:, 0]
         return rms_norm(first + swiglu(first, weights.gate_up, weights.down), eps)
 
     def heads(rows: Tensor) -> Tensor:
