@@ -186,7 +186,8 @@ def _linear_swiglu_forward(x: Tensor, gate_up: Tensor, save: bool) -> tuple[Tens
     M, K = x.shape
     F = gate_up.shape[0] // 2
     tiles = triton.cdiv(M, _BLOCK_M) * triton.cdiv(F, 2 * _BLOCK_N)
-    whole_vectors = K % 8 == 0 and F % 8 == 0  # Descriptors want rows of whole 16 bytes.
+    # Descriptors want rows of whole 16 bytes, and in the interpreter of Triton 3.5 of whole 16 numbers.
+    whole_vectors = K % 16 == 0 and F % 16 == 0
     if x.dtype.itemsize == 2 and whole_vectors and tiles >= _multiprocessors(x.device):
         kernels = _hopper(x)
         if kernels is not None and kernels.fits_swiglu(K):
