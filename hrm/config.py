@@ -269,6 +269,9 @@ class Stage:
                 _at_least(f"curriculum: {name}", getattr(self, name), 1)
 
 
+_AS_THE_ARCHITECTURE = Stage()
+
+
 @dataclass
 class ParallelConfig:
     """How the processes that torchrun started share the work.
@@ -423,7 +426,7 @@ class PretrainConfig:
         return most
 
     def _stage_at(self, step: int) -> Stage:
-        return next((stage for stage in self.curriculum if step <= stage.until), Stage(until=step))
+        return next((stage for stage in self.curriculum if step <= stage.until), _AS_THE_ARCHITECTURE)
 
 
 @dataclass

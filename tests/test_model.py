@@ -92,10 +92,10 @@ def reference_attention(x: Tensor, block: BlockWeights, num_heads: int, theta: f
     return torch.cat(mixed, -1) @ block.o.T
 
 
-def reference_swiglu(x: Tensor, block: BlockWeights) -> Tensor:
-    inner = len(block.gate_up) // 2
-    gate, up = x @ block.gate_up[:inner].T, x @ block.gate_up[inner:].T
-    return (gate / (1 + torch.exp(-gate)) * up) @ block.down.T
+def reference_swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    inner = len(gate_up) // 2
+    gate, up = x @ gate_up[:inner].T, x @ gate_up[inner:].T
+    return (gate / (1 + torch.exp(-gate)) * up) @ down.T
 
 
 def reference_module(
@@ -104,7 +104,7 @@ def reference_module(
     x = state + injection
     for block in blocks:
         x = reference_norm(x + reference_attention(x, block, num_heads, theta))
-        x = reference_norm(x + reference_swiglu(x, block))
+        x = reference_norm(x + reference_swiglu(x, block.gate_up, block.down))
     return x
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from test_model import (
     EPS,
     NUM_IDENTIFIERS,
@@ -16,6 +17,7 @@ from test_model import (
     random_carry,
     randomised,
     reference_norm,
+    reference_swiglu,
     relative_error,
 )
 from torch import Tensor
@@ -51,16 +53,9 @@ def trm(tiny_arch: Arch) -> Arch:
 
 def published(**fields: Any) -> HRMConfig:
     """`config/arch/trm.yaml` with its defaults."""
-    from omegaconf import OmegaConf
-
     values = OmegaConf.merge(*(OmegaConf.load(CONFIG_DIR / f"arch/{name}.yaml") for name in ("hrm_v1", "trm")), fields)
     del values["defaults"]
     return arch_config(values)
-
-
-def reference_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    gate, up = (x @ gate_up.T).tensor_split(2, -1)
-    return gate / (1 + torch.exp(-gate)) * up @ down.T
 
 
 def reference_module(state: Tensor, injection: Tensor, blocks: list[MixerWeights]) -> Tensor:
@@ -69,9 +64,11 @@ def reference_module(state: Tensor, injection: Tensor, blocks: list[MixerWeights
     for sequence in state + injection:
         x = sequence
         for block in blocks:
-            mixed = torch.stack([reference_mlp(feature, block.token_gate_up, block.token_down) for feature in x.T], -1)
+            mixed = torch.stack(
+                [reference_swiglu(feature, block.token_gate_up, block.token_down) for feature in x.T], -1
+            )
             x = reference_norm((x + mixed).T).T
-            x = reference_norm(x + reference_mlp(x, block.gate_up, block.down))
+            x = reference_norm(x + reference_swiglu(x, block.gate_up, block.down))
         rows.append(x)
     return torch.stack(rows)
 

@@ -101,7 +101,7 @@ def _anywhere(place: Place) -> str | None:
     return None
 
 
-def _why_no_triton(place: Place) -> str | None:
+def _why_not_triton(place: Place) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if place.device.type != "cuda" and not interpreted:
         return f"Triton needs an NVIDIA GPU, not {place.device.type}"
@@ -112,8 +112,8 @@ def _why_no_triton(place: Place) -> str | None:
     return None
 
 
-def _why_not_triton(place: Place) -> str | None:
-    if reason := _why_no_triton(place):
+def _why_not_triton_blocks(place: Place) -> str | None:
+    if reason := _why_not_triton(place):
         return reason
     if place.mlp_t:
         return "its kernels mix tokens by attention, not by arch.mlp_t's MLP"
@@ -136,12 +136,12 @@ def _why_not_cute(place: Place) -> str | None:
 BACKENDS = {
     "naive": Backend("hrm.kernels.naive", _anywhere, takes_attention=True),
     "triton": Backend(
-        "hrm.kernels.triton_module", _why_not_triton, cycles="hrm.kernels.triton_module", takes_attention=True
+        "hrm.kernels.triton_module", _why_not_triton_blocks, cycles="hrm.kernels.triton_module", takes_attention=True
     ),
     "triton_unrolled": Backend(
-        "hrm.kernels.triton_module", _why_not_triton, cycles="hrm.kernels.triton_unrolled", fp8=False
+        "hrm.kernels.triton_module", _why_not_triton_blocks, cycles="hrm.kernels.triton_unrolled", fp8=False
     ),
-    "head_parallel": Backend("hrm.kernels.head_parallel", _why_not_triton),
+    "head_parallel": Backend("hrm.kernels.head_parallel", _why_not_triton_blocks),
     "cute": Backend("hrm.kernels.cute_module", _why_not_cute, compiles=False),
 }
 
@@ -158,8 +158,8 @@ def resolve(config: KernelsConfig, place: Place) -> KernelsConfig:
             raise UserError(
                 "kernels.backend=auto chooses compile and cuda_graphs itself: name a backend too, or drop the switch."
             )
-        is_measured = on_cuda and _why_no_triton(place) is None and _is_measured(place)
-        if is_measured and place.rotary and _why_not_triton(place) is None:
+        is_measured = on_cuda and _why_not_triton(place) is None and _is_measured(place)
+        if is_measured and place.rotary and _why_not_triton_blocks(place) is None:
             config = replace(config, backend="triton", cuda_graphs=True, fused_step=True)
         else:
             compiled = on_cuda and _why_not_compiled(place) is None
@@ -176,7 +176,7 @@ def resolve(config: KernelsConfig, place: Place) -> KernelsConfig:
         raise UserError(f"kernels.compile=true cannot run on {place.device.type}: {reason}; take kernels=naive.")
     if config.cuda_graphs and not on_cuda:
         raise UserError(f"kernels.cuda_graphs=true needs an NVIDIA GPU, not {place.device.type}; take kernels=naive.")
-    if config.fused_step and (reason := _why_no_triton(place)):
+    if config.fused_step and (reason := _why_not_triton(place)):
         raise UserError(f"kernels.fused_step=true cannot run: {reason}; take kernels=naive.")
     if config.fp8 != "none" and place.mlp_t:
         raise UserError(f"kernels.fp8={config.fp8} does not go with arch.mlp_t=true: drop it.")

@@ -161,22 +161,25 @@ def first_token_block(
     Returns:
         [B, D], what `reasoning_module` would put into token 0.
     """
-    batch, _, width = x.shape
-    first = x[:, 0]
     if isinstance(weights, MixerWeights):
         first = mix_tokens(x, weights, eps)[:, 0]
-        return rms_norm(first + swiglu(first, weights.gate_up, weights.down), eps)
+    else:
+        first = rms_norm(x[:, 0] + _first_token_attention(x, weights, rotary, num_heads), eps)
+    return rms_norm(first + swiglu(first, weights.gate_up, weights.down), eps)
+
+
+def _first_token_attention(x: Tensor, weights: BlockWeights, rotary: RotaryTables | None, num_heads: int) -> Tensor:
+    """Token 0 of `attention`, [B, D]."""
+    batch, _, width = x.shape
 
     def heads(rows: Tensor) -> Tensor:
         return rows.view(batch, -1, num_heads, width // num_heads).transpose(1, 2)
 
-    q = heads(F.linear(first, weights.qkv[:width]))  # rotary positions do not turn token 0
+    q = heads(F.linear(x[:, 0], weights.qkv[:width]))  # rotary positions do not turn token 0
     k, v = map(heads, F.linear(x, weights.qkv[width:]).chunk(2, dim=-1))
     if rotary is not None:
         k = rotate(k, rotary)
-    mixed = F.scaled_dot_product_attention(q, k, v).reshape(batch, width)
-    first = rms_norm(first + F.linear(mixed, weights.o), eps)
-    return rms_norm(first + swiglu(first, weights.gate_up, weights.down), eps)
+    return F.linear(F.scaled_dot_product_attention(q, k, v).reshape(batch, width), weights.o)
 
 
 def restart(

@@ -317,7 +317,7 @@ class HierarchicalReasoningModel(nn.Module):
 class AdaptiveComputation(nn.Module):
     """Halting around the model: every call is one ACT step; places whose sequence halted take a new one."""
 
-    images: Tensor | None  # [N, S] int64: see `show_images`
+    images: Tensor | None  # [N, T] int64: see `show_images`, with the prefix left in place
 
     def __init__(self, inner: HierarchicalReasoningModel, seed: int) -> None:
         super().__init__()
@@ -347,7 +347,8 @@ class AdaptiveComputation(nn.Module):
         Args:
             cells: [N, S] int64, permutations that keep the rules: token i of image n is the puzzle's token cells[n, i].
         """
-        self.images = cells
+        prefix = torch.arange(self.inner.prefix_len, device=cells.device).expand(len(cells), -1)
+        self.images = torch.cat([prefix, cells + self.inner.prefix_len], 1)
 
     def initial_carry(self, batch: Batch) -> Carry:
         halted = torch.ones_like(batch["inputs"][:, 0], dtype=torch.bool)
@@ -402,13 +403,10 @@ class AdaptiveComputation(nn.Module):
 
     def _turned(self, state: InnerCarry, data: Batch, images: Tensor) -> tuple[InnerCarry, Batch]:
         """Each sequence and its state as a random one of the images."""
-        sequences, tokens, width = state.z_H.shape
-        drawn = torch.randint(
-            len(images), (sequences,), device=images.device, generator=self.exploration(images.device)
-        )
-        cells = images[drawn]
-        prefix = torch.arange(self.inner.prefix_len, device=cells.device).expand(sequences, -1)
-        places = torch.cat([prefix, cells + self.inner.prefix_len], 1).unsqueeze(-1).expand(-1, tokens, width)
+        device, prefix_len = images.device, self.inner.prefix_len
+        drawn = torch.randint(len(images), (len(state.z_H),), device=device, generator=self.exploration(device))
+        tokens = images[drawn]
+        cells, places = tokens[:, prefix_len:] - prefix_len, tokens.unsqueeze(-1).expand_as(state.z_H)
         data = data | {name: data[name].gather(1, cells) for name in ("inputs", "labels")}
         return InnerCarry(state.z_H.gather(1, places), state.z_L.gather(1, places)), data
 

@@ -67,8 +67,9 @@ class SharedModel:
         self._model = model
         self._world = world
         self._fsdp = config.fsdp and world.size > 1
-        self._check_divides()
         is_divided = self._fsdp or world.processes > world.size
+        if is_divided:
+            self._check_divides()
         self._cuts = dict(self._plan()) if is_divided else {}
         if world.tensor.size > 1 or world.pipeline.size > 1:
             for name in self._cuts:
@@ -157,7 +158,7 @@ class SharedModel:
 
     def _check_divides(self) -> None:
         world, arch = self._world, self._model.model.inner.config
-        if (arch.mlp_t or not arch.H_layers) and (self._fsdp or world.processes > world.size):
+        if arch.mlp_t or not arch.H_layers:
             raise UserError(
                 f"arch.{'mlp_t=true' if arch.mlp_t else 'H_layers=0'} does not go with parallel.tensor, "
                 "parallel.pipeline or parallel.fsdp: share out the batch alone."
