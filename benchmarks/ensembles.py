@@ -24,10 +24,10 @@ from hrm.data.loader import EvalLoader
 from hrm.data.pack import Pack, PackSet, open_pack
 from hrm.distributed import World, join_world
 from hrm.errors import UserError
-from hrm.evaluation.ensemble import Symmetry, make_answering, vote
+from hrm.evaluation.ensemble import Rules, Symmetry, make_answering, vote
 from hrm.evaluation.entry import Sizes, load_model
 from hrm.evaluation.runner import Sums, judge, score
-from hrm.evaluation.tasks import symmetries
+from hrm.evaluation.tasks import known_rules, symmetries
 from hrm.kernels import describe
 from hrm.models import ACTLossHead
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not isinstance(data_path, str):
         raise UserError(f"{checkpoints[0].config_file} does not say which data it was trained on: add --data.")
     pack = spread_out(open_pack(data_path, "test"), arguments.puzzles)
-    images, meta = symmetries(pack, numbers[-1]), pack.metadata
+    images, rules, meta = symmetries(pack, numbers[-1]), known_rules(pack), pack.metadata
     sizes = Sizes(arguments.batch_size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
     with join_world(arguments.device) as world:
         batches = [batch for _, batch, _ in EvalLoader(pack, arguments.batch_size)]
@@ -73,21 +73,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = []
         for count, number in subsets:
             members = [member for of_model in said[:count] for member in of_model[:number]]
-            rows.append(
-                {
-                    "checkpoints": count,
-                    "images": number,
-                    "ACT steps": sum(member.act_steps for member in members),
-                    "exact accuracy": exact_accuracy(members, batches, world),
-                    "seconds": sum(member.seconds for member in members),
-                }
-            )
+            row = {
+                "checkpoints": count,
+                "images": number,
+                "ACT steps": sum(member.act_steps for member in members),
+                "exact accuracy": exact_accuracy(members, batches, world),
+            }
+            if rules:
+                row["and rules checked"] = exact_accuracy(members, batches, world, rules)
+            rows.append(row | {"seconds": sum(member.seconds for member in members)})
         about = machine(world.device) | {
             "checkpoints": ", ".join(str(checkpoint.weights_file) for checkpoint in checkpoints),
             "puzzles": f"{sum(len(data.inputs) for data in pack.sets.values())} of {data_path}/test",
             "kernels": f"{describe(model.kernels)}, {arguments.batch_size} puzzles at a time",
             "ACT steps": "of all forward passes together, for each puzzle",
         }
+        if rules:
+            about["rules checked"] = "answers that break the rules do not count where others keep them"
     print(write_results("ensembles", about, rows, arguments.output_dir))
 
 
@@ -108,14 +110,16 @@ def answer(model: ACTLossHead, images: Sequence[Symmetry], batches: Sequence[Bat
     return members
 
 
-def exact_accuracy(members: Sequence[Member], batches: Sequence[Batch], world: World) -> float:
+def exact_accuracy(
+    members: Sequence[Member], batches: Sequence[Batch], world: World, rules: Rules | None = None
+) -> float:
     """Share of the puzzles that the members' vote answers exactly right."""
     sums = Sums(world)
     for index, batch in enumerate(batches):
-        voted = vote(
-            torch.stack([member.tokens[index] for member in members]),
-            torch.stack([member.q_halt[index] for member in members]),
-        )
+        tokens = torch.stack([member.tokens[index] for member in members])
+        q_halt = torch.stack([member.q_halt[index] for member in members])
+        sound = torch.stack([rules(batch["inputs"], answers) for answers in tokens]) if rules else None
+        voted = vote(tokens, q_halt, sound)
         sums.add("all", score(judge(batch["labels"].to(world.device), voted)))
     return sums.averages()["all"]["exact_accuracy"]
 

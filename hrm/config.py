@@ -435,6 +435,7 @@ class EnsembleConfig:
 
     augmentations: int = 1  # images of each puzzle under the task's symmetries, itself included
     checkpoints: list[str] = field(default_factory=list)  # models that answer beside `checkpoint`
+    check: bool = False  # answers that break the rules (Sudoku, mazes) do not count where others keep them
 
     def __post_init__(self) -> None:
         _at_least("ensemble.augmentations", self.augmentations, 1)

@@ -35,7 +35,9 @@ from hrm.checkpoint import find_checkpoint, read_weights
 from hrm.config import SAVEABLE_OUTPUTS, arch_config
 from hrm.data.loader import EvalLoader
 from hrm.data.pack import open_pack
+from hrm.data.sudoku import BoxShape
 from hrm.distributed import World
+from hrm.evaluation.ensemble import sudoku_symmetries
 from hrm.evaluation.runner import evaluate
 from hrm.models import ACTLossHead, build_model
 
@@ -442,6 +444,28 @@ def test_solve_one_board(solvable: bool, trained: Path) -> None:
     assert outcome.out.count("[") - 1 == wrong  # one is the legend's
     verdict = "Solved: this is the only solution." if solvable else f"{wrong} of 16 cells are wrong."
     assert outcome.out.splitlines()[-1] == verdict
+
+
+def test_images_of_one_board_are_tried_until_one_is_solved(trained: Path) -> None:
+    run, (inputs, labels) = trained / "run", raw_split(trained / "pack")
+    model, symmetries = load_model(run), sudoku_symmetries(BoxShape(2, 2), 6)
+    asked = []
+    for tokens, label in zip(inputs, labels, strict=True):
+        said = []
+        for symmetry in symmetries:
+            image = symmetry.apply(torch.from_numpy(tokens)[None])[0].numpy()
+            answer = torch.from_numpy(np.asarray(think_alone(model, image)[0].argmax(-1)))
+            said.append(bool((symmetry.undo(answer[None])[0].numpy() == label).all()))
+        asked.append(said.index(True) + 1 if any(said) else 0)
+    for wanted in (1, max(asked), 0):
+        outcome = run_script(
+            *("evaluate.py", *CPU, f"checkpoint={run}"),
+            *(f"puzzle={typed(inputs[asked.index(wanted)])}", "ensemble.augmentations=6"),
+        )
+        assert (outcome.status, outcome.err) == (0, "")
+        verdict = outcome.out.splitlines()[-1]
+        assert verdict.startswith("Solved: this is the only solution.") is (wanted > 0)
+        assert verdict.endswith(f" It took {wanted or 6} of 6 answers.") is (wanted != 1)
 
 
 def test_solving_needs_no_data(trained: Path, tmp_path: Path) -> None:

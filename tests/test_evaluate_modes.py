@@ -94,6 +94,25 @@ def test_ensemble(trained: Path) -> None:
     assert at_least <= found <= at_least + unclear
 
 
+def test_rules_decide_before_votes_do(trained: Path) -> None:
+    run, (inputs, labels) = trained / "run", raw_split(trained / "pack")
+    plain, _ = evaluated(f"checkpoint={run}", "ensemble.augmentations=6")
+    checked, out = evaluated(f"checkpoint={run}", "ensemble.augmentations=6", "ensemble.check=true")
+    assert "images of each puzzle: 6, rules checked" in out
+    assert checked["exact_accuracy/of_1"] == plain["exact_accuracy/of_1"]
+    # Each puzzle has one solution only, so a single right answer among the six is enough.
+    symmetries, solved = sudoku_symmetries(BoxShape(2, 2), 6), 0
+    for board, label in zip(inputs, labels, strict=True):
+        for symmetry in symmetries:
+            image = symmetry.apply(torch.from_numpy(board)[None])[0].numpy()
+            answer = torch.from_numpy(answer_alone(run, image, margin=np.inf, max_steps=2)[0])
+            if (symmetry.undo(answer[None])[0].numpy() == label).all():
+                solved += 1
+                break
+    assert round(checked["exact_accuracy/of_6"] * TRAINED_EXAMPLES) == solved
+    assert checked["exact_accuracy/of_6"] > plain["exact_accuracy/of_6"]
+
+
 @pytest.fixture
 def described(trained: Path, tmp_path: Path) -> tuple[Path, Path, dict[str, list[str]]]:
     """A run, the pack of `trained` with ratings and sources stored in it, and what these say of each test puzzle.
@@ -189,6 +208,8 @@ def test_a_list_of_ratings_cut_short(described: tuple[Path, Path, dict[str, list
         (["ensemble.augmentations=0"], "ensemble.augmentations=0 is too small: give at least 1."),
         (["ensemble.augmentations=2", "act=halt"], "ensemble.* does not go with act=: leave one of them out."),
         (["ensemble.checkpoints=[nowhere/x]"], "nowhere/x"),
+        (["puzzle=1...............", "show=1"], "puzzle= does not go with show=: leave one of them out."),
+        (["puzzle=1...............", "act=both"], "puzzle= does not go with act=: leave one of them out."),
     ],
 )
 def test_impossible_modes(options: list[str], said: str, trained: Path) -> None:
@@ -196,6 +217,15 @@ def test_impossible_modes(options: list[str], said: str, trained: Path) -> None:
     assert outcome.status == 2
     assert said in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_rules_need_a_task_that_has_some(trained: Path, tmp_path: Path) -> None:
+    pack = shutil.copytree(trained / "pack", tmp_path / "pack")
+    (pack / "vocabulary.json").write_text('["a", "b", "c", "d", "e"]')  # so its tokens mean what their owner says
+    options = [f"checkpoint={trained / 'run'}", f"data_path={pack}", "ensemble.check=true"]
+    outcome = run_script("evaluate.py", *CPU, *options)
+    assert outcome.status == 2
+    assert f"error: ensemble.check=true needs a Sudoku or a maze pack, for {pack} holds neither." in outcome.err
 
 
 def test_report(trained: Path, tmp_path: Path) -> None:

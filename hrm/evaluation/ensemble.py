@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from hrm.batch import Batch
-from hrm.data.maze import dihedral_images, side_of
-from hrm.data.sudoku import BoxShape, random_symmetries
+from hrm.data.maze import dihedral_images, is_shortest_path, side_of
+from hrm.data.sudoku import BoxShape, decode_tokens, is_solved, random_symmetries
 from hrm.distributed import World
 from hrm.evaluation.runner import Answers, Examiner, Pace, Part, Sums, judge, make_thinking, score
 from hrm.models import ACTLossHead
+
+# Which answers [N, S] to puzzles [N, S] keep to the rules: [N] bool. It looks at no label.
+Rules = Callable[[Tensor, Tensor], Tensor]
 
 
 class Symmetry(NamedTuple):
@@ -61,12 +64,29 @@ def maze_symmetries(seq_len: int, vocab_size: int, count: int) -> list[Symmetry]
     return [Symmetry(torch.from_numpy(image), torch.arange(vocab_size)) for image in images[:count]]
 
 
-def vote(answers: Tensor, q_halt: Tensor) -> Tensor:
+def sudoku_rules(box: BoxShape) -> Rules:
+    """Whether a board is complete, breaks no rule and keeps what was given."""
+
+    def kept(puzzles: Tensor, answers: Tensor) -> Tensor:
+        given, board = decode_tokens(puzzles.cpu().numpy()), decode_tokens(answers.cpu().numpy())
+        sound = is_solved(board, box) & ((given == 0) | (given == board)).all(-1)
+        return torch.from_numpy(sound).to(answers.device)
+
+    return kept
+
+
+def maze_rules(puzzles: Tensor, answers: Tensor) -> Tensor:
+    """Whether an answer marks a shortest path."""
+    return torch.from_numpy(is_shortest_path(puzzles.cpu().numpy(), answers.cpu().numpy())).to(answers.device)
+
+
+def vote(answers: Tensor, q_halt: Tensor, sound: Tensor | None = None) -> Tensor:
     """The answers that most members give; of equally many, those whose mean sigmoid(q_halt) is highest.
 
     Args:
         answers: [K, N, S], of K members to N puzzles.
         q_halt: [K, N], logits.
+        sound: [K, N] bool; where some of a puzzle's answers are, the others do not count.
 
     Returns:
         [N, S].
@@ -74,7 +94,10 @@ def vote(answers: Tensor, q_halt: Tensor) -> Tensor:
     same = (answers.unsqueeze(0) == answers.unsqueeze(1)).all(-1)  # [K, K, N]
     votes = same.sum(0)
     confidence = torch.where(same, q_halt.sigmoid(), 0).sum(1) / votes
-    best = (votes + confidence / 2).argmax(0)  # confidence / 2 < 1 only decides between equal votes
+    standing = votes + confidence / 2  # confidence / 2 < 1 only decides between equal votes
+    if sound is not None:
+        standing = standing + sound * (len(answers) + 1)
+    best = standing.argmax(0)
     chosen: Tensor = answers.gather(0, best.view(1, -1, 1).expand(1, -1, answers.shape[-1]))[0]
     return chosen
 
@@ -102,6 +125,7 @@ def evaluate_ensemble(
     world: World,
     examiners: Sequence[Examiner],
     pace: Pace,
+    rules: Rules | None = None,
 ) -> dict[str, dict[str, float]]:
     """How good the vote is of all models' answers to all images of a puzzle, and of the first 1, 2, 4, ... of them.
 
@@ -109,6 +133,7 @@ def evaluate_ensemble(
         models: in evaluation mode, for the same pack.
         symmetries: one for each image.
         parts: this rank's puzzles.
+        rules: answers that break them do not count, where others keep them.
         examiners: are shown what was voted for, or all answers if they count votes themselves.
 
     Returns:
@@ -126,9 +151,11 @@ def evaluate_ensemble(
             batch = {name: field.to(world.device) for name, field in part.batch.items()}
             answers = [voter(batch, symmetry) for symmetry in on_device for voter in voters]
             tokens, q_halt = zip(*answers, strict=True)
+            sound = torch.stack([rules(batch["inputs"], answer) for answer in tokens]) if rules else None
             metrics: dict[str, Tensor] = {}
             for size in sizes:
-                voted = vote(torch.stack(tokens[:size]), torch.stack(q_halt[:size]))
+                counted = None if sound is None else sound[:size]
+                voted = vote(torch.stack(tokens[:size]), torch.stack(q_halt[:size]), counted)
                 scores = score(judge(batch["labels"], voted))
                 metrics["count"] = scores.pop("count")
                 metrics |= {f"{name}/of_{size}": value for name, value in scores.items()}

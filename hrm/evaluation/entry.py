@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +24,10 @@ from hrm.distributed import World, join_world
 from hrm.errors import UserError
 from hrm.evaluation.boards import LEGEND, Board, draw_boards, render_text
 from hrm.evaluation.early_halting import EarlyHalting, halting_metrics
-from hrm.evaluation.ensemble import evaluate_ensemble
+from hrm.evaluation.ensemble import evaluate_ensemble, make_answering, sudoku_rules, sudoku_symmetries, vote
 from hrm.evaluation.plots import draw_curves, pyplot
-from hrm.evaluation.runner import Examiner, Pace, Sums, evaluate, parts, save_outputs, think
-from hrm.evaluation.tasks import ReportWriter, symmetries, task_examiners
+from hrm.evaluation.runner import Examiner, Pace, Sums, evaluate, parts, save_outputs
+from hrm.evaluation.tasks import ReportWriter, known_rules, symmetries, task_examiners
 from hrm.kernels import describe
 from hrm.models import ACTLossHead, build_model
 
@@ -37,6 +38,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
     Raises:
         UserError: for a checkpoint, a pack or a puzzle that is missing, broken or does not fit the others.
     """
+    _check_modes(config)
     with join_world(config.device) as world:
         checkpoint = find_checkpoint(config.checkpoint)
         if config.puzzle is not None:
@@ -54,7 +56,6 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
         raise UserError(
             f"{checkpoint.config_file} has global_batch_size: {batch_size}; add global_batch_size=<number>."
         )
-    _check_modes(config)
     pack = open_pack(data_path, "test")
     if config.show:  # whatever hinders the show is said now, not after minutes of evaluation
         _check_show(pack, world)
@@ -89,6 +90,8 @@ def _check_modes(config: EvaluateConfig) -> None:
     """UserError for options that have no meaning together."""
     outputs = {"save_outputs": config.save_outputs, "show": config.show, "report": config.report}
     asked = [name for name, value in outputs.items() if value]
+    if config.puzzle is not None and (asked or config.act != "full"):
+        raise UserError(f"puzzle= does not go with {(asked or ['act'])[0]}=: leave one of them out.")
     if asked and config.act == "halt":
         raise UserError(f"{asked[0]}= needs every step of every puzzle: take act=full or act=both.")
     if config.ensemble != EnsembleConfig() and (asked or config.act != "full"):
@@ -150,9 +153,14 @@ def _evaluate_ensemble(
     """The vote of several answers to every puzzle."""
     examiners, pace = task_examiners(pack), Pace(world)
     images = symmetries(pack, config.ensemble.augmentations)
-    metrics = evaluate_ensemble(models, images, parts(loader, world), world, examiners, pace)
+    rules = known_rules(pack) if config.ensemble.check else None
+    if config.ensemble.check and rules is None:
+        raise UserError(f"ensemble.check=true needs a Sudoku or a maze pack, for {pack.path} holds neither.")
+    metrics = evaluate_ensemble(models, images, parts(loader, world), world, examiners, pace, rules)
     voters = len(models) * len(images)
     what = f"vote of {voters} answers, checkpoints: {len(models)}, images of each puzzle: {len(images)}"
+    if rules:
+        what += ", rules checked"
     _print_result(world, what, metrics, pace, examiners, folder)
 
 
@@ -181,6 +189,21 @@ def _solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, wor
             f"the puzzle breaks the rules: the {puzzle[cell]} in row {row + 1}, column {column + 1} stands more than "
             "once in a row, column or box."
         )
+    if config.kernels.backend == "auto":
+        # Compiling anything would outlast one puzzle by far.
+        config = replace(config, kernels=KernelsConfig("naive", attention="sdpa"))
+    checkpoints = [checkpoint, *map(find_checkpoint, config.ensemble.checkpoints)]
+    models = [_model_for_board(each, shape, config, world) for each in checkpoints]
+    answer, asked = _answer_board(models, puzzle, shape, config.ensemble.augmentations, world)
+    solution = solve(puzzle, shape)
+    board = Board(puzzle, answer, solution if solution.all() else None)
+    if world.is_main:
+        several = f" It took {asked} of {len(models) * config.ensemble.augmentations} answers." if asked > 1 else ""
+        print(f"{_rendered(board)}\n{LEGEND}\n{_verdict(board)}{several}")
+
+
+def _model_for_board(checkpoint: Checkpoint, shape: BoxShape, config: EvaluateConfig, world: World) -> ACTLossHead:
+    """The checkpoint's model for one board at a time."""
     # A lone puzzle brings no pack, so the sizes that a pack would give are read off the weights.
     weights = read_weights(checkpoint.weights_file)
     table = "model.inner.embed_tokens.embedding_weight"
@@ -194,20 +217,30 @@ def _solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, wor
         )
     num_identifiers = len(weights.get("model.inner.puzzle_emb.weights", [None]))
     sizes = Sizes(1, shape.cells, vocab_size, num_identifiers)
-    if config.kernels.backend == "auto":
-        # Compiling anything would outlast one puzzle by far.
-        config = replace(config, kernels=KernelsConfig("naive", attention="sdpa"))
-    model = load_model(checkpoint, weights, sizes, config.kernels, world, config.act_max_steps)
+    return load_model(checkpoint, weights, sizes, config.kernels, world, config.act_max_steps)
+
+
+def _answer_board(
+    models: Sequence[ACTLossHead], puzzle: Grids, shape: BoxShape, images: int, world: World
+) -> tuple[Grids, int]:
+    """The first answer that keeps to the rules, image by image and model by model, else the vote of all; and how many
+    answers were asked for."""
+    keeps_rules, answers, q_halts = sudoku_rules(shape), [], []
     batch = {
-        "inputs": torch.from_numpy(encode_tokens(puzzle)).int().unsqueeze(0),
-        "labels": torch.full((1, shape.cells), IGNORE_LABEL_ID, dtype=torch.int32),
-        "puzzle_identifiers": torch.zeros(1, dtype=torch.int32),
+        "inputs": torch.from_numpy(encode_tokens(puzzle)).int().unsqueeze(0).to(world.device),
+        "labels": torch.full((1, shape.cells), IGNORE_LABEL_ID, dtype=torch.int32, device=world.device),
+        "puzzle_identifiers": torch.zeros(1, dtype=torch.int32, device=world.device),
     }
-    _, outputs = think(model, {name: field.to(world.device) for name, field in batch.items()}, ["logits"])
-    solution = solve(puzzle, shape)
-    board = Board(puzzle, _answers(outputs["logits"])[0], solution if solution.all() else None)
-    if world.is_main:
-        print(f"{_rendered(board)}\n{LEGEND}\n{_verdict(board)}")
+    voters = [make_answering(model, world) for model in models]
+    for symmetry, voter in product(sudoku_symmetries(shape, images), voters):
+        tokens, q_halt = voter(batch, symmetry.to(world.device))
+        answers.append(tokens)
+        q_halts.append(q_halt)
+        if keeps_rules(batch["inputs"], tokens).item():
+            break
+    else:
+        tokens = vote(torch.stack(answers), torch.stack(q_halts))
+    return decode_tokens(tokens[0].cpu().numpy()), len(answers)
 
 
 def _output_folder(config: EvaluateConfig, checkpoint: Checkpoint) -> Path:

@@ -19,7 +19,15 @@ from hrm.data.sudoku import random_symmetries
 from hrm.distributed import World, gather_on_main
 from hrm.errors import UserError
 from hrm.evaluation.arc import ArcScorer
-from hrm.evaluation.ensemble import Symmetry, identity, maze_symmetries, sudoku_symmetries
+from hrm.evaluation.ensemble import (
+    Rules,
+    Symmetry,
+    identity,
+    maze_rules,
+    maze_symmetries,
+    sudoku_rules,
+    sudoku_symmetries,
+)
 from hrm.evaluation.gif import require_pillow, write_gifs
 from hrm.evaluation.report import (
     Bar,
@@ -61,6 +69,14 @@ def symmetries(pack: Pack, count: int) -> list[Symmetry]:
             "already: leave it out."
         )
     raise UserError(f"ensemble.augmentations={count} needs a Sudoku or a maze pack, for {pack.path} holds neither.")
+
+
+def known_rules(pack: Pack) -> Rules | None:
+    """What tells whether an answer keeps to the rules of the pack's task; None for a task where only the label does."""
+    view = View.of_pack(pack)
+    if view.box is not None:
+        return sudoku_rules(view.box)
+    return maze_rules if view.kind == "maze" else None
 
 
 def cell_permutations(pack: Pack, seed: int, count: int = 4096) -> Tensor:
