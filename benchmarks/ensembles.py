@@ -45,14 +45,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", help="run folders, weights files or hub ids")
     parser.add_argument("--images", default="1,2,4,8,16", help="of each puzzle, itself included: several numbers")
+    parser.add_argument("--act-max-steps", type=int, help="ACT steps of each answer; default: training's")
     parser.add_argument("--puzzles", type=int, default=2000, help="of each test set, evenly spread over it")
     parser.add_argument("--data", help="a pack; default: the one that the first checkpoint was trained on")
     parser.add_argument("--kernels", default="auto", help="a preset of config/kernels/")
     parser.add_argument("--batch-size", type=int, default=500)
     arguments = parser.parse_args(argv)
     numbers = sorted({int(number) for number in arguments.images.split(",")})
-    if numbers[0] < 1 or arguments.puzzles < 1:
-        raise UserError(f"--images {arguments.images} and --puzzles {arguments.puzzles} must be 1 or more.")
+    if any(given is not None and given < 1 for given in (numbers[0], arguments.puzzles, arguments.act_max_steps)):
+        raise UserError("--images, --puzzles and --act-max-steps must be 1 or more.")
 
     checkpoints = [find_checkpoint(name) for name in arguments.checkpoints]
     data_path = arguments.data or checkpoints[0].config.get("data_path")
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches = [batch for _, batch, _ in EvalLoader(pack, arguments.batch_size)]
         said: list[list[Member]] = []
         for checkpoint in checkpoints:
-            model = load_model(checkpoint, read_weights(checkpoint.weights_file), sizes, arguments.kernels, world)
+            weights = read_weights(checkpoint.weights_file)
+            model = load_model(checkpoint, weights, sizes, arguments.kernels, world, arguments.act_max_steps)
             said.append(answer(model, images, batches, world))
         subsets = [(1, number) for number in numbers]
         if len(said) > 1:

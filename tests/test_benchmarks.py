@@ -192,6 +192,14 @@ def test_ensembles_vote_as_evaluate_does(trained: Path, tmp_path: Path) -> None:
     assert found == expected
     assert len({row["exact accuracy"] for row in rows}) > 2
     assert 0 < rows[0]["seconds"] < rows[1]["seconds"] < rows[2]["seconds"] < rows[4]["seconds"]
+    checked, _ = evaluated(f"checkpoint={run}", "ensemble.augmentations=4", "ensemble.check=true")
+    assert round(rows[2]["and rules checked"], 4) == checked["exact_accuracy/of_4"]
+    longer = tmp_path / "longer"
+    ensembles.main([run, *arguments, "--act-max-steps", "5", "--output-dir", str(longer)])
+    (file,) = longer.glob("*.json")
+    five, _ = evaluated(f"checkpoint={run}", "act_max_steps=5")
+    first = json.loads(file.read_text())["rows"][0]
+    assert (first["ACT steps"], round(first["exact accuracy"], 4)) == (5, five["exact_accuracy"])
 
 
 def test_puzzles_of_ensembles_are_spread_out() -> None:
