@@ -30,6 +30,7 @@ from hrm.errors import UserError, first_sentence
 
 CONFIG_FILE = "all_config.yaml"
 METRICS_FILE = "metrics.jsonl"
+PRETRAINED = Path(__file__).parent / "pretrained"
 _COMPILED_PREFIX = "_orig_mod."
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_WEIGHTS = "checkpoint"
@@ -114,7 +115,7 @@ def find_checkpoint(where: str) -> Checkpoint:
     """Locate weights and read their options.
 
     Args:
-        where: a weights file, a run folder (its last step is taken), or a hub id `owner/name`.
+        where: a weights file, a run folder (its last step is taken), a hub id `owner/name`, or one of `pretrained()`.
 
     Raises:
         UserError: nothing is there, or the options beside the weights are missing or unreadable.
@@ -126,9 +127,19 @@ def find_checkpoint(where: str) -> Checkpoint:
         weights_file = path
     elif _HUB_ID.fullmatch(where) and not path.parent.is_dir():
         weights_file = _last_weights(_download(where))
+    elif where in pretrained():
+        weights_file = _last_weights(PRETRAINED / where)
     else:
-        raise UserError(f"checkpoint={where} does not exist; give a weights file, a run folder or a hub id.")
+        raise UserError(
+            f"checkpoint={where} does not exist; give a weights file, a run folder, a hub id, or a model that comes "
+            f"with this package: {', '.join(pretrained())}."
+        )
     return Checkpoint(weights_file, _read_config(weights_file.parent / CONFIG_FILE))
+
+
+def pretrained() -> list[str]:
+    """Names of the trained models that come with this package."""
+    return sorted(folder.name for folder in PRETRAINED.iterdir() if (folder / CONFIG_FILE).is_file())
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

@@ -445,7 +445,7 @@ class EnsembleConfig:
 class EvaluateConfig:
     """Options of `evaluate.py`."""
 
-    checkpoint: str = MISSING  # a weights file, a run folder, or a hub id such as owner/name
+    checkpoint: str = MISSING  # a weights file, a run folder, a hub id such as owner/name, or sudoku, which is here
     data_path: str | None = None  # default: where the run's own config says
     save_outputs: list[str] = field(default_factory=list)  # any of hrm.config.SAVEABLE_OUTPUTS
     output_dir: str | None = None  # of saved outputs and pictures; default: the checkpoint's folder
