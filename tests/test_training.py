@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from hrm.batch import Batch
-from hrm.checkpoint import read_weights
+from hrm.checkpoint import read_weights, save_weights
 from hrm.config import DataConfig, HRMConfig, KernelsConfig, OptimConfig, PretrainConfig, Stage
 from hrm.data.loader import TrainLoader
 from hrm.data.pack import PackMetadata, PackSet, open_pack, write_split
@@ -556,3 +557,20 @@ def test_what_was_learned_survives_a_stop(
     assert {file.name for file in left} == {"step_1", "step_1.safetensors"}
     state = initial_state(config, open_pack(config.data_path, "train"), ALONE)
     assert all(read_weights(file).keys() == state.model.state_dict().keys() for file in left)
+
+
+def test_ctrl_c_twice_loses_nothing(config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second comes while the weights are being saved."""
+
+    def interrupted_save(*arguments: Any) -> Path:
+        signal.raise_signal(signal.SIGINT)
+        return save_weights(*arguments)
+
+    monkeypatch.setattr(RunLog, "advance", lambda log: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("hrm.training.loop.save_weights", interrupted_save)
+    former = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(replace(config, ema_decay=0.9))
+    assert signal.getsignal(signal.SIGINT) is former
+    kept = {name: read_weights(tmp_path / "run" / name) for name in ("step_1", "step_1_ema")}
+    assert any((kept["step_1"][name] != average).any() for name, average in kept["step_1_ema"].items())

@@ -21,6 +21,7 @@ from hrm.distributed import World, join_world, share_from_main
 from hrm.errors import UserError
 from hrm.evaluation.runner import evaluate, save_outputs
 from hrm.kernels import describe
+from hrm.models import ACTLossHead
 from hrm.models.flops import block_flops, train_step_blocks
 from hrm.training.metrics import MetricWindow, RunLog, cut_records
 from hrm.training.profiling import step_trace
@@ -38,7 +39,7 @@ from hrm.training.resume import (
     restore,
     shared_tensors,
 )
-from hrm.training.save_points import Request, SavePoints
+from hrm.training.save_points import Request, SavePoints, uninterrupted
 from hrm.training.step import TrainState, current_lr, initial_state, make_train_step
 
 EXIT_PREEMPTED = 75
@@ -109,12 +110,8 @@ def pretrain(config: PretrainConfig) -> None:
             try:
                 is_complete = run.train(train_loader, eval_loader, save_points, trace_step)
             except BaseException as error:  # Ctrl-C, a full disk, a closed terminal: what was learned stays
-                is_whole = world.processes == world.size and not config.parallel.fsdp  # or others may be missing
-                if world.is_main and state.step and is_whole:
-                    with suppress(Exception):
-                        saver.wait()
-                    file = save_weights(on_host(state.model.state_dict()), folder, f"step_{state.step}")
-                    log.say(f"Stopped by {type(error).__name__}; the weights so far are in {file}.")
+                with uninterrupted():
+                    run.rescue(type(error).__name__)
                 raise
             saver.wait()
             if not is_complete:
@@ -267,11 +264,25 @@ class _Run:
             return f"training's exact accuracy is {reached:.4g} (stop_at_train_accuracy={wanted})"
         return None
 
-    def _save_weights(self) -> None:
+    def rescue(self, reason: str) -> None:
+        """Keep the weights of a run that ends before its time, where this process has all of them."""
+        is_whole = self.world.processes == self.world.size and not self.config.parallel.fsdp  # or others may be missing
+        if not (self.world.is_main and self.state.step and is_whole):
+            return
+        with suppress(Exception):
+            self.saver.wait()
+        files = [save_weights(on_host(model.state_dict()), self.folder, name) for name, model in self._models().items()]
+        self.log.say(f"Stopped by {reason}; the weights so far are in {' and '.join(map(str, files))}.")
+
+    def _models(self) -> dict[str, ACTLossHead]:
+        """What is saved as weights, by the names of the files."""
         models = {f"step_{self.state.step}": self.state.model}
         if self.state.average is not None:
             models[f"step_{self.state.step}_ema"] = self.state.average.model
-        for name, model in models.items():
+        return models
+
+    def _save_weights(self) -> None:
+        for name, model in self._models().items():
             weights = self.state.shared.gather(model.state_dict())
             if self.world.is_main:
                 self.saver.run(name, partial(save_weights, on_host(weights), self.folder, name))

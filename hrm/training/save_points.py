@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
 from types import FrameType, TracebackType
@@ -90,3 +92,16 @@ class SavePoints:
         for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
         self._former_handlers = {}
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A context that Ctrl-C does not end: hands press it twice, and torchrun and timeout pass it on once more."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if former is None else former)
