@@ -37,13 +37,14 @@ class Member(NamedTuple):
 
     tokens: list[Tensor]  # [B, S] of each batch, turned back
     q_halt: list[Tensor]  # [B], logits
+    sound: list[Tensor] | None  # [B] bool, whether the answers keep to the rules of the task, if these are known
     act_steps: int  # for each puzzle
     seconds: float
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("checkpoints", nargs="+", help="run folders, weights files or hub ids")
+    parser.add_argument("checkpoints", nargs="+", help="as evaluate.py takes them")
     parser.add_argument("--images", default="1,2,4,8,16", help="of each puzzle, itself included: several numbers")
     parser.add_argument("--act-max-steps", type=int, help="ACT steps of each answer; default: training's")
     parser.add_argument("--puzzles", type=int, default=2000, help="of each test set, evenly spread over it")
@@ -52,8 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=500)
     arguments = parser.parse_args(argv)
     numbers = sorted({int(number) for number in arguments.images.split(",")})
-    if any(given is not None and given < 1 for given in (numbers[0], arguments.puzzles, arguments.act_max_steps)):
-        raise UserError("--images, --puzzles and --act-max-steps must be 1 or more.")
+    for name, given in (
+        ("images", numbers[0]),
+        ("puzzles", arguments.puzzles),
+        ("act-max-steps", arguments.act_max_steps),
+    ):
+        if given is not None and given < 1:
+            raise UserError(f"--{name} {given} is too small: give 1 or more.")
 
     checkpoints = [find_checkpoint(name) for name in arguments.checkpoints]
     data_path = arguments.data or checkpoints[0].config.get("data_path")
@@ -68,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for checkpoint in checkpoints:
             weights = read_weights(checkpoint.weights_file)
             model = load_model(checkpoint, weights, sizes, arguments.kernels, world, arguments.act_max_steps)
-            said.append(answer(model, images, batches, world))
+            said.append(answer(model, images, batches, world, rules))
         subsets = [(1, number) for number in numbers]
         if len(said) > 1:
             subsets += [(len(said), number) for number in sorted({1, numbers[-1]})]
@@ -82,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "exact accuracy": exact_accuracy(members, batches, world),
             }
             if rules:
-                row["and rules checked"] = exact_accuracy(members, batches, world, rules)
+                row["and rules checked"] = exact_accuracy(members, batches, world, checked=True)
             rows.append(row | {"seconds": sum(member.seconds for member in members)})
         about = machine(world.device) | {
             "checkpoints": ", ".join(str(checkpoint.weights_file) for checkpoint in checkpoints),
@@ -95,7 +101,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(write_results("ensembles", about, rows, arguments.output_dir))
 
 
-def answer(model: ACTLossHead, images: Sequence[Symmetry], batches: Sequence[Batch], world: World) -> list[Member]:
+def answer(
+    model: ACTLossHead,
+    images: Sequence[Symmetry],
+    batches: Sequence[Batch],
+    world: World,
+    rules: Rules | None,
+) -> list[Member]:
     """A model's answers to each image of all puzzles, timed image by image."""
     on_device = [{name: field.to(world.device) for name, field in batch.items()} for batch in batches]
     voter = make_answering(model, world)
@@ -108,19 +120,22 @@ def answer(model: ACTLossHead, images: Sequence[Symmetry], batches: Sequence[Bat
             started = _clock(world)
             tokens, q_halt = zip(*(voter(batch, symmetry) for batch in on_device), strict=True)
             seconds = _clock(world) - started
-            members.append(Member(list(tokens), list(q_halt), model.halt_max_steps, seconds))
+            sound = (
+                [rules(batch["inputs"], said) for batch, said in zip(batches, tokens, strict=True)] if rules else None
+            )
+            members.append(Member(list(tokens), list(q_halt), sound, model.halt_max_steps, seconds))
     return members
 
 
 def exact_accuracy(
-    members: Sequence[Member], batches: Sequence[Batch], world: World, rules: Rules | None = None
+    members: Sequence[Member], batches: Sequence[Batch], world: World, *, checked: bool = False
 ) -> float:
-    """Share of the puzzles that the members' vote answers exactly right."""
+    """Share of the puzzles that the members' vote answers exactly right; `checked` against the rules, if asked."""
     sums = Sums(world)
     for index, batch in enumerate(batches):
         tokens = torch.stack([member.tokens[index] for member in members])
         q_halt = torch.stack([member.q_halt[index] for member in members])
-        sound = torch.stack([rules(batch["inputs"], answers) for answers in tokens]) if rules else None
+        sound = torch.stack([member.sound[index] for member in members if member.sound]) if checked else None
         voted = vote(tokens, q_halt, sound)
         sums.add("all", score(judge(batch["labels"].to(world.device), voted)))
     return sums.averages()["all"]["exact_accuracy"]

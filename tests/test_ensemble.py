@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from hrm.data.maze import is_shortest_path, random_mazes, shortest_paths
 from hrm.data.sudoku import BoxShape, count_solutions, decode_tokens, encode_tokens, is_solved, random_grids
@@ -31,10 +32,16 @@ def test_sudoku_symmetries_keep_the_rules(box: str) -> None:
         assert torch.equal(symmetry.undo(image), puzzles)
 
 
-def test_maze_symmetries_keep_shortest_paths() -> None:
+def solved_mazes() -> tuple[Tensor, Tensor]:
+    """Three mazes of 8 x 8 cells and a shortest path through each, [3, 64]."""
     mazes, _ = random_mazes(3, 8, 10, np.random.default_rng(0))
     inputs = torch.from_numpy(np.asarray(mazes).reshape(3, 64).astype(np.int32))
     answers = torch.from_numpy(np.asarray(shortest_paths(mazes)).reshape(3, 64).astype(np.int32))
+    return inputs, answers
+
+
+def test_maze_symmetries_keep_shortest_paths() -> None:
+    inputs, answers = solved_mazes()
     symmetries = maze_symmetries(64, 6, 8)
     assert len({tuple(symmetry.cells.tolist()) for symmetry in symmetries}) == 8
     for symmetry in symmetries:
@@ -84,8 +91,6 @@ def test_rules_of_sudoku(box: str) -> None:
 
 
 def test_rules_of_mazes_are_shortest_paths() -> None:
-    mazes, _ = random_mazes(3, 8, 10, np.random.default_rng(0))
-    inputs = torch.from_numpy(np.asarray(mazes).reshape(3, 64).astype(np.int32))
-    answers = torch.from_numpy(np.asarray(shortest_paths(mazes)).reshape(3, 64).astype(np.int32))
+    inputs, answers = solved_mazes()
     assert maze_rules(inputs, answers).all()
     assert not maze_rules(inputs, inputs).any()

@@ -79,6 +79,16 @@ def think_alone(model: ACTLossHead, tokens: npt.NDArray[np.int64]) -> tuple[npt.
     return inner.logits(state)[0].double().numpy(), float(inner.q_values(state)[0])
 
 
+def answers_to_images(model: ACTLossHead, tokens: npt.NDArray[np.int64], count: int) -> list[npt.NDArray[np.int64]]:
+    """What a model says to images of a 4x4 board, after all steps, each turned back."""
+    said = []
+    for symmetry in sudoku_symmetries(BoxShape(2, 2), count):
+        image = symmetry.apply(torch.from_numpy(tokens)[None])[0].numpy()
+        answer = torch.from_numpy(think_alone(model, image)[0].argmax(-1))
+        said.append(symmetry.undo(answer[None])[0].numpy())
+    return said
+
+
 def reference_metrics(model: ACTLossHead, pack: Path, batch_size: int) -> dict[str, float]:
     """Spec section 3, board by board in numpy."""
     sums = dict.fromkeys(("accuracy", "exact_accuracy", "q_halt_accuracy", "steps", "lm_loss", "q_halt_loss"), 0.0)
@@ -448,15 +458,10 @@ def test_solve_one_board(solvable: bool, trained: Path) -> None:
 
 def test_images_of_one_board_are_tried_until_one_is_solved(trained: Path) -> None:
     run, (inputs, labels) = trained / "run", raw_split(trained / "pack")
-    model, symmetries = load_model(run), sudoku_symmetries(BoxShape(2, 2), 6)
-    asked = []
+    model, asked = load_model(run), []
     for tokens, label in zip(inputs, labels, strict=True):
-        said = []
-        for symmetry in symmetries:
-            image = symmetry.apply(torch.from_numpy(tokens)[None])[0].numpy()
-            answer = torch.from_numpy(np.asarray(think_alone(model, image)[0].argmax(-1)))
-            said.append(bool((symmetry.undo(answer[None])[0].numpy() == label).all()))
-        asked.append(said.index(True) + 1 if any(said) else 0)
+        right = [bool((answer == label).all()) for answer in answers_to_images(model, tokens, 6)]
+        asked.append(right.index(True) + 1 if any(right) else 0)
     for wanted in (1, max(asked), 0):
         outcome = run_script(
             *("evaluate.py", *CPU, f"checkpoint={run}"),

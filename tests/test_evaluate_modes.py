@@ -8,10 +8,7 @@ import numpy as np
 import pytest
 import torch
 from entry_points import CPU, TRAINED_EXAMPLES, evaluated, fresh_state, run_script
-from test_evaluate import load_model, raw_split, run_ranks
-
-from hrm.data.sudoku import BoxShape
-from hrm.evaluation.ensemble import sudoku_symmetries
+from test_evaluate import answers_to_images, load_model, raw_split, run_ranks
 
 
 @torch.no_grad()
@@ -77,14 +74,8 @@ def test_ensemble(trained: Path) -> None:
     for name in ("accuracy", "exact_accuracy"):
         assert metrics[f"{name}/of_1"] == metrics[f"{name}/of_2"] == single[name]
     # Both checkpoints are one and the same, so the vote of all is that of three images.
-    expected = []
-    for board in inputs:
-        said = []
-        for symmetry in sudoku_symmetries(BoxShape(2, 2), 3):
-            image = symmetry.apply(torch.from_numpy(board)[None])[0].numpy()
-            answer, _ = answer_alone(run, image, margin=np.inf, max_steps=2)
-            said.append(tuple(symmetry.undo(torch.from_numpy(answer)[None])[0].tolist()))
-        expected.append(said)
+    model = load_model(run)
+    expected = [[tuple(answer.tolist()) for answer in answers_to_images(model, board, 3)] for board in inputs]
     clear = [len(set(said)) < 3 for said in expected]  # else the q values decide
     assert any(clear)
     exact = [max(said, key=said.count) == tuple(label) for said, label in zip(expected, labels.tolist(), strict=True)]
@@ -101,14 +92,11 @@ def test_rules_decide_before_votes_do(trained: Path) -> None:
     assert "images of each puzzle: 6, rules checked" in out
     assert checked["exact_accuracy/of_1"] == plain["exact_accuracy/of_1"]
     # Each puzzle has one solution only, so a single right answer among the six is enough.
-    symmetries, solved = sudoku_symmetries(BoxShape(2, 2), 6), 0
-    for board, label in zip(inputs, labels, strict=True):
-        for symmetry in symmetries:
-            image = symmetry.apply(torch.from_numpy(board)[None])[0].numpy()
-            answer = torch.from_numpy(answer_alone(run, image, margin=np.inf, max_steps=2)[0])
-            if (symmetry.undo(answer[None])[0].numpy() == label).all():
-                solved += 1
-                break
+    model = load_model(run)
+    solved = sum(
+        any((answer == label).all() for answer in answers_to_images(model, board, 6))
+        for board, label in zip(inputs, labels, strict=True)
+    )
     assert round(checked["exact_accuracy/of_6"] * TRAINED_EXAMPLES) == solved
     assert checked["exact_accuracy/of_6"] > plain["exact_accuracy/of_6"]
 

@@ -133,8 +133,8 @@ def evaluate_ensemble(
         models: in evaluation mode, for the same pack.
         symmetries: one for each image.
         parts: this rank's puzzles.
-        rules: answers that break them do not count, where others keep them.
         examiners: are shown what was voted for, or all answers if they count votes themselves.
+        rules: answers that break them do not count, where others keep them.
 
     Returns:
         By set: `count`, and `exact_accuracy/of_<n>` and `accuracy/of_<n>` by the number n of answers voted on.

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hrm.batch import Batch
-from hrm.data.maze import is_shortest_path
 from hrm.data.pack import IntArray, Pack, PackSet, read_identifiers
 from hrm.data.sudoku import random_symmetries
 from hrm.distributed import World, gather_on_main
@@ -124,8 +123,7 @@ class MazeExaminer:
         self._marks: dict[str, list[torch.Tensor]] = {}
 
     def __call__(self, set_name: str, puzzles: Batch, answers: Answers) -> None:
-        valid = is_shortest_path(puzzles["inputs"].numpy(), answers.tokens.numpy())
-        self._marks.setdefault(set_name, []).append(torch.from_numpy(valid))
+        self._marks.setdefault(set_name, []).append(maze_rules(puzzles["inputs"], answers.tokens))
 
     def verdict(self, world: World, folder: Path) -> str:
         sums = Sums(world)
