@@ -584,19 +584,45 @@ def test_target_needs_the_first_token_only(
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("sequences", [1, 2, 3, 5])
-def test_chunks_change_nothing(sequences: int, tiny_arch: Arch, random_batch: RandomBatch) -> None:
+@pytest.mark.parametrize("sequences", [1, 2, 3, 5, None])
+def test_chunks_change_nothing(
+    sequences: int | None, tiny_arch: Arch, random_batch: RandomBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = randomised(build(tiny_arch | {"H_cycles": 3, "forward_dtype": "float64"})).double()
     inner, batch = model.model.inner, random_batch(batch_size=5)
     with torch.no_grad():
         prepared, carry = inner.prepare(batch), random_carry(model, batch)
         before = [carry.z_H.clone(), carry.z_L.clone()]
         expected = inner.recur(carry, prepared)
+        monkeypatch.setattr("hrm.kernels.cycles._WIDEST_ON_CPU", 1)  # with None a sequence at a time
         inner.kernels = replace(inner.kernels, cycles=chunked(inner.kernels.cycles, sequences))
         found = inner.recur(carry, prepared)
     torch.testing.assert_close([found.z_H, found.z_L], [expected.z_H, expected.z_L], rtol=1e-12, atol=1e-12)
     assert torch.equal(carry.z_H, before[0])
     assert torch.equal(carry.z_L, before[1])
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "sizes"),
+    [
+        ("cpu", (100, 80, 512), [10] * 10),  # 0.94 MiB of gates and ups for a sequence in float32
+        ("cpu", (21, 80, 512), [11, 10]),
+        ("cpu", (10, 80, 512), [10]),
+        ("cpu", (2, 5000, 512), [1, 1]),
+        ("meta", (100, 80, 512), [100]),
+    ],
+)
+def test_sequences_at_a_time(device: str, shape: tuple[int, int, int], sizes: list[int]) -> None:
+    found = []
+
+    def cycles(z_H: Tensor, z_L: Tensor, embeddings: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        found.append(len(embeddings))
+        return z_H, z_L
+
+    state = torch.zeros(shape, device=device)
+    new_H, new_L = chunked(cycles)(state, state + 1, state, [], [], "LH", None, 1, 1e-5)
+    assert found == sizes
+    assert new_H.shape == new_L.shape == shape
 
 
 def test_casting_weights_once_changes_nothing(

@@ -220,6 +220,8 @@ def make_kernels(config: KernelsConfig) -> Kernels:
         cycles = looped(free_modules)
     if config.chunk:
         cycles = chunked(cycles, config.chunk)
+    elif config.backend == "naive" and not config.compile:
+        cycles = chunked(cycles)
     restart: Restart = naive.restart
     if config.fused_step:
         restart = importlib.import_module("hrm.kernels.triton_carry").restart

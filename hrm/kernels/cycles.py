@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, D hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -80,8 +81,23 @@ def looped(modules: Mapping[str, Module[Any]]) -> Cycles:
     return cycles
 
 
-def chunked(cycles: Cycles, sequences: int) -> Cycles:
-    """All updates for so many sequences, then for the next: what passes between kernels may then stay in the cache."""
+# The widest tensor of a block, for all sequences of a pass, with which passes are fastest on a CPU: a few times that no
+# longer stays in its cache, and from 32 MiB on the C library takes fresh pages for every tensor.
+_WIDEST_ON_CPU = 10 << 20
+
+
+def _sequences_on_cpu(z: Tensor) -> int:
+    """Into how many sequences at a time to divide states `z` [B, T, D], evenly."""
+    widest = 6 * z[0].numel() * z.element_size()  # gates and ups, as published
+    parts = math.ceil(len(z) * widest / _WIDEST_ON_CPU)
+    return math.ceil(len(z) / min(parts, len(z)))
+
+
+def chunked(cycles: Cycles, sequences: int | None = None) -> Cycles:
+    """All updates for so many sequences, then for the next: what passes between kernels may then stay in the cache.
+
+    By default as many as is best on a CPU, and all elsewhere.
+    """
 
     def in_chunks(
         z_H: Tensor,
@@ -94,9 +110,12 @@ def chunked(cycles: Cycles, sequences: int) -> Cycles:
         num_heads: int,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
+        size = sequences or (_sequences_on_cpu(z_H) if z_H.device.type == "cpu" else len(z_H))
+        if size >= len(z_H):
+            return cycles(z_H, z_L, embeddings, H_blocks, L_blocks, updates, rotary, num_heads, eps)
         new_H, new_L = torch.empty_like(z_H), torch.empty_like(z_L)
-        for start in range(0, len(z_H), sequences):
-            part = slice(start, start + sequences)
+        for start in range(0, len(z_H), size):
+            part = slice(start, start + size)
             new_H[part], new_L[part] = cycles(
                 z_H[part], z_L[part], embeddings[part], H_blocks, L_blocks, updates, rotary, num_heads, eps
             )
