@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from entry_points import (
     run_script,
     train,
 )
+from ranks import environment, meeting
 from torch import Tensor
 
 from hrm.batch import IGNORE_LABEL_ID
@@ -294,15 +294,11 @@ def test_labels_are_saved_as_the_model_saw_them(trained: Path, tmp_path: Path) -
 
 def run_ranks(size: int, *argv: str) -> list[str]:
     """What each rank of `torchrun evaluate.py` printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
-    shared |= {"OMP_NUM_THREADS": "1"}
+    store, shared = meeting(), os.environ | {"OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "evaluate.py"), *CPU, *argv],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=shared | environment(rank, size, store.port),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_parallel import join, on_rank
-from test_training import ALONE, ARCH, free_port, start, write_pack
+from ranks import environment, meeting
+from test_parallel import on_rank
+from test_training import ALONE, ARCH, start, write_pack
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
@@ -389,10 +391,10 @@ SHARED: dict[str, Callable[[], ParallelConfig]] = {
 WIDE = replace(MODEL, halt_exploration_prob=0.0)
 
 
-def train_shared(rank: int, ports: dict[str, int], config: PretrainConfig, folder: Path) -> None:
-    for name, port in ports.items():
-        join(rank, 2, port)
-        shared = replace(config, parallel=SHARED[name]())
+def train_shared(rank: int, port: int, config: PretrainConfig, folder: Path) -> None:
+    for attempt, (name, parallel) in enumerate(SHARED.items()):
+        os.environ |= environment(rank, 2, port, attempt)
+        shared = replace(config, parallel=parallel())
         with join_world("cpu", shared.parallel, timeout=60) as world:
             pack = open_pack(shared.data_path, "train")
             loader = TrainLoader(pack, shared.global_batch_size, 0, world.rank, world.size, epochs_per_pass=2)
@@ -424,8 +426,8 @@ def spoilt(
 def test_ranks_skip_together(config: PretrainConfig, tmp_path: Path) -> None:
     config = replace(config, arch=WIDE, ema_decay=None, lr_warmup_steps=0, kernels=KernelsConfig("naive"))
     config = replace(config, arch=replace(WIDE, H_layers=2, L_layers=2))
-    ports = {name: free_port() for name in SHARED}
-    spawn(on_rank, (train_shared, ports, config, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    store = meeting()
+    spawn(on_rank, (train_shared, store.port, config, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
     for name in SHARED:
         told = [json.loads((tmp_path / f"{name}.{rank}").read_text()) for rank in range(2)]
         assert told[0] == told[1] == [float(number in BAD) for number in range(1, len(told[0]) + 1)]
@@ -433,7 +435,7 @@ def test_ranks_skip_together(config: PretrainConfig, tmp_path: Path) -> None:
 
 
 def give_up_on_rank(rank: int, port: int, config: PretrainConfig, folder: Path) -> None:
-    join(rank, 2, port)
+    os.environ |= environment(rank, 2, port)
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
             poison_losses(patch, range(4, 100))
@@ -444,7 +446,8 @@ def give_up_on_rank(rank: int, port: int, config: PretrainConfig, folder: Path) 
 
 def test_ranks_give_up_together(config: PretrainConfig, tmp_path: Path) -> None:
     config = replace(config, eval_interval=1, epochs=4, abort_after=4, dist_timeout=20.0)
-    spawn(on_rank, (give_up_on_rank, free_port(), config, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    store = meeting()
+    spawn(on_rank, (give_up_on_rank, store.port, config, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
     sentences = [(tmp_path / f"sentence.{rank}").read_text() for rank in range(2)]
     assert sentences[0] == sentences[1]
     assert "not finite in 4 steps in a row" in sentences[0]

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_training import ARCH, free_port, write_pack
+from ranks import environment, meeting
+from test_training import ARCH, write_pack
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import get_context
@@ -133,16 +134,10 @@ def on_rank(rank: int, work: Callable[..., None], *arguments: Any) -> None:
     os._exit(0)  # what gloo's threads hold may abort a process while Python ends, now and then (PyTorch #179291)
 
 
-def join(rank: int, processes: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def run_cases(rank: int, ports: dict[str, int], pack: Path, folder: Path) -> None:
-    for name, port in ports.items():
-        case = CASES[name]
-        if rank < case.processes:
-            join(rank, case.processes, port)
+def run_cases(rank: int, port: int, pack: Path, folder: Path) -> None:
+    for attempt, (name, case) in enumerate(CASES.items()):
+        if case.processes > 1 and rank < case.processes:
+            os.environ |= environment(rank, case.processes, port, attempt)
             config = make_config(pack, **case.options)
             with join_world("cpu", config.parallel, timeout=60) as world:
                 result = run(config, world)
@@ -163,8 +158,8 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the cases of several processes left, one file each; four processes serve for all."""
     folder = tmp_path_factory.mktemp("results")
-    ports = {name: free_port() for name, case in CASES.items() if case.processes > 1}
-    spawn(on_rank, (run_cases, ports, pack, folder), nprocs=4)  # type: ignore[no-untyped-call]
+    store = meeting()
+    spawn(on_rank, (run_cases, store.port, pack, folder), nprocs=4)  # type: ignore[no-untyped-call]
     return folder
 
 
@@ -322,7 +317,7 @@ def test_one_process_cannot_share() -> None:
 
 
 def wait_for_the_other(rank: int, port: int, what_happens: str, folder: Path) -> None:
-    join(rank, 2, port)
+    os.environ |= environment(rank, 2, port)
     try:
         with join_world("cpu", timeout=3) as world:
             sum_over_ranks([torch.ones(3)], world)
@@ -357,7 +352,8 @@ def two_processes() -> Iterator[Callable[..., list[BaseProcess]]]:
 def test_a_rank_that_stops_answering_is_named(
     what_happens: str, tmp_path: Path, two_processes: Callable[..., list[BaseProcess]]
 ) -> None:
-    first, _ = two_processes(wait_for_the_other, free_port(), what_happens, tmp_path)
+    store = meeting()
+    first, _ = two_processes(wait_for_the_other, store.port, what_happens, tmp_path)
     first.join(timeout=60)
     assert first.exitcode == 0
     assert "rank 1 of 2 hung or ended: no answer in dist_timeout=3 s" in (tmp_path / f"{what_happens}.0").read_text()
@@ -367,7 +363,7 @@ def test_a_rank_that_stops_answering_is_named(
 
 
 def run_on_gpus(rank: int, port: int, parallel: ParallelConfig, kernels: KernelsConfig, pack: Path, file: Path) -> None:
-    join(rank, 2, port)
+    os.environ |= environment(rank, 2, port)
     config = make_config(pack, parallel=parallel, kernels=kernels)
     with join_world("cuda", parallel, timeout=60) as world:
         result = run(config, world)
@@ -397,8 +393,8 @@ def run_on_gpus(rank: int, port: int, parallel: ParallelConfig, kernels: Kernels
 def test_two_gpus_train_as_one_cpu(
     parallel: dict[str, Any], graphed: bool, pack: Path, tmp_path: Path, alone: Callable[[dict[str, Any]], Result]
 ) -> None:
-    one, file = alone({}), tmp_path / "result"
-    arguments = (free_port(), ParallelConfig(**parallel), KernelsConfig(cuda_graphs=graphed), pack, file)
+    one, file, store = alone({}), tmp_path / "result", meeting()
+    arguments = (store.port, ParallelConfig(**parallel), KernelsConfig(cuda_graphs=graphed), pack, file)
     spawn(on_rank, (run_on_gpus, *arguments), nprocs=2)  # type: ignore[no-untyped-call]
     other = torch.load(file, weights_only=True)
     for weight, end in one.final.items():

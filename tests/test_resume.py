@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from entry_points import CPU, ROOT, TINY_MODEL, make_pack
+from ranks import environment, meeting
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_training import without_clock
@@ -294,8 +294,7 @@ def test_the_same_command_again(pack: Path, tmp_path: Path) -> None:
 def join_as(rank: int, port: int, task: Callable[[int], None]) -> None:
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = io.StringIO()
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= environment(rank, 2, port)
     try:
         task(rank)
     except SystemExit as stop:
@@ -303,10 +302,7 @@ def join_as(rank: int, port: int, task: Callable[[int], None]) -> None:
     os._exit(0)  # what gloo's threads hold may abort a process while Python ends, now and then (PyTorch #179291)
 
 
-def start_two_ranks(task: Callable[[int], None]) -> list[ForkServerProcess]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def start_two_ranks(task: Callable[[int], None], port: int) -> list[ForkServerProcess]:
     ranks = [fork_server().Process(target=join_as, args=(rank, port, task)) for rank in range(2)]
     for process in ranks:
         process.start()
@@ -315,7 +311,8 @@ def start_two_ranks(task: Callable[[int], None]) -> list[ForkServerProcess]:
 
 def on_two_ranks(task: Callable[[int], None]) -> list[int | None]:
     """Exit statuses of two ranks."""
-    ranks = start_two_ranks(task)
+    store = meeting()
+    ranks = start_two_ranks(task, store.port)
     for process in ranks:
         process.join(60)
     return [process.exitcode for process in ranks]
@@ -356,7 +353,8 @@ def test_a_rank_is_killed(config: PretrainConfig, tmp_path: Path) -> None:
     config = replace(config, epochs=12, eval_interval=3, dist_timeout=5.0)
     assert on_two_ranks(Train(in_folder(config, whole))) == [0, 0]
     config = replace(config, checkpoint_interval=ALWAYS, resume="auto")
-    ranks = start_two_ranks(Train(config))
+    store = meeting()
+    ranks = start_two_ranks(Train(config), store.port)
     wait_for(lambda: max(states(folder), default=0) >= 14, ranks[0])
     wait_for(lambda: any(folder.glob(".state_*.tmp")), ranks[0])
     ranks[1].kill()

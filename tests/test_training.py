@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from entry_points import make_pack
 from omegaconf import OmegaConf
+from ranks import environment, meeting
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
@@ -163,17 +163,9 @@ def test_training_leaves_the_global_generators_alone(config: PretrainConfig) -> 
 
 def train_on_rank(rank: int, world_size: int, port: int, config: PretrainConfig) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= environment(rank, world_size, port)
     pretrain(config)
     os._exit(0)  # what gloo's threads hold may abort a process while Python ends, now and then (PyTorch #179291)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_two_ranks_train_as_one(config: PretrainConfig, tmp_path: Path) -> None:
@@ -183,7 +175,8 @@ def test_two_ranks_train_as_one(config: PretrainConfig, tmp_path: Path) -> None:
     config = replace(config, arch=arch, optim=OptimConfig("adamw", eps=0.01), log_interval=1)
     alone, together = (replace(config, checkpoint_path=str(tmp_path / name)) for name in ("alone", "two"))
     pretrain(alone)
-    spawn(train_on_rank, (2, free_port(), together), nprocs=2)  # type: ignore[no-untyped-call]
+    store = meeting()
+    spawn(train_on_rank, (2, store.port, together), nprocs=2)  # type: ignore[no-untyped-call]
 
     start_state, _ = start(alone)
     initial = {f"_orig_mod.{name}": weight for name, weight in start_state.model.state_dict().items()}
