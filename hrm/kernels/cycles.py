@@ -88,9 +88,9 @@ _WIDEST_ON_CPU = 10 << 20
 
 def _sequences_on_cpu(z: Tensor) -> int:
     """Into how many sequences at a time to divide states `z` [B, T, D], evenly."""
-    widest = 6 * z[0].numel() * z.element_size()  # gates and ups, as published
-    parts = math.ceil(len(z) * widest / _WIDEST_ON_CPU)
-    return math.ceil(len(z) / min(parts, len(z)))
+    widest = 6 * z.numel() * z.element_size()  # gates and ups of all sequences, as published
+    parts = max(1, min(math.ceil(widest / _WIDEST_ON_CPU), len(z)))
+    return math.ceil(len(z) / parts)
 
 
 def chunked(cycles: Cycles, sequences: int | None = None) -> Cycles:
