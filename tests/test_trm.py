@@ -26,7 +26,7 @@ from hrm.batch import Batch
 from hrm.config import CONFIG_DIR, HRMConfig, KernelsConfig, ParallelConfig, arch_config, kernels_config
 from hrm.distributed import Axis, World
 from hrm.errors import UserError
-from hrm.kernels import Place, make_kernels, naive, resolve
+from hrm.kernels import Place, describe, make_kernels, naive, resolve
 from hrm.kernels.naive import MixerWeights
 from hrm.models.flops import act_step_blocks, block_flops, train_step_blocks
 from hrm.training.parallel import SharedModel
@@ -233,6 +233,7 @@ def test_work_of_a_step() -> None:
         (KernelsConfig("head_parallel"), "its kernels mix tokens by attention"),
         (KernelsConfig("triton_unrolled"), "its kernels mix tokens by attention"),
         (KernelsConfig(fp8="both"), "kernels.fp8=both does not go with arch.mlp_t=true: drop it."),
+        (KernelsConfig("naive", attention="spda"), "kernels.attention=spda is not one"),
     ],
 )
 def test_kernels_made_for_attention(kernels: KernelsConfig, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +242,12 @@ def test_kernels_made_for_attention(kernels: KernelsConfig, said: str, monkeypat
     with pytest.raises(UserError) as raised:
         resolve(kernels, place)
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("preset", ["auto", "naive"])
+def test_no_attention_is_named(preset: str) -> None:
+    place = Place(torch.device("cpu"), torch.float32, 64, rotary=False, mlp_t=True)
+    assert describe(resolve(kernels_config(preset), place)) == "naive"
 
 
 @pytest.mark.parametrize(("capability", "fused"), [((9, 0), True), ((8, 0), False)])

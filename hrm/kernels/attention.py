@@ -193,11 +193,16 @@ def choose(name: str, place: Place, *, compiled: bool = False) -> str:
             return "sdpa"
         fastest = _FASTEST.get(torch.cuda.get_device_capability(place.device), ())
         return next((name for name in fastest if not _why_not(name, place, compiled)), "sdpa")
-    if name not in PROVIDERS:
-        raise UserError(f"kernels.attention={name} is not one; {neighbours(name, ['auto', *PROVIDERS])}")
+    check_name(name)
     if reason := _why_not(name, place, compiled):
         raise UserError(f"kernels.attention={name} cannot run: {reason}; take kernels.attention=auto.")
     return name
+
+
+def check_name(name: str) -> None:
+    """Refuse what is neither a provider nor `auto`, by a UserError."""
+    if name not in ("auto", *PROVIDERS):
+        raise UserError(f"kernels.attention={name} is not one; {neighbours(name, ['auto', *PROVIDERS])}")
 
 
 @functools.cache
