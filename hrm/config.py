@@ -215,7 +215,7 @@ class KernelsConfig:
     compile: bool = False  # pass the backend through torch.compile
     cuda_graphs: bool = False  # launch whole training and evaluation steps at once (NVIDIA); see parallel.cuda_graphs
     fused_step: bool = False  # optimizers, loss, casts and carry as a kernel each, in Triton (NVIDIA)
-    chunk: int = 0  # sequences at a time in passes without gradient, so that they stay in the cache; 0: all
+    chunk: int = 0  # sequences at a time where no gradient is needed, to stay in the cache; 0: all, on a CPU some
     fp8: str = "none"  # levels whose passes without gradient are computed in 8 bit (e4m3): none, H, L or both
 
     def __post_init__(self) -> None:

@@ -1,6 +1,12 @@
 """Processes that train or evaluate together, told of one another as torchrun tells them."""
 
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch.distributed import TCPStore
+from torch.multiprocessing.spawn import spawn
 
 
 def meeting() -> TCPStore:
@@ -17,3 +23,16 @@ def environment(rank: int, processes: int, port: int, attempt: int = 0) -> dict[
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     own |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": attempt}
     return {name: str(value) for name, value in own.items()}
+
+
+def on_rank(rank: int, work: Callable[..., None], *arguments: Any) -> None:
+    """`work(rank, *arguments)` in a process of its own, which ends here."""
+    torch.set_num_threads(1)
+    work(rank, *arguments)
+    os._exit(0)  # what gloo's threads hold may abort a process while Python ends, now and then (PyTorch #179291)
+
+
+def on_ranks(processes: int, work: Callable[..., None], *arguments: Any) -> None:
+    """`work(rank, port, *arguments)` in so many processes, with the port of a meeting that lasts as long as they do."""
+    store = meeting()
+    spawn(on_rank, (work, store.port, *arguments), nprocs=processes)  # type: ignore[no-untyped-call]

@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import environment, meeting
-from test_parallel import on_rank
+from ranks import environment, on_ranks
 from test_training import ALONE, ARCH, start, write_pack
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from hrm import cli
 from hrm.config import DataConfig, KernelsConfig, OptimConfig, ParallelConfig, PretrainConfig
@@ -426,8 +424,7 @@ def spoilt(
 def test_ranks_skip_together(config: PretrainConfig, tmp_path: Path) -> None:
     config = replace(config, arch=WIDE, ema_decay=None, lr_warmup_steps=0, kernels=KernelsConfig("naive"))
     config = replace(config, arch=replace(WIDE, H_layers=2, L_layers=2))
-    store = meeting()
-    spawn(on_rank, (train_shared, store.port, config, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    on_ranks(2, train_shared, config, tmp_path)
     for name in SHARED:
         told = [json.loads((tmp_path / f"{name}.{rank}").read_text()) for rank in range(2)]
         assert told[0] == told[1] == [float(number in BAD) for number in range(1, len(told[0]) + 1)]
@@ -446,8 +443,7 @@ def give_up_on_rank(rank: int, port: int, config: PretrainConfig, folder: Path) 
 
 def test_ranks_give_up_together(config: PretrainConfig, tmp_path: Path) -> None:
     config = replace(config, eval_interval=1, epochs=4, abort_after=4, dist_timeout=20.0)
-    store = meeting()
-    spawn(on_rank, (give_up_on_rank, store.port, config, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    on_ranks(2, give_up_on_rank, config, tmp_path)
     sentences = [(tmp_path / f"sentence.{rank}").read_text() for rank in range(2)]
     assert sentences[0] == sentences[1]
     assert "not finite in 4 steps in a row" in sentences[0]

@@ -1,7 +1,6 @@
 """The optimizers against scalar loops in Python's float64, and the schedule by its values."""
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from io import BytesIO
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import on_rank
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
@@ -299,7 +299,7 @@ def test_sparse_sign_sgd_continues_from_its_state(on_device: bool) -> None:
 RANK_IDS = [4, 1, 1, 0, 1, 6, 4, 4]  # ids repeat within a rank and across ranks
 
 
-def sign_step_on_rank(rank: int, folder: Path) -> None:
+def sign_step(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     table, grads = make_table(8, torch.float32), random_gradient(8, 5).float()
     mine = slice(4 * rank, 4 * rank + 4)
@@ -308,11 +308,10 @@ def sign_step_on_rank(rank: int, folder: Path) -> None:
     torch.save(table.weights, folder / f"weights_{rank}")
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # what gloo's threads hold may abort a process while Python ends, now and then (PyTorch #179291)
 
 
 def test_ranks_share_their_gradients(tmp_path: Path) -> None:
-    spawn(sign_step_on_rank, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]
+    spawn(on_rank, (sign_step, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
     table = make_table(8, torch.float32)
     read_rows(table, RANK_IDS, random_gradient(8, 5).float())
     SparseSignSGD(table, LR, weight_decay=0.7).step()

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import environment, meeting
+from ranks import environment, meeting, on_rank, on_ranks
 from test_training import ARCH, write_pack
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import get_context
-from torch.multiprocessing.spawn import spawn
 
 from hrm.config import DataConfig, KernelsConfig, OptimConfig, ParallelConfig, PretrainConfig, to_typed
 from hrm.data.loader import TrainLoader
@@ -128,12 +127,6 @@ def run(config: PretrainConfig, world: World) -> Result:
     return Result(curve, initial, final)
 
 
-def on_rank(rank: int, work: Callable[..., None], *arguments: Any) -> None:
-    torch.set_num_threads(1)
-    work(rank, *arguments)
-    os._exit(0)  # what gloo's threads hold may abort a process while Python ends, now and then (PyTorch #179291)
-
-
 def run_cases(rank: int, port: int, pack: Path, folder: Path) -> None:
     for attempt, (name, case) in enumerate(CASES.items()):
         if case.processes > 1 and rank < case.processes:
@@ -158,8 +151,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the cases of several processes left, one file each; four processes serve for all."""
     folder = tmp_path_factory.mktemp("results")
-    store = meeting()
-    spawn(on_rank, (run_cases, store.port, pack, folder), nprocs=4)  # type: ignore[no-untyped-call]
+    on_ranks(4, run_cases, pack, folder)
     return folder
 
 
@@ -393,9 +385,8 @@ def run_on_gpus(rank: int, port: int, parallel: ParallelConfig, kernels: Kernels
 def test_two_gpus_train_as_one_cpu(
     parallel: dict[str, Any], graphed: bool, pack: Path, tmp_path: Path, alone: Callable[[dict[str, Any]], Result]
 ) -> None:
-    one, file, store = alone({}), tmp_path / "result", meeting()
-    arguments = (store.port, ParallelConfig(**parallel), KernelsConfig(cuda_graphs=graphed), pack, file)
-    spawn(on_rank, (run_on_gpus, *arguments), nprocs=2)  # type: ignore[no-untyped-call]
+    one, file = alone({}), tmp_path / "result"
+    on_ranks(2, run_on_gpus, ParallelConfig(**parallel), KernelsConfig(cuda_graphs=graphed), pack, file)
     other = torch.load(file, weights_only=True)
     for weight, end in one.final.items():
         moved = (end - one.initial[weight]).abs().max()

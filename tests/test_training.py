@@ -13,9 +13,8 @@ import pytest
 import torch
 from entry_points import make_pack
 from omegaconf import OmegaConf
-from ranks import environment, meeting
+from ranks import environment, on_ranks
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from hrm.batch import Batch
 from hrm.checkpoint import read_weights, save_weights
@@ -161,11 +160,9 @@ def test_training_leaves_the_global_generators_alone(config: PretrainConfig) -> 
 # --- ranks ---
 
 
-def train_on_rank(rank: int, world_size: int, port: int, config: PretrainConfig) -> None:
-    torch.set_num_threads(1)
-    os.environ |= environment(rank, world_size, port)
+def train_on_rank(rank: int, port: int, config: PretrainConfig) -> None:
+    os.environ |= environment(rank, 2, port)
     pretrain(config)
-    os._exit(0)  # what gloo's threads hold may abort a process while Python ends, now and then (PyTorch #179291)
 
 
 def test_two_ranks_train_as_one(config: PretrainConfig, tmp_path: Path) -> None:
@@ -175,8 +172,7 @@ def test_two_ranks_train_as_one(config: PretrainConfig, tmp_path: Path) -> None:
     config = replace(config, arch=arch, optim=OptimConfig("adamw", eps=0.01), log_interval=1)
     alone, together = (replace(config, checkpoint_path=str(tmp_path / name)) for name in ("alone", "two"))
     pretrain(alone)
-    store = meeting()
-    spawn(train_on_rank, (2, store.port, together), nprocs=2)  # type: ignore[no-untyped-call]
+    on_ranks(2, train_on_rank, together)
 
     start_state, _ = start(alone)
     initial = {f"_orig_mod.{name}": weight for name, weight in start_state.model.state_dict().items()}

@@ -187,9 +187,9 @@ def resolve(config: KernelsConfig, place: Place) -> KernelsConfig:
 
 def _resolve_attention(config: KernelsConfig, backend: Backend, place: Place) -> str:
     if place.mlp_t:
-        if config.attention not in ("own", "none"):
+        if config.attention != "own":
             attention.check_name(config.attention)  # presets name one, which is of no use here
-        return "none"
+        return "own"
     if backend.takes_attention:
         return attention.choose(config.attention, place, compiled=config.compile)
     if config.attention not in ("auto", "own"):
@@ -199,7 +199,7 @@ def _resolve_attention(config: KernelsConfig, backend: Backend, place: Place) ->
 
 def describe(config: KernelsConfig) -> str:
     """A resolved choice in a few words."""
-    attend = [] if config.attention in ("own", "none") else [f"attention {config.attention}"]
+    attend = [] if config.attention == "own" else [f"attention {config.attention}"]
     switches = [name for name in ("compile", "cuda_graphs", "fused_step") if getattr(config, name)]
     chunk = [f"chunks of {config.chunk}"] if config.chunk else []
     fp8 = [f"fp8 in {config.fp8}"] if config.fp8 != "none" else []
@@ -213,7 +213,7 @@ def make_kernels(config: KernelsConfig) -> Kernels:
     backend = BACKENDS[config.backend]
     if backend.cycles and not fp8_levels and not config.compile:
         own_cycles = importlib.import_module(backend.cycles).cycles
-        cycles: Cycles = functools.partial(own_cycles, **_attend(config.backend, config.attention))
+        cycles: Cycles = functools.partial(own_cycles, **_attend(config.attention))
     else:
         free_modules: dict[str, Module[Any]] = dict.fromkeys("HL", module)
         if fp8_levels:
@@ -231,16 +231,16 @@ def make_kernels(config: KernelsConfig) -> Kernels:
     return Kernels(config, module, first_token_block, restart, cycles, fp8_levels)
 
 
-def _attend(backend: str, name: str) -> dict[str, Attend]:
-    """The argument for the attention of that name, if the functions of the backend take one and the model has any."""
-    return {"attend": attention.get(name)} if BACKENDS[backend].takes_attention and name != "none" else {}
+def _attend(name: str) -> dict[str, Attend]:
+    """The argument that gives a backend's functions the attention of that resolved name; none where it is their own."""
+    return {} if name == "own" else {"attend": attention.get(name)}
 
 
 @functools.cache
 def _load(backend: str, attend: str, compiled: bool) -> tuple[ReasoningModule, FirstTokenBlock]:
     module = importlib.import_module(BACKENDS[backend].module)
     reasoning_module, first_token_block = module.reasoning_module, module.first_token_block
-    reasoning_module = functools.partial(reasoning_module, **_attend(backend, attend))
+    reasoning_module = functools.partial(reasoning_module, **_attend(attend))
     if compiled:
         # Shapes are static within a run, so each gets code of its own. With fullgraph, too many of them (PyTorch's
         # limit is 8) are an error instead of a silent fall back to uncompiled code.
