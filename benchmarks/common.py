@@ -25,7 +25,7 @@ from hrm.batch import Batch
 from hrm.config import CONFIG_DIR, PretrainConfig, register_schemas
 from hrm.data.loader import TrainLoader
 from hrm.data.pack import Pack, PackMetadata, PackSet, open_pack, write_split
-from hrm.distributed import World, join_world
+from hrm.distributed.world import World, join_world
 from hrm.errors import UserError
 from hrm.evaluation.plots import pyplot
 from hrm.models.flops import block_flops

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from benchmarks.common import Shape, batches, machine, make_parser, median_ms, peak_gib, preset_config, write_results
 from hrm.config import PretrainConfig, register_schemas
-from hrm.distributed import World, join_world, share_out
+from hrm.distributed.world import World, join_world, share_out
 from hrm.errors import UserError
 from hrm.training.step import initial_state, make_train_step
 

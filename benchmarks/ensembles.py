@@ -19,10 +19,10 @@ from torch import Tensor
 
 from benchmarks.common import machine, make_parser, write_results
 from hrm.batch import Batch
-from hrm.checkpoint import find_checkpoint, read_weights
+from hrm.checkpoint.weights import find_checkpoint, read_weights
 from hrm.data.loader import EvalLoader
 from hrm.data.pack import Pack, PackSet, open_pack
-from hrm.distributed import World, join_world
+from hrm.distributed.world import World, join_world
 from hrm.errors import UserError
 from hrm.evaluation.ensemble import Rules, Symmetry, make_answering, vote
 from hrm.evaluation.entry import Sizes, load_model

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import Shape, machine, matmul_tflops, median_ms, write_results
-from hrm.distributed import join_world
+from hrm.distributed.world import join_world
 from hrm.errors import UserError
 from hrm.kernels import naive
 from hrm.kernels.naive import BlockWeights, RotaryTables
@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _ops(shape: Shape, device: torch.device) -> Iterator[Op]:
-    from hrm.kernels.triton_attention import attention
-    from hrm.kernels.triton_linear import linear_residual_rms, linear_swiglu
+    from hrm.kernels.ops.triton.attention import attention
+    from hrm.kernels.ops.triton.linear import linear_residual_rms, linear_swiglu
 
     rows, tokens = shape.batch_size * shape.seq_len, shape.seq_len
     generator = torch.Generator(device).manual_seed(0)

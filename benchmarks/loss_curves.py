@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.common import PRESETS, Shape, batches, machine, make_parser, picture_file, preset_config, write_results
 from hrm.config import KernelsConfig, PretrainConfig, register_schemas
-from hrm.distributed import World, join_world
+from hrm.distributed.world import World, join_world
 from hrm.errors import UserError
 from hrm.evaluation.plots import PALETTE, Axis, Curve, Panel, draw_panels
 from hrm.training.step import initial_state, make_train_step

@@ -1,25 +1,14 @@
-"""Lists the data sets that `data=` can name: where they come from, how to get them, and what is built already.
+"""Lists the data sets that `data=` can name; `--help` lists the options.
 
-python dataset/list_datasets.py
+The work is done by hrm/data/builders/listing.py.
 """
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-# Run as a script, only the script's own folder is on the path.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, only this folder is on the path
 
-from dataset.common import run_command
-from hrm.data.registry import listing, read_registry
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    return run_command(lambda _: listing(read_registry()), lambda: parser.parse_args(argv))
-
+from hrm.data.builders.listing import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hrm.data.arc import SEQ_LEN, VOCAB_SIZE, Grid, Pair, decode, split_name
 from hrm.data.pack import Pack, read_identifiers
 from hrm.errors import UserError
+from hrm.tasks.arc import SEQ_LEN, VOCAB_SIZE, Grid, Pair, decode, split_name
 
 PASS_AT = (1, 2, 5, 10, 100, 1000)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hrm.data.sudoku import BoxShape, Grids, conflicts
+from hrm.tasks.sudoku import BoxShape, Grids, conflicts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

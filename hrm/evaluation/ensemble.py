@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from hrm.batch import Batch
-from hrm.data.maze import dihedral_images, is_shortest_path, side_of
-from hrm.data.sudoku import BoxShape, decode_tokens, is_solved, random_symmetries
-from hrm.distributed import World
+from hrm.distributed.world import World
 from hrm.evaluation.runner import Answers, Examiner, Pace, Part, Sums, judge, make_thinking, score
 from hrm.models import ACTLossHead
+from hrm.tasks.maze import dihedral_images, is_shortest_path, side_of
+from hrm.tasks.sudoku import BoxShape, decode_tokens, is_solved, random_symmetries
 
 # Which answers [N, S] to puzzles [N, S] keep to the rules: [N] bool. It looks at no label.
 Rules = Callable[[Tensor, Tensor], Tensor]

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from hrm.batch import IGNORE_LABEL_ID
-from hrm.checkpoint import METRICS_FILE, Checkpoint, find_checkpoint, load_weights, make_folder, read_weights
+from hrm.checkpoint.weights import METRICS_FILE, Checkpoint, find_checkpoint, load_weights, make_folder, read_weights
 from hrm.config import EnsembleConfig, EvaluateConfig, KernelsConfig, arch_config
 from hrm.data.loader import EvalLoader
 from hrm.data.pack import Pack, open_pack
-from hrm.data.sudoku import BoxShape, Grids, conflicts, decode_tokens, encode_tokens, parse_grid, solve
-from hrm.distributed import World, join_world
+from hrm.distributed.world import World, join_world
 from hrm.errors import UserError
 from hrm.evaluation.boards import LEGEND, Board, draw_boards, render_text
 from hrm.evaluation.early_halting import EarlyHalting, halting_metrics
@@ -30,6 +29,7 @@ from hrm.evaluation.runner import Examiner, Pace, Sums, evaluate, parts, save_ou
 from hrm.evaluation.tasks import ReportWriter, known_rules, symmetries, task_examiners
 from hrm.kernels import describe
 from hrm.models import ACTLossHead, build_model
+from hrm.tasks.sudoku import BoxShape, Grids, conflicts, decode_tokens, encode_tokens, parse_grid, solve
 
 
 def evaluate_checkpoint(config: EvaluateConfig) -> None:

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.batch import IGNORE_LABEL_ID
-from hrm.data.arc import Grid, decode
-from hrm.data.maze import GOAL, PATH, START, WALL
 from hrm.errors import UserError
 from hrm.evaluation.report import View
 from hrm.evaluation.trajectory import Trajectories, kinds
+from hrm.tasks.arc import Grid, decode
+from hrm.tasks.maze import GOAL, PATH, START, WALL
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -21,16 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.batch import IGNORE_LABEL_ID
-from hrm.data.arc import GRID_SIDE, NUM_COLORS, SEQ_LEN, Grid, Pair, Task, decode, split_name
-from hrm.data.arc import VOCAB_SIZE as ARC_VOCAB_SIZE
-from hrm.data.custom import VOCABULARY_FILE, read_vocabulary
-from hrm.data.maze import CHARSET, FREE, PATH, is_shortest_path
-from hrm.data.maze import VOCAB_SIZE as MAZE_VOCAB_SIZE
 from hrm.data.pack import Pack
-from hrm.data.sudoku import BoxShape
 from hrm.errors import UserError
 from hrm.evaluation.arc import Answer, ArcScorer
 from hrm.evaluation.trajectory import Recording, Scores, Trajectories, kinds
+from hrm.tasks.arc import GRID_SIDE, NUM_COLORS, SEQ_LEN, Grid, Pair, Task, decode, split_name
+from hrm.tasks.arc import VOCAB_SIZE as ARC_VOCAB_SIZE
+from hrm.tasks.maze import CHARSET, FREE, PATH, is_shortest_path
+from hrm.tasks.maze import VOCAB_SIZE as MAZE_VOCAB_SIZE
+from hrm.tasks.sudoku import BoxShape
+from hrm.tasks.tokens import VOCABULARY_FILE, read_vocabulary
 
 REPORT_FILE = "report.html"
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from hrm.batch import IGNORE_LABEL_ID, Batch
 from hrm.cuda_graphs import GraphedWork
 from hrm.data.loader import EvalLoader
-from hrm.distributed import World, sum_over_ranks
+from hrm.distributed.world import World, sum_over_ranks
 from hrm.evaluation.trajectory import Recorder, Steps, record
 from hrm.models import ACTLossHead
 

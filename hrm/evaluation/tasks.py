@@ -14,8 +14,7 @@ from torch import Tensor
 
 from hrm.batch import Batch
 from hrm.data.pack import IntArray, Pack, PackSet, read_identifiers
-from hrm.data.sudoku import random_symmetries
-from hrm.distributed import World, gather_on_main
+from hrm.distributed.world import World, gather_on_main
 from hrm.errors import UserError
 from hrm.evaluation.arc import ArcScorer
 from hrm.evaluation.ensemble import (
@@ -42,6 +41,7 @@ from hrm.evaluation.report import (
 )
 from hrm.evaluation.runner import Answers, Examiner, Sums, judge
 from hrm.evaluation.trajectory import Recorder, check_vocabulary
+from hrm.tasks.sudoku import random_symmetries
 
 # Puzzles that a report shows of those answered right, wrong, and right at last.
 _SHOWN_PER_KIND = 8

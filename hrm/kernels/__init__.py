@@ -68,7 +68,7 @@ class Kernels:
         """The blocks of level `H` or `L` as `cycles` wants them."""
         if level not in self.fp8_levels:
             return blocks
-        from hrm.kernels import fp8
+        from hrm.kernels.backends import fp8
 
         return fp8.quantize_blocks(blocks)
 
@@ -128,7 +128,7 @@ def _is_measured(place: Place) -> bool:
 
 
 def _why_not_cute(place: Place) -> str | None:
-    from hrm.kernels import cute_module
+    from hrm.kernels.experimental import cute as cute_module
 
     return cute_module.why_not(place)
 
@@ -136,13 +136,19 @@ def _why_not_cute(place: Place) -> str | None:
 BACKENDS = {
     "naive": Backend("hrm.kernels.naive", _anywhere, takes_attention=True),
     "triton": Backend(
-        "hrm.kernels.triton_module", _why_not_triton_blocks, cycles="hrm.kernels.triton_module", takes_attention=True
+        "hrm.kernels.backends.triton",
+        _why_not_triton_blocks,
+        cycles="hrm.kernels.backends.triton",
+        takes_attention=True,
     ),
     "triton_unrolled": Backend(
-        "hrm.kernels.triton_module", _why_not_triton_blocks, cycles="hrm.kernels.triton_unrolled", fp8=False
+        "hrm.kernels.backends.triton",
+        _why_not_triton_blocks,
+        cycles="hrm.kernels.experimental.triton_unrolled",
+        fp8=False,
     ),
-    "head_parallel": Backend("hrm.kernels.head_parallel", _why_not_triton_blocks),
-    "cute": Backend("hrm.kernels.cute_module", _why_not_cute, compiles=False),
+    "head_parallel": Backend("hrm.kernels.experimental.head_parallel", _why_not_triton_blocks),
+    "cute": Backend("hrm.kernels.experimental.cute", _why_not_cute, compiles=False),
 }
 
 
@@ -217,7 +223,7 @@ def make_kernels(config: KernelsConfig) -> Kernels:
     else:
         free_modules: dict[str, Module[Any]] = dict.fromkeys("HL", module)
         if fp8_levels:
-            from hrm.kernels import fp8
+            from hrm.kernels.backends import fp8
 
             free_modules |= dict.fromkeys(fp8_levels, fp8.reasoning_module)
         cycles = looped(free_modules)
@@ -227,7 +233,7 @@ def make_kernels(config: KernelsConfig) -> Kernels:
         cycles = chunked(cycles)
     restart: Restart = naive.restart
     if config.fused_step:
-        restart = importlib.import_module("hrm.kernels.triton_carry").restart
+        restart = importlib.import_module("hrm.kernels.ops.triton.carry").restart
     return Kernels(config, module, first_token_block, restart, cycles, fp8_levels)
 
 

@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hrm.config import neighbours
 from hrm.errors import UserError
-from hrm.kernels import hopper, naive
+from hrm.kernels import naive
 from hrm.kernels.naive import Attend, RotaryTables
+from hrm.kernels.ops.hopper import device as hopper
 
 if TYPE_CHECKING:
     from hrm.kernels import Place
@@ -134,7 +135,7 @@ def is_installed(module: str) -> bool:
 
 
 def _load_triton() -> Attend:
-    from hrm.kernels.triton_attention import attention
+    from hrm.kernels.ops.triton.attention import attention
 
     return attention
 
@@ -146,7 +147,7 @@ def _why_not_triton(place: Place) -> str | None:
 
 
 def _load_gluon() -> Attend:
-    from hrm.kernels.triton_attention import attention
+    from hrm.kernels.ops.triton.attention import attention
 
     return functools.partial(attention, gluon=True)
 

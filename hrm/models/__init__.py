@@ -10,7 +10,7 @@ import torch
 from hrm.config import HRMConfig, KernelsConfig, arch_config, kernels_config
 from hrm.errors import UserError
 from hrm.kernels import Place, resolve
-from hrm.models.hrm_v1 import AdaptiveComputation, HierarchicalReasoningModel
+from hrm.models.hrm import AdaptiveComputation, HierarchicalReasoningModel
 from hrm.models.losses import ACTLossHead
 
 __all__ = ["ACTLossHead", "build_model"]

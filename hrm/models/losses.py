@@ -15,7 +15,7 @@ from hrm.models.layers import copies_at_hand
 
 if TYPE_CHECKING:
     from hrm.config import KernelsConfig
-    from hrm.models.hrm_v1 import AdaptiveComputation, Carry
+    from hrm.models.hrm import AdaptiveComputation, Carry
 
 
 def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class ACTLossHead(nn.Module):
         self.loss_type = loss_type
         self.act_loss = act_loss
         if fused:
-            from hrm.kernels import triton_loss  # imported here: Triton is not everywhere
+            from hrm.kernels.ops.triton import loss as triton_loss  # imported here: Triton is not everywhere
 
             self.act_loss = triton_loss.act_loss
 

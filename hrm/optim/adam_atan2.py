@@ -173,7 +173,7 @@ class AdamATan2(Optimizer):
         betas: tuple[float, float],
         weight_decay: float,
     ) -> None:
-        from hrm.kernels.triton_optim import adam_atan2_  # imported here: Triton is not everywhere
+        from hrm.kernels.ops.triton.optim import adam_atan2_  # imported here: Triton is not everywhere
 
         assert isinstance(step, Tensor)
         copies = self._copies(params)

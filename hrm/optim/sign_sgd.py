@@ -98,7 +98,7 @@ class SparseSignSGD(Optimizer):
         kept = [*self._kept, rows]
         ids, grads = (_gather_ranks(torch.cat(parts), self._group) for parts in zip(*kept, strict=True))
         if self._fused:
-            from hrm.kernels.triton_optim import sign_sgd_  # imported here: Triton is not everywhere
+            from hrm.kernels.ops.triton.optim import sign_sgd_  # imported here: Triton is not everywhere
 
             sign_sgd_(table.weights, ids.contiguous(), grads.contiguous(), lr, group["weight_decay"], self.found_inf)
             return loss

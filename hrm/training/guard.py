@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hrm.models.hrm_v1 import Carry
+from hrm.models.hrm import Carry
 
 
 @torch.no_grad()

@@ -11,21 +11,8 @@ from pathlib import Path
 
 import torch
 
-from hrm.checkpoint import keep_earlier_run, make_folder, save_config, save_weights
-from hrm.config import PretrainConfig
-from hrm.data.build import ensure_pack
-from hrm.data.loader import EvalLoader, TrainLoader
-from hrm.data.pack import Pack, open_pack
-from hrm.data.prefetch import on_device
-from hrm.distributed import World, join_world, share_from_main
-from hrm.errors import UserError
-from hrm.evaluation.runner import evaluate, save_outputs
-from hrm.kernels import describe
-from hrm.models import ACTLossHead
-from hrm.models.flops import block_flops, train_step_blocks
-from hrm.training.metrics import MetricWindow, RunLog, cut_records
-from hrm.training.profiling import step_trace
-from hrm.training.resume import (
+from hrm.checkpoint.save_points import Request, SavePoints, uninterrupted
+from hrm.checkpoint.states import (
     AUTO,
     Facts,
     Progress,
@@ -39,7 +26,20 @@ from hrm.training.resume import (
     restore,
     shared_tensors,
 )
-from hrm.training.save_points import Request, SavePoints, uninterrupted
+from hrm.checkpoint.weights import keep_earlier_run, make_folder, save_config, save_weights
+from hrm.config import PretrainConfig
+from hrm.data.build import ensure_pack
+from hrm.data.loader import EvalLoader, TrainLoader
+from hrm.data.pack import Pack, open_pack
+from hrm.data.prefetch import on_device
+from hrm.distributed.world import World, join_world, share_from_main
+from hrm.errors import UserError
+from hrm.evaluation.runner import evaluate, save_outputs
+from hrm.kernels import describe
+from hrm.models import ACTLossHead
+from hrm.models.flops import block_flops, train_step_blocks
+from hrm.training.metrics import MetricWindow, RunLog, cut_records
+from hrm.training.profiling import step_trace
 from hrm.training.step import TrainState, current_lr, initial_state, make_train_step
 
 EXIT_PREEMPTED = 75

@@ -20,9 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hrm.batch import Batch
-from hrm.checkpoint import METRICS_FILE, write_atomically
+from hrm.checkpoint.weights import METRICS_FILE, write_atomically
 from hrm.config import PretrainConfig
-from hrm.distributed import World, sum_over_ranks
+from hrm.distributed.world import World, sum_over_ranks
 from hrm.models.flops import peak_tflops
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from hrm.checkpoint import make_folder
-from hrm.distributed import World
+from hrm.checkpoint.weights import make_folder
+from hrm.distributed.world import World
 
 # Steps before the trace: by then kernels are compiled, tuned and recorded, and the loader has caught up.
 _PASSED_OVER, _WARM_UP, _TRACED = 10, 2, 5

@@ -14,15 +14,15 @@ from hrm.batch import Batch
 from hrm.config import KernelsConfig, PretrainConfig
 from hrm.cuda_graphs import GraphedWork
 from hrm.data.pack import Pack
-from hrm.distributed import World, broadcast_tensors
+from hrm.distributed.partition import SharedModel
+from hrm.distributed.world import World, broadcast_tensors
 from hrm.errors import UserError
 from hrm.evaluation.tasks import cell_permutations
 from hrm.models import ACTLossHead, build_model
-from hrm.models.hrm_v1 import Carry, InnerCarry
+from hrm.models.hrm import Carry, InnerCarry
 from hrm.optim import AdamATan2, Muon, SparseSignSGD, learning_rate, set_lr
 from hrm.training.average import WeightAverage
 from hrm.training.guard import NonFiniteGuard, restart_poisoned
-from hrm.training.parallel import SharedModel
 
 
 @dataclass

@@ -1,0 +1,256 @@
+"""Run folders: weights as `step_<n>`, the options as `all_config.yaml`, readable by the published code and reading its.
+
+Weights are saved with the prefix `_orig_mod.` that torch.compile gives the published code's parameters: its
+`evaluate.py` then takes them compiled or not. Reading strips the prefix. Nothing read from a checkpoint is executed.
+Beside each `step_<n>` lie the same weights as `step_<n>.safetensors`, for tools other than PyTorch. What a run needs to
+go on is in `hrm.checkpoint.states`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from yaml import YAMLError
+
+from hrm.config import PretrainConfig
+from hrm.errors import UserError, first_sentence
+
+CONFIG_FILE = "all_config.yaml"
+METRICS_FILE = "metrics.jsonl"
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
+_COMPILED_PREFIX = "_orig_mod."
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_WEIGHTS = "checkpoint"
+_SAFETENSORS = ".safetensors"
+_WEIGHTS_NAME = re.compile(r"step_(\d+)(_ema)?(\.safetensors)?")
+_NAME_OF_STEP = re.compile(r"(?:step|state)_(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights on disk and the options they were trained with."""
+
+    weights_file: Path
+    config: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return self.weights_file.parent
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / CONFIG_FILE
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps behind the weights; 0 where the file's name does not say."""
+        named = _WEIGHTS_NAME.fullmatch(self.weights_file.name)
+        return int(named[1]) if named else 0
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Create a folder that `option` named, or raise a UserError that says why not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}={folder} cannot be made a folder ({error.strerror}): give another path.") from error
+
+
+def keep_earlier_run(folder: Path, after: int | None = None) -> None:
+    """Move what an earlier run left in a run folder into `earlier_<n>` there.
+
+    Args:
+        after: move only what belongs to steps after this one, as a run that goes on from it will make them anew.
+    """
+    # Training states first: cut off here, the next start finds none that it would take for the new run's.
+    found = [path for pattern in ("state_*", "step_*") for path in folder.glob(pattern)]
+    steps = {path: int(named[1]) for path in found if (named := _NAME_OF_STEP.match(path.name))}
+    left = [path for path, step in steps.items() if after is None or step > after]
+    if after is None:
+        left += [file for name in (METRICS_FILE, CONFIG_FILE) if (file := folder / name).is_file()]
+    if left:
+        number = 1
+        while (aside := folder / f"earlier_{number}").exists():
+            number += 1
+        aside.mkdir()
+        for path in left:
+            path.rename(aside / path.name)
+
+
+def save_config(config: PretrainConfig, folder: Path) -> None:
+    """Write `all_config.yaml`, creating the run folder."""
+    make_folder(folder, "checkpoint_path")
+    write_atomically(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(asdict(config))).encode())
+
+
+def save_weights(weights: Mapping[str, Tensor], folder: Path, name: str) -> Path:
+    """Write weights as `<name>`, in the published layout, and `<name>.safetensors`; a crash midway leaves no torn file.
+
+    Args:
+        weights: as the model's `state_dict()` names them; no two may share memory.
+        name: `step_<n>`.
+    """
+    file = folder / name
+    with _replacing(file) as temporary:
+        torch.save({_COMPILED_PREFIX + name: tensor for name, tensor in weights.items()}, temporary)
+    with _replacing(file.with_name(name + _SAFETENSORS)) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary, {"format": "pt"})
+    return file
+
+
+def find_checkpoint(where: str) -> Checkpoint:
+    """Locate weights and read their options.
+
+    Args:
+        where: a weights file, a run folder (its last step is taken), a hub id `owner/name`, or one of `pretrained()`.
+
+    Raises:
+        UserError: nothing is there, or the options beside the weights are missing or unreadable.
+    """
+    path = Path(where)
+    if path.is_dir():
+        weights_file = _last_weights(path)
+    elif path.is_file():
+        weights_file = path
+    elif _HUB_ID.fullmatch(where) and not path.parent.is_dir():
+        weights_file = _last_weights(_download(where))
+    elif where in pretrained():
+        weights_file = _last_weights(PRETRAINED / where)
+    else:
+        raise UserError(
+            f"checkpoint={where} does not exist; give a weights file, a run folder, a hub id, or a model that comes "
+            f"with this package: {', '.join(pretrained())}."
+        )
+    return Checkpoint(weights_file, _read_config(weights_file.parent / CONFIG_FILE))
+
+
+def pretrained() -> list[str]:
+    """Names of the trained models that come with this package."""
+    return sorted(folder.name for folder in PRETRAINED.iterdir() if (folder / CONFIG_FILE).is_file())
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Tensors of a weights file by their names without prefix, on the CPU.
+
+    Raises:
+        UserError: the file is torn, or holds anything but named tensors (such a file is not executed).
+    """
+    try:
+        if file.suffix == _SAFETENSORS:
+            loaded = load_file(file)
+        else:
+            with warnings.catch_warnings(action="ignore"):  # about pickle protocols: whether it loads is what counts
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file} holds more than tensors, or is no checkpoint, and was not loaded; save its state_dict() alone."
+        ) from error
+    except Exception as error:  # what loading raises over damaged files shares no base class
+        raise UserError(f"{file} is torn or no checkpoint ({first_sentence(error)}); copy it anew.") from error
+    if not isinstance(loaded, Mapping) or not all(_is_weight(tensor) for tensor in loaded.values()):
+        raise UserError(f"{file} does not hold a state_dict (names and tensors); save model.state_dict().")
+    return {str(name).removeprefix(_COMPILED_PREFIX): tensor for name, tensor in loaded.items()}
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
+    """Put weights into a model, in place.
+
+    Raises:
+        UserError: names or shapes are not the model's; the first difference is named.
+    """
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in weights:
+            raise UserError(f"{file} lacks {name}: it was trained with another architecture than its {CONFIG_FILE}.")
+        if name not in own:
+            raise UserError(f"{file} has {name}, which the architecture in its {CONFIG_FILE} does not.")
+        if weights[name].shape != own[name].shape:
+            raise UserError(
+                f"{file} has {name} of shape {tuple(weights[name].shape)}, but the architecture and the data need "
+                f"{tuple(own[name].shape)}: use the config and the pack it was trained with."
+            )
+    model.load_state_dict(weights)
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.is_floating_point()
+
+
+def _last_weights(folder: Path) -> Path:
+    steps: dict[int, Path] = {}
+    # Backwards, so that of one step the published layout takes the place of .safetensors.
+    for file in sorted(folder.glob("step_*"), reverse=True):
+        named = _WEIGHTS_NAME.fullmatch(file.name)
+        if named and not named[2] and file.is_file():
+            steps[int(named[1])] = file
+    if steps:
+        return steps[max(steps)]
+    if (folder / _HUB_WEIGHTS).is_file():
+        return folder / _HUB_WEIGHTS
+    raise UserError(
+        f"{folder} holds no weights (a file step_<n> or {_HUB_WEIGHTS}); point checkpoint= at a run folder."
+    )
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download  # imported here: slow, and most runs read from disk
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=[_HUB_WEIGHTS, "step_*", CONFIG_FILE]))
+    except Exception as error:  # the hub's failures share no base class
+        raise UserError(
+            f"checkpoint={hub_id} is no local path, and fetching it from the hub failed ({first_sentence(error)}): "
+            "check the name and the network."
+        ) from error
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"{file} is missing: put the run's {CONFIG_FILE} beside its weights.")
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} is not readable as YAML ({first_sentence(error)}); restore it.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("arch"), dict):
+        raise UserError(f"{file} has no section arch: it is not the config of an HRM run; restore it.")
+    return {str(name): value for name, value in config.items()}
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a file; a crash midway leaves it as it was."""
+    with _replacing(file) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """A path to write to beside `file`, which takes its place once its bytes are on the disk."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    yield temporary
+    sync(temporary)
+    temporary.replace(file)
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name != "posix":  # elsewhere folders cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

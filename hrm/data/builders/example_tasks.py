@@ -1,0 +1,148 @@
+"""Writes examples of a small reasoning task as JSON lines, for dataset/build_custom_dataset.py.
+
+python dataset/write_example_task.py topological_order --count 5000 --output order.jsonl
+python dataset/build_custom_dataset.py --train order.jsonl --test-fraction 0.1 --output-dir data/order
+
+dag_path           input: start, goal, and for every pair of nodes whether an edge leads from the first to the second
+                   output: the nodes of a path of fewest edges
+topological_order  input: for every pair of nodes whether an edge leads from the first to the second
+                   output: all nodes, none before one that leads to it
+tool_routing       input: the type of what there is, the type of what is wanted, and what each tool takes and gives
+                   output: the fewest tools that turn the one into the other, in the order of their use
+
+Of several right answers it is the first in dictionary order, so that every question has one answer. Answers shorter
+than the longest are filled up with "end". No question comes twice.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrm.data.builders.common import check_at_least, run_command
+from hrm.errors import UserError
+
+END = "end"
+NO_EDGE, EDGE = ".", ">"
+EDGE_SHARE = 0.4
+TYPES = ("audio", "chart", "image", "query", "table", "text")
+
+Symbols = list[int | str]
+Steps = Sequence[tuple[int, int]]  # from a place to another one
+
+# So many random questions in a row that are not new, and the generator gives up.
+PATIENCE = 10_000
+
+
+def first_shortest_route(steps: Steps, start: int, goal: int) -> list[int] | None:
+    """Numbers of the fewest steps that lead from start to goal, the first such list in dictionary order; None: none."""
+    left = {goal: 0}  # fewest steps from a place to the goal
+    while start not in left:
+        reached = {origin: max(left.values()) + 1 for origin, end in steps if end in left and origin not in left}
+        if not reached:
+            return None
+        left |= reached
+    route, place = [], start
+    while place != goal:
+        step = next(i for i, (origin, end) in enumerate(steps) if origin == place and left.get(end) == left[place] - 1)
+        route.append(step)
+        place = steps[step][1]
+    return route
+
+
+def random_dag(nodes: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Edges `[nodes, nodes]`, bool: random ones that point forward in a random order of the nodes."""
+    rank: NDArray[np.int64] = rng.permutation(nodes)
+    edges: NDArray[np.bool_] = (rank[:, None] < rank) & (rng.random((nodes, nodes)) < EDGE_SHARE)
+    return edges
+
+
+def dag_path(nodes: int, rng: np.random.Generator) -> tuple[Symbols, Symbols] | None:
+    edges = random_dag(nodes, rng)
+    start, goal = map(int, rng.choice(nodes, 2, replace=False))
+    steps = [(int(origin), int(end)) for origin, end in np.argwhere(edges)]  # ordered by their ends, as paths are
+    route = first_shortest_route(steps, start, goal)
+    if route is None:
+        return None
+    path = [start, *(steps[step][1] for step in route)]
+    return [start, goal, *np.where(edges, EDGE, NO_EDGE).ravel().tolist()], filled(path, nodes)
+
+
+def topological_order(nodes: int, rng: np.random.Generator) -> tuple[Symbols, Symbols]:
+    edges = random_dag(nodes, rng)
+    order: list[int] = []
+    while len(order) < nodes:
+        left = [node for node in range(nodes) if node not in order]
+        order.append(next(node for node in left if not edges[left, node].any()))
+    return np.where(edges, EDGE, NO_EDGE).ravel().tolist(), [*order]
+
+
+def tool_routing(tools: int, rng: np.random.Generator) -> tuple[Symbols, Symbols] | None:
+    (have, want), *steps = [tuple(rng.choice(len(TYPES), 2, replace=False).tolist()) for _ in range(1 + tools)]
+    route = first_shortest_route(steps, have, want)
+    if route is None:
+        return None
+    return [TYPES[kind] for kind in (have, want, *(kind for step in steps for kind in step))], filled(route, tools)
+
+
+def filled(answer: Sequence[int], length: int) -> Symbols:
+    return [*answer, *[END] * (length - len(answer))]
+
+
+TASKS: dict[str, Callable[[int, np.random.Generator], tuple[Symbols, Symbols] | None]] = {
+    "dag_path": dag_path,
+    "topological_order": topological_order,
+    "tool_routing": tool_routing,
+}
+
+
+def write_examples(path: Path, task: str, size: int, count: int, rng: np.random.Generator) -> None:
+    """Writes `count` lines with different questions.
+
+    Raises:
+        UserError: if random search finds no more, or the file cannot be written.
+    """
+    lines: dict[tuple[int | str, ...], str] = {}
+    barren = 0
+    while len(lines) < count:
+        example = TASKS[task](size, rng)
+        known = len(lines)
+        if example is not None:
+            lines[tuple(example[0])] = json.dumps({"input": example[0], "output": example[1]})
+        barren = 0 if len(lines) > known else barren + 1
+        if barren == PATIENCE:
+            raise UserError(
+                f"--count {count} is more than the {known} questions of {task} with --size {size} found by random "
+                "search; ask for fewer or for larger ones."
+            )
+    try:
+        path.write_text("\n".join(lines.values()) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written ({error.strerror}); give another file.") from error
+
+
+def write(arguments: argparse.Namespace) -> str:
+    """Write the examples that the command line asks for and return a one-line summary."""
+    check_at_least(arguments, {"count": 1, "size": 2, "seed": 0})
+    rng = np.random.default_rng(arguments.seed)
+    write_examples(arguments.output, arguments.task, arguments.size, arguments.count, rng)
+    return f"{arguments.output}: {arguments.count:,} examples of {arguments.task} with --size {arguments.size}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--output", type=Path, required=True, help="the file to write")
+    parser.add_argument("--count", type=int, default=5000, help="examples (%(default)s)")
+    parser.add_argument("--size", type=int, default=6, help="nodes, or tools (%(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="of every random choice (%(default)s)")
+    return run_command(write, lambda: parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

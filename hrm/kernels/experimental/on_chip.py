@@ -1,0 +1,181 @@
+"""The recurrence of the two modules without gradient for small models: a program per sequence, all of it on chip.
+
+The state of a sequence stays in registers through all blocks of an update, and weights stream by from the L2 cache:
+there is one launch, and programs never wait for one another.
+
+Shapes: B sequences, T tokens, D hidden size, N heads of size K, F inner width of the gated MLP.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hrm.kernels.naive import BlockWeights, RotaryTables
+from hrm.kernels.ops.triton.attention import _LOG2_E, _load_angles, _tile_rows
+from hrm.kernels.ops.triton.linear import _stages
+
+_BLOCK_F = 64
+
+
+@triton.jit
+def select(pointers: tl.tuple, index: tl.tensor) -> tl.tensor:
+    """`pointers[index]`, for an index that only the GPU knows."""
+    chosen = pointers[0]
+    for i in tl.static_range(1, len(pointers)):
+        chosen = tl.where(index == i, pointers[i], chosen)
+    return chosen
+
+
+@triton.jit
+def _matrix(
+    weight: tl.tensor, row: tl.tensor, column: tl.tensor, STRIDE: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+) -> tl.tensor:
+    """[C, R], transposed: the R rows from `row` on and C columns from `column` on."""
+    return tl.load(weight + (row + tl.arange(0, R))[None, :] * STRIDE + (column + tl.arange(0, C))[:, None])
+
+
+@triton.jit
+def _turned_head(
+    x: tl.tensor, weight: tl.tensor, row: tl.tensor, cos: tl.tensor, sin: tl.tensor, K: tl.constexpr, D: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """A head of q or k as two halves [R, K/2], rotated in float32: projected apart, they need not be taken apart."""
+    first = tl.dot(x, _matrix(weight, row, 0, D, K // 2, D), input_precision="ieee").to(x.dtype)
+    second = tl.dot(x, _matrix(weight, row + K // 2, 0, D, K // 2, D), input_precision="ieee").to(x.dtype)
+    if cos is None:
+        return first, second
+    else:
+        a, b = first.to(tl.float32), second.to(tl.float32)
+        return (a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)
+
+
+@triton.jit
+def _add_and_norm(x: tl.tensor, acc: tl.tensor, eps: tl.tensor) -> tl.tensor:
+    total = (x.to(tl.float32) + acc).to(x.dtype).to(tl.float32)
+    return (total * tl.rsqrt(tl.sum(total * total, 1) / x.shape[1] + eps)[:, None]).to(x.dtype)
+
+
+@triton.jit(do_not_specialize=["H_updates", "num_updates"])
+def _on_chip_kernel(
+    state: tl.tensor,
+    embeddings: tl.tensor,
+    qkv_weights: tl.tuple,
+    o_weights: tl.tuple,
+    gate_up_weights: tl.tuple,
+    down_weights: tl.tuple,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    H_updates: tl.tensor,
+    num_updates: tl.tensor,
+    eps: tl.tensor,
+    L_LAYERS: tl.constexpr,
+    H_LAYERS: tl.constexpr,
+    T: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+) -> None:
+    """Bit i of `H_updates` says that update i is of H; `state` [2, B, T, D] is z_L, z_H."""
+    D: tl.constexpr = N * K
+    SCALE: tl.constexpr = _LOG2_E * K**-0.5
+    rows = tl.arange(0, ROWS)
+    inside = (rows < T)[:, None]
+    at = tl.program_id(0).to(tl.int64) * (T * D) + rows[:, None] * D + tl.arange(0, D)[None, :]
+    h_at = state + tl.num_programs(0).to(tl.int64) * (T * D) + at
+    if cos is None:
+        c, s = None, None
+    else:
+        c, s = _load_angles(cos, sin, rows, T, K)
+    update = 0
+    while update < num_updates:
+        level = (H_updates >> update) & 1
+        z_L = tl.load(state + at, inside, 0.0)
+        z_H = tl.load(h_at, inside, 0.0)
+        injection = (z_H + tl.load(embeddings + at, inside, 0.0)).to(z_L.dtype)
+        x = tl.where(level == 0, z_L + injection, z_H + z_L)
+        block = level * L_LAYERS
+        end = block + L_LAYERS + level * (H_LAYERS - L_LAYERS)
+        while block < end:
+            qkv = select(qkv_weights, block)
+            o = select(o_weights, block)
+            acc = tl.zeros((ROWS, D), tl.float32)
+            for head in tl.range(N):
+                row = head * K
+                q1, q2 = _turned_head(x, qkv, row, c, s, K, D)
+                k1, k2 = _turned_head(x, qkv, D + row, c, s, K, D)
+                v = tl.dot(x, _matrix(qkv, 2 * D + row, 0, D, K, D), input_precision="ieee").to(x.dtype)
+                scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+                scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee") * SCALE
+                scores = tl.where((rows < T)[None, :], scores, float("-inf"))
+                p = tl.exp2(scores - tl.max(scores, 1)[:, None])
+                mixed = tl.dot(p.to(x.dtype), v, input_precision="ieee") * (1.0 / tl.sum(p, 1))[:, None]
+                acc = tl.dot(mixed.to(x.dtype), _matrix(o, 0, row, D, D, K), acc, input_precision="ieee")
+            x = _add_and_norm(x, acc, eps)
+            gate_up = select(gate_up_weights, block)
+            down = select(down_weights, block)
+            acc = tl.zeros((ROWS, D), tl.float32)
+            for f in tl.range(0, F, BLOCK_F):
+                gate = tl.dot(x, _matrix(gate_up, f, 0, D, BLOCK_F, D), input_precision="ieee")
+                up = tl.dot(x, _matrix(gate_up, F + f, 0, D, BLOCK_F, D), input_precision="ieee")
+                hidden = (gate * tl.sigmoid(gate) * up).to(x.dtype)
+                acc = tl.dot(hidden, _matrix(down, 0, f, F, D, BLOCK_F), acc, input_precision="ieee")
+            x = _add_and_norm(x, acc, eps)
+            block += 1
+        tl.store(tl.where(level == 0, state + at, h_at), x, inside)
+        tl.debug_barrier()  # the next update's loads may give a thread what another one stored
+        update += 1
+
+
+def fits_on_chip(z: Tensor, inner: int, head_size: int) -> bool:
+    """Whether a sequence of `z` [B, T, D] and its attention stay in the registers of one program."""
+    _, tokens, width = z.shape
+    return (
+        tokens <= 128
+        and width in (32, 64, 128)
+        and head_size >= 32  # half a head is what the matrix unit multiplies at least
+        and inner % _BLOCK_F == 0
+        and (z.element_size() == 2 or not z.is_cuda)
+    )
+
+
+def update_on_chip(
+    state: Tensor,
+    embeddings: Tensor,
+    blocks: list[BlockWeights],
+    L_layers: int,
+    updates: str,
+    rotary: RotaryTables | None,
+    num_heads: int,
+    eps: float,
+) -> None:
+    """Apply `updates` to `state` [2, B, T, D], z_L and z_H, in place; `blocks` are L's, then H's."""
+    _, batch, tokens, width = state.shape
+    cos, sin = (None, None) if rotary is None else rotary
+    _on_chip_kernel[(batch,)](
+        state,
+        embeddings,
+        *zip(*blocks, strict=True),
+        cos,
+        sin,
+        schedule(updates),
+        len(updates),
+        eps,
+        L_LAYERS=L_layers,
+        H_LAYERS=len(blocks) - L_layers,
+        T=tokens,
+        N=num_heads,
+        K=width // num_heads,
+        F=blocks[0].down.shape[1],
+        ROWS=_tile_rows(tokens, 128),
+        BLOCK_F=_BLOCK_F,
+        num_warps=8 if tokens > 64 else 4,
+        num_stages=_stages(state.device),
+    )
+
+
+def schedule(updates: str) -> int:
+    """Bit i is set where update i is of H."""
+    return sum(1 << i for i, level in enumerate(updates) if level == "H")

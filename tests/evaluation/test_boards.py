@@ -1,0 +1,218 @@
+"""Boards on the terminal and as pictures: every cell is of the right kind and stands in the right place."""
+
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hrm.evaluation.boards import LEGEND, Board, Cell, draw_boards, render_text
+from hrm.tasks.sudoku import Grids
+
+PUZZLE_4 = "1... .... .... ...1"
+SOLUTION_4 = "1234 3412 2143 4321"
+OTHER_SOLUTION_4 = "1324 2413 3142 4231"
+
+PUZZLE_6 = "1..... ....2. ..1... ...2.. .1.... .....2"
+SOLUTION_6 = "123456 456123 231564 564231 312645 645312"
+
+PUZZLE_9 = (
+    "53..7.... 6..195... .98....6. 8...6...3 4..8.3..1 7...2...6 .6....28. ...419..5 ....8..79"  # Wikipedia's example
+)
+SOLUTION_9 = "534678912 672195348 198342567 859761423 426853791 713924856 961537284 287419635 345286179"
+
+
+def grid(text: str) -> Grids:
+    return np.array([int(cell) for cell in text.replace(" ", "").replace(".", "0")], dtype=np.uint8)
+
+
+def board(puzzle: str, answer: str, solution: str | None, title: str = "") -> Board:
+    return Board(grid(puzzle), grid(answer), None if solution is None else grid(solution), title)
+
+
+def kinds(shown: Board) -> str:
+    """The cells' kinds, by rows: given, right, wrong."""
+    letters = "".join({Cell.GIVEN: "g", Cell.RIGHT: "r", Cell.WRONG: "w"}[Cell(kind)] for kind in shown.cells())
+    side = shown.shape.side
+    return " ".join(letters[start : start + side] for start in range(0, len(letters), side))
+
+
+# --- kinds of cells --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (SOLUTION_4, "grrr rrrr rrrr rrrg"),
+        ("1243 3412 2143 4321", "grww rrrr rrrr rrrg"),
+        ("1.34 3412 2143 4321", "gwrr rrrr rrrr rrrg"),
+        ("2234 3412 2143 4321", "wrrr rrrr rrrr rrrg"),
+        (".234 3412 2143 4321", "wrrr rrrr rrrr rrrg"),
+        (OTHER_SOLUTION_4, "gwwr wrrw wrrw rwwg"),
+    ],
+    ids=["solved", "swapped", "blank", "given changed", "given erased", "right by the rules only"],
+)
+def test_cells_with_a_solution(answer: str, expected: str) -> None:
+    shown = board(PUZZLE_4, answer, SOLUTION_4)
+    assert kinds(shown) == expected
+    assert shown.num_wrong() == expected.count("w")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (SOLUTION_4, "grrr rrrr rrrr rrrg"),
+        (OTHER_SOLUTION_4, "grrr rrrr rrrr rrrg"),
+        ("1233 3412 2144 4321", "grww rrrr rrww rrrg"),
+        ("1134 3412 2143 4321", "gwrr rrrr rwrr rrrg"),
+        ("1234 3412 2143 43.1", "grrr rrrr rrrr rrwg"),
+        ("2134 3412 1243 4321", "wrrr rrrr rrrr rrrg"),
+        (".234 3412 2143 4321", "wrrr rrrr rrrr rrrg"),
+        (".... .... .... ....", "wwww wwww wwww wwww"),
+    ],
+    ids=[
+        "solved",
+        "another solution",
+        "conflicts",
+        "conflict with a given, which stays right",
+        "blank",
+        "given changed within the rules",
+        "given erased",
+        "nothing answered",
+    ],
+)
+def test_cells_without_a_solution(answer: str, expected: str) -> None:
+    shown = board(PUZZLE_4, answer, None)
+    assert kinds(shown) == expected
+    assert shown.num_wrong() == expected.count("w")
+
+
+@pytest.mark.parametrize(
+    ("puzzle", "solution", "cell", "digit", "wrong"),
+    [
+        # The changed cell and its peer of that digit in row, column and box, those left out that are given.
+        (PUZZLE_6, SOLUTION_6, 8, 2, {8, 26, 1}),
+        (PUZZLE_9, SOLUTION_9, 5, 1, {5, 7, 32}),
+    ],
+    ids=["6x6", "9x9"],
+)
+def test_conflicts_follow_the_boxes(puzzle: str, solution: str, cell: int, digit: int, wrong: set[int]) -> None:
+    answer = grid(solution)
+    answer[cell] = digit
+    found = Board(grid(puzzle), answer, None).cells() == Cell.WRONG
+    assert set(np.flatnonzero(found).tolist()) == wrong
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+TEXT_4 = """\
+┌──────┬──────┐
+│ 1 ·2·│[4][3]│
+│·3··4·│·1··2·│
+├──────┼──────┤
+│·2··1·│·4··3·│
+│·4··3·│[.] 1 │
+└──────┴──────┘"""
+
+TEXT_6 = """\
+┌─────────┬─────────┐
+│ 1 ·2··3·│·4··5··6·│
+│·4··5··6·│·1· 2 ·3·│
+├─────────┼─────────┤
+│·2··3· 1 │·5··6·[5]│
+│·5··6··4·│ 2 ·3··1·│
+├─────────┼─────────┤
+│·3· 1 ·2·│·6··4··5·│
+│[.]·4··5·│·3··1· 2 │
+└─────────┴─────────┘"""
+
+TEXT_9 = """\
+┌─────────┬─────────┬─────────┐
+│ 5  3 ·4·│·6· 7 ·8·│·9··1·[3]│
+│ 6 ·7··2·│ 1  9  5 │·3··4··8·│
+│·1· 9  8 │·3··4··2·│·5· 6 ·7·│
+├─────────┼─────────┼─────────┤
+│ 8 ·5··9·│·7· 6 ·1·│·4··2· 3 │
+│ 4 ·2··6·│ 8 ·5· 3 │·7··9· 1 │
+│ 7 ·1··3·│·9· 2 ·4·│·8··5· 6 │
+├─────────┼─────────┼─────────┤
+│·9· 6 ·1·│·5··3··7·│ 2  8 ·4·│
+│·2··8··7·│ 4  1  9 │·6··3· 5 │
+│[1]·4··5·│·2· 8 ·6·│·1· 7  9 │
+└─────────┴─────────┴─────────┘"""
+
+BOARDS = {
+    "4x4": (board(PUZZLE_4, "1243 3412 2143 43.1", SOLUTION_4), TEXT_4),
+    "6x6": (board(PUZZLE_6, "123456 456123 231565 564231 312645 .45312", SOLUTION_6), TEXT_6),
+    "9x9": (
+        board(
+            PUZZLE_9,
+            "534678913 672195348 198342567 859761423 426853791 713924856 961537284 287419635 145286179",
+            SOLUTION_9,
+        ),
+        TEXT_9,
+    ),
+}
+
+
+@pytest.mark.parametrize("size", BOARDS)
+def test_text(size: str) -> None:
+    shown, text = BOARDS[size]
+    assert render_text(shown, color=False).splitlines() == text.splitlines()
+
+
+@pytest.mark.parametrize("size", BOARDS)
+def test_colour_changes_nothing_else(size: str) -> None:
+    shown, text = BOARDS[size]
+    coloured = render_text(shown, color=True)
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == text
+    # Every cell is coloured for itself and reset at once, each kind in a way of its own.
+    cells = re.findall(r"\x1b\[([\d;]+)m([ ·\[][\d.][ ·\]])\x1b\[0m", coloured)
+    assert len(cells) == shown.shape.cells
+    codes = {mark: {code for code, cell in cells if cell[0] == mark} for mark in " ·["}
+    assert all(len(of_kind) == 1 for of_kind in codes.values())
+    assert len(set.union(*codes.values())) == 3
+
+
+def test_title_stands_above() -> None:
+    shown = board(PUZZLE_4, "1243 3412 2143 43.1", SOLUTION_4, title="test puzzle 7")
+    assert render_text(shown, color=False).splitlines() == ["test puzzle 7", *TEXT_4.splitlines()]
+
+
+def test_legend_shows_the_marks_in_use() -> None:
+    shown = render_text(board(PUZZLE_4, "1243 3412 2143 43.1", SOLUTION_4), color=False)
+    for mark, meaning in ((" {} ", "given"), ("·{}·", "right"), ("[{}]", "wrong")):
+        example = re.search(rf"{re.escape(mark.format('5'))} .*?{meaning}", LEGEND)
+        assert example, meaning
+        assert re.search(re.escape(mark).replace(r"\{\}", r"\d"), shown)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def png_size(file: Path) -> tuple[int, int]:
+    """Width and height in pixels; fails for what is no PNG."""
+    head = file.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    assert head[12:16] == b"IHDR"
+    width, height = struct.unpack(">II", head[16:])
+    return width, height
+
+
+@pytest.mark.parametrize("size", BOARDS)
+def test_picture(size: str, tmp_path: Path) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    shown, _ = BOARDS[size]
+    solved = Board(shown.puzzle, grid({"4x4": SOLUTION_4, "6x6": SOLUTION_6, "9x9": SOLUTION_9}[size]), shown.solution)
+    open_before = plt.get_fignums()
+    draw_boards([shown], tmp_path / "wrong.png")
+    draw_boards([solved], tmp_path / "right.png")
+    draw_boards([shown, solved, shown], tmp_path / "three.png")
+    width, height = png_size(tmp_path / "wrong.png")
+    assert min(width, height) >= 300
+    assert png_size(tmp_path / "three.png") == (3 * width, height)
+    pixels = [plt.imread(tmp_path / f"{name}.png") for name in ("wrong", "right", "three")]
+    assert all(image.std() > 0.05 for image in pixels), "an empty picture"
+    assert not np.array_equal(pixels[0], pixels[1]), "wrong cells look like right ones"
+    assert plt.get_fignums() == open_before, "figures are left open"

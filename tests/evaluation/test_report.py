@@ -1,0 +1,623 @@
+"""The report: what it records is what the model said, what it totals is what happened, what it embeds reads back."""
+
+import base64
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from entry_points import make_pack
+from numpy.typing import NDArray
+from PIL import Image, ImageSequence
+
+import hrm
+from hrm.batch import IGNORE_LABEL_ID, Batch
+from hrm.data.builders import custom as build_custom_dataset
+from hrm.data.pack import PackMetadata, PackSet, open_pack, write_identifiers, write_split
+from hrm.errors import UserError
+from hrm.evaluation.arc import ArcScorer
+from hrm.evaluation.gif import write_gif, write_gifs
+from hrm.evaluation.report import (
+    Rating,
+    View,
+    arc_demonstrations,
+    arc_tasks,
+    by_source,
+    originals,
+    stored,
+    write_report,
+)
+from hrm.evaluation.runner import think
+from hrm.evaluation.trajectory import Recorder, Recording, Steps, check_vocabulary, kinds, record, score
+from hrm.models import ACTLossHead
+from hrm.tasks.arc import Augmentation, Pair, Task, encode
+from hrm.tasks.maze import FREE, PATH, random_mazes, shortest_paths
+from hrm.tasks.sudoku import BoxShape, dig_holes, encode_tokens, random_grids
+
+Tokens = NDArray[np.uint8]
+Booleans = NDArray[np.bool_]
+
+# --- trajectories as a model's might be -----------------------------------------------------------------------------
+
+
+def denoise(labels: NDArray[np.int32], to_fill: Booleans, num_steps: int) -> Steps:
+    """What a model might say of puzzles [N, S]: tokens `to_fill` are guessed at, and each is mended at a step of its
+    own, in most puzzles before the last; q_halt rises as they are."""
+    rng = np.random.default_rng(0)
+    ease = rng.uniform(0.3, 1.15, (len(labels), 1))  # of the steps that it takes to mend all tokens
+    mended = np.where(rng.random(labels.shape) < 0.5, 0, rng.random(labels.shape) * ease * num_steps)
+    truth = np.where(labels == IGNORE_LABEL_ID, 0, labels)
+    step = np.arange(1, num_steps + 1)[:, None, None]
+    guesses = rng.choice(labels[to_fill], (num_steps, *labels.shape))
+    answers = np.where(to_fill & (step < mended), guesses, truth).astype(np.uint8)
+    wrong = (answers != truth).sum(-1)
+    q_halt = (3 - 4 * np.log2(1 + wrong) + 0.5 * rng.standard_normal(wrong.shape)).astype(np.float32)
+    return Steps(*map(torch.from_numpy, (answers, q_halt, -0.5 * q_halt)))
+
+
+def recording(inputs: Tokens, labels: NDArray[Any], to_fill: Booleans, num_steps: int, per_kind: int) -> Recording:
+    recorder = Recorder(per_kind)
+    recorder.add(as_batch(inputs, labels), denoise(labels, to_fill, num_steps), np.arange(len(inputs)))
+    return recorder.recording()
+
+
+def as_batch(inputs: NDArray[Any], labels: NDArray[Any]) -> Batch:
+    identifiers = np.arange(len(inputs))
+    fields = {"inputs": inputs, "labels": labels, "puzzle_identifiers": identifiers}
+    return {name: torch.from_numpy(field.astype(np.int32)) for name, field in fields.items()}
+
+
+def sudoku(box: BoxShape, count: int = 40, num_steps: int = 8, per_kind: int = 4) -> Recording:
+    rng = np.random.default_rng(0)
+    grids = random_grids(count, box, rng)
+    puzzles = dig_holes(grids, 30 if box.side == 9 else box.cells // 3, box, rng)
+    return recording(encode_tokens(puzzles), encode_tokens(grids), puzzles == 0, num_steps, per_kind)
+
+
+def maze(side: int, count: int = 12, num_steps: int = 8, per_kind: int = 4, min_length: int = 10) -> Recording:
+    mazes, _ = random_mazes(count, side, min_length, np.random.default_rng(0))
+    inputs, labels = (tokens.reshape(count, -1) for tokens in (mazes, shortest_paths(mazes)))
+    return recording(inputs, labels, inputs == FREE, num_steps, per_kind)
+
+
+def arc(pairs: list[Pair], num_steps: int = 8, per_kind: int = 4) -> Recording:
+    inputs, labels = (np.concatenate([corner(grid) for grid in grids]) for grids in zip(*pairs, strict=True))
+    labels = np.where(labels == 0, IGNORE_LABEL_ID, labels.astype(np.int32))
+    return recording(inputs, labels, labels > 1, num_steps, per_kind)
+
+
+def corner(grid: Tokens) -> Tokens:
+    """A grid's tokens [1, 900] with the grid at the top left."""
+    return encode(grid[None], np.zeros((1, 2), dtype=np.int64))
+
+
+def tool_names(count: int = 12, num_steps: int = 4, per_kind: int = 4) -> Recording:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(1, len(TOOLS), (count, 9))
+    inputs = rng.permuted(labels, axis=1).astype(np.uint8)
+    labels[:, 7:] = IGNORE_LABEL_ID
+    return recording(inputs, labels, labels > 0, num_steps, per_kind)
+
+
+TOOLS = ["pad", "search", "read_file", "summarise", "translate"]
+ARC_PAIRS = [
+    Pair(np.arange(12, dtype=np.uint8).reshape(3, 4) % 10, np.arange(6, dtype=np.uint8).reshape(2, 3)),
+    Pair(np.ones((10, 7), dtype=np.uint8), np.eye(9, dtype=np.uint8)),
+    Pair(np.zeros((30, 30), dtype=np.uint8), np.full((1, 1), 9, dtype=np.uint8)),
+]
+ARC_NAMES = ["gravity", "diagonal", "<b>"]
+
+
+# --- recording ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tiny_arch: dict[str, Any]) -> ACTLossHead:
+    built: ACTLossHead = hrm.build_model(tiny_arch, batch_size=3, seq_len=5, vocab_size=7, num_puzzle_identifiers=4)
+    generator = torch.Generator().manual_seed(0)
+    built.load_state_dict(built.state_dict() | {"model.inner.q_head.weight": torch.randn(2, 32, generator=generator)})
+    return built.eval()
+
+
+def test_record_is_what_the_model_says_after_each_step(model: ACTLossHead, random_batch: Callable[..., Batch]) -> None:
+    batch = random_batch()
+    metrics, outputs, steps = record(model, batch, ["logits"])
+    carry, said = model.initial_carry(batch), []
+    for _ in range(4):
+        carry, _, _, now, _ = model(
+            carry=carry, batch=batch, return_keys=["logits", "q_halt_logits", "q_continue_logits"]
+        )
+        said.append(now)
+    assert steps.answers.dtype == torch.uint8
+    for step, now in enumerate(said):
+        assert torch.equal(steps.answers[step].long(), now["logits"].argmax(-1))
+        assert torch.equal(steps.q_halt[step], now["q_halt_logits"])
+        assert torch.equal(steps.q_continue[step], now["q_continue_logits"])
+    assert len({tuple(q.tolist()) for q in steps.q_halt}) == 4  # the steps differ, so their order was tested
+    expected_metrics, expected_outputs = think(model, batch, ["logits"])
+    assert metrics == expected_metrics
+    assert outputs.keys() == {"logits"}
+    assert torch.equal(outputs["logits"], expected_outputs["logits"])
+
+
+def test_a_vocabulary_must_fit_a_byte() -> None:
+    check_vocabulary(255)
+    with pytest.raises(UserError, match="256"):
+        check_vocabulary(256)
+
+
+def random_steps(count: int, num_steps: int = 5, length: int = 3, seed: int = 0) -> tuple[Batch, Steps]:
+    """Answers of which many are right, many change late, and some never halt; one label in four is missing."""
+    rng = np.random.default_rng(seed)
+    labels = np.where(rng.random((count, length)) < 0.25, IGNORE_LABEL_ID, rng.integers(2, size=(count, length)))
+    answers = rng.integers(2, size=(num_steps, count, length)).astype(np.uint8)
+    answers[:, ::2] = np.where(rng.random((num_steps, 1, 1)) < 0.5, answers[:, ::2], labels[::2].clip(0)).astype(
+        np.uint8
+    )
+    q = [rng.normal(-0.8, 1, (num_steps, count)).astype(np.float32) for _ in range(2)]
+    return as_batch(rng.integers(2, size=(count, length)), labels), Steps(*map(torch.from_numpy, (answers, *q)))
+
+
+def test_scores_by_their_definition() -> None:
+    batch, steps = random_steps(200)
+    scores = score(batch, steps, np.arange(200)).scores
+    for n in range(200):
+        label = batch["labels"][n].tolist()
+        places = [i for i, token in enumerate(label) if token != IGNORE_LABEL_ID]
+        said = [[answer[n].tolist()[i] for i in places] for answer in steps.answers]
+        wanted = [label[i] for i in places]
+        settled = next(step for step in range(5, 0, -1) if step == 1 or said[step - 1] != said[step - 2])
+        halting = next((t + 1 for t in range(5) if steps.q_halt[t, n] > steps.q_continue[t, n]), 6)
+        assert scores.settled[n] == settled
+        assert scores.halting_step()[n] == halting
+        if places:
+            assert scores.exact[:, n].tolist() == [answer == wanted for answer in said]
+            shares = [sum(map(int.__eq__, answer, wanted)) / len(places) for answer in said]
+            assert scores.right[:, n].tolist() == pytest.approx(shares)
+    assert set(scores.settled) == {1, 2, 3, 4, 5}
+    assert set(scores.halting_step()) == {1, 2, 3, 4, 5, 6}
+
+
+def rows_of(batch: Batch, steps: Steps, rows: slice) -> tuple[Batch, Steps]:
+    return {name: field[rows] for name, field in batch.items()}, Steps(*(part[:, rows] for part in steps))
+
+
+def same(one: Recording, other: Recording) -> bool:
+    """Whether all arrays of two recordings are equal."""
+
+    def arrays(part: object) -> list[NDArray[Any]]:
+        values = vars(part).values()
+        return [array for value in values for array in ([value] if isinstance(value, np.ndarray) else arrays(value))]
+
+    return all(np.array_equal(*pair) for pair in zip(arrays(one), arrays(other), strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_recordings_depend_on_neither_batches_nor_ranks(size: int) -> None:
+    batch, steps = random_steps(100)
+    whole = Recorder(3)
+    whole.add(batch, steps, np.arange(100))
+    ranks = [Recorder(3), Recorder(3)]
+    for number, start in enumerate(range(0, 100, size)):
+        rows = slice(start, min(start + size, 100))
+        ranks[number % 2].add(*rows_of(batch, steps, rows), np.arange(rows.start, rows.stop))
+    parts = [rank.recording() for rank in ranks]
+    assert same(ranks[0].merge(parts), whole.recording())
+
+
+def test_what_is_shown_is_of_its_kind() -> None:
+    batch, steps = random_steps(300)
+    recorder = Recorder(5)
+    recorder.add(batch, steps, np.arange(300))
+    result = recorder.recording()
+    labelled = np.flatnonzero((batch["labels"] != IGNORE_LABEL_ID).any(1).numpy())
+    assert len(labelled) < 300
+    assert np.array_equal(result.scores.index, labelled)
+    shown = kinds(result.shown.scores, 5)
+    assert {kind: len(columns) for kind, columns in shown.items()} == {"slow": 5, "right": 5, "wrong": 5}
+    exact, settled = result.shown.scores.exact[-1], result.shown.scores.settled
+    assert exact[shown["right"]].all()
+    assert not exact[shown["wrong"]].any()
+    assert exact[shown["slow"]].all()
+    every = np.sort(result.scores.settled[result.scores.exact[-1]])[-5:]
+    assert sorted(settled[shown["slow"]]) == every.tolist()
+    for row, index in enumerate(result.shown.scores.index):
+        assert np.array_equal(result.shown.answers[:, row], steps.answers[:, index].numpy())
+        assert np.array_equal(result.shown.inputs[row], batch["inputs"][index].numpy())
+        assert np.array_equal(result.shown.labels[row], batch["labels"][index].numpy())
+
+
+def test_only_puzzles_that_may_be_are_shown_and_all_are_scored() -> None:
+    batch, steps = random_steps(60)
+    may_show = np.arange(60) % 3 == 0
+    recorder = Recorder(4, may_show)
+    recorder.add(batch, steps, np.arange(60))
+    result = recorder.recording()
+    assert (result.shown.puzzle_identifiers % 3 == 0).all()
+    assert len(result.shown.inputs) > 4
+    assert len(result.scores.index) == (batch["labels"] != IGNORE_LABEL_ID).any(1).sum()
+
+
+def test_without_labels_there_is_nothing_to_report(tmp_path: Path) -> None:
+    batch, steps = random_steps(4)
+    batch["labels"][:] = IGNORE_LABEL_ID
+    recorder = Recorder(4)
+    recorder.add(batch, steps, np.arange(4))
+    with pytest.raises(UserError, match="label"):
+        write_report(tmp_path, recorder.recording(), View.tokens(2), title="T")
+
+
+def test_ranks_without_anything_to_show_do_no_harm() -> None:
+    batch, steps = random_steps(20)
+    ranks = [Recorder(3), Recorder(3), Recorder(3, np.zeros(20, dtype=np.bool_))]
+    ranks[0].add(batch, steps, np.arange(10))
+    ranks[1].add(batch, steps, np.arange(0))
+    ranks[2].add(*rows_of(batch, steps, slice(10, 20)), np.arange(10, 20))
+    merged = ranks[0].merge([rank.recording() for rank in ranks])
+    assert same(merged, replace(merged, shown=ranks[0].recording().shown))
+    assert len(merged.scores.index) > len(ranks[0].recording().scores.index)
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
+
+
+def embedded(file: Path) -> dict[str, Any]:
+    text = re.search(r'<script id="data" type="application/json">(.*?)</script>', file.read_text(), re.S)
+    assert text is not None
+    content: dict[str, Any] = json.loads(text[1])
+    return content
+
+
+def unpacked(content: dict[str, Any]) -> Tokens:
+    """Inputs, labels and answers [M, 2 + T, S], as the page's script reads them."""
+    flat = np.frombuffer(zlib.decompress(base64.b64decode(content["tokens"])), dtype=np.uint8)
+    rows = flat.reshape(len(content["puzzles"]), 2 + content["steps"], content["length"])
+    return np.concatenate([rows[:, :2], rows[:, 2:].cumsum(1, dtype=np.uint8)], axis=1)
+
+
+def test_the_trajectories_are_in_the_file(tmp_path: Path) -> None:
+    result = arc(ARC_PAIRS)
+    content = embedded(write_report(tmp_path, result, View.arc(), title="ARC", names=ARC_NAMES))
+    rows = unpacked(content)
+    shown = result.shown
+    assert np.array_equal(rows[:, 0], shown.inputs)
+    assert np.array_equal(rows[:, 1], np.where(shown.labels == IGNORE_LABEL_ID, 255, shown.labels))
+    assert np.array_equal(rows[:, 2:].transpose(1, 0, 2), shown.answers)
+    assert [puzzle["index"] for puzzle in content["puzzles"]] == shown.scores.index.tolist()
+    assert [puzzle["name"] for puzzle in content["puzzles"]] == ARC_NAMES
+    assert content["puzzles"][0]["inputShape"] == [3, 4]
+    assert content["puzzles"][1]["labelShape"] == [9, 9]
+    assert content["puzzles"][2]["shapes"] == [[1, 1]] * 8
+
+
+def test_the_file_stays_small(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    inputs, labels = rng.integers(12, size=(2, 24, 900)).astype(np.uint8)
+    answers = rng.integers(12, size=(16, 24, 900)).astype(np.uint8)  # the worst: nothing to compress but the alphabet
+    q = torch.zeros(16, 24)
+    recorder = Recorder(24)
+    recorder.add(as_batch(inputs, labels), Steps(torch.from_numpy(answers), q, q), np.arange(24))
+    file = write_report(tmp_path, recorder.recording(), View.tokens(12, columns=30), title="Noise")
+    assert len(embedded(file)["puzzles"]) == 24
+    assert file.stat().st_size < 1_000_000
+    file = write_report(tmp_path, maze(30, count=24, num_steps=16, per_kind=24), View.maze(30), title="Mazes")
+    assert len(embedded(file)["puzzles"]) == 24
+    assert file.stat().st_size < 150_000
+
+
+def test_the_file_needs_nothing_else(tmp_path: Path) -> None:
+    file = write_report(tmp_path, sudoku(BoxShape(2, 2)), View.sudoku(BoxShape(2, 2)), title="Sudoku")
+    assert file == tmp_path / "report.html"
+    text = file.read_text()
+    assert not re.search(r"https?://|\bsrc=|\bhref=|url\(|@import|\bfetch\(|{{", text)
+
+
+def test_names_cannot_break_the_page(tmp_path: Path) -> None:
+    title = "</script><script>alert(1)</script> {{data}}"
+    text = write_report(tmp_path, sudoku(BoxShape(2, 2)), View.sudoku(BoxShape(2, 2)), title=title).read_text()
+    assert text.count("</script>") == 2
+    assert embedded(tmp_path / "report.html")["title"] == title
+
+
+def test_totals_by_their_definition(tmp_path: Path) -> None:
+    batch, steps = random_steps(300)
+    recorder = Recorder(2)
+    recorder.add(batch, steps, np.arange(300))
+    result = recorder.recording()
+    scores = result.scores
+    rating, sources = Rating("rating", np.arange(300) % 40), np.array(["few", "many", "many"])[np.arange(300) % 3]
+    report = write_report(tmp_path, result, View.tokens(2), title="T", rating=rating, sources=sources)
+    totals = embedded(report)["totals"]
+    count = len(scores.index)
+    assert totals["count"] == count
+    assert totals["exact"] == pytest.approx([sum(row) / count for row in scores.exact.tolist()], abs=1e-4)
+    assert totals["cells"] == pytest.approx([sum(row) / count for row in scores.right.tolist()], abs=1e-4)
+
+    used = [min(int(step), 5) for step in scores.halting_step()]
+    right = [bool(scores.exact[step - 1, n]) for n, step in enumerate(used)]
+    assert totals["halt"] == pytest.approx({"exact": sum(right) / count, "steps": sum(used) / count}, abs=0.006)
+    for bar in totals["byUsed"]:
+        step = 6 if bar["label"] == "never" else int(bar["label"])
+        at = [n for n in range(count) if scores.halting_step()[n] == step]
+        assert (bar["count"], bar["right"]) == (len(at), sum(right[n] for n in at))
+    assert sum(bar["count"] for bar in totals["byUsed"]) == count
+
+    bars = totals["byRating"]["bars"]
+    assert len(bars) == 8
+    assert sum(bar["count"] for bar in bars) == count
+    for bar in bars:
+        low, high = (int(end) for end in bar["label"].split("–"))
+        inside = [n for n, index in enumerate(scores.index) if low <= index % 40 <= high]
+        assert (bar["count"], bar["right"]) == (len(inside), int(scores.exact[-1, inside].sum()))
+        assert count / 16 < bar["count"] < count / 4
+
+    many, few = totals["bySource"]["bars"]
+    for bar, name in ((many, "many"), (few, "few")):
+        inside = [n for n, index in enumerate(scores.index) if (index % 3 == 0) == (name == "few")]
+        assert bar == {"label": name, "count": len(inside), "right": int(scores.exact[-1, inside].sum())}
+
+
+def test_the_smallest_of_many_sources_share_a_bar() -> None:
+    names = np.array([letter for n, letter in enumerate("abcdefghij") for _ in range(10 - n)] + [""] * 11)
+    right = np.random.default_rng(0).random(len(names)) < 0.5
+    bars = by_source(names, right)
+    groups = {"not named": [""]} | {letter: [letter] for letter in "abcdef"} | {"4 others": list("ghij")}
+    assert bars == [
+        {"label": label, "count": int(inside.sum()), "right": int((inside & right).sum())}
+        for label, members in groups.items()
+        for inside in [np.isin(names, members)]
+    ]
+
+
+def test_few_ratings_get_a_bar_each(tmp_path: Path) -> None:
+    result = sudoku(BoxShape(2, 2), count=30)
+    rating = Rating("rating", np.array([1.5, 2, 7])[np.arange(30) % 3])
+    totals = embedded(write_report(tmp_path, result, View.sudoku(BoxShape(2, 2)), title="T", rating=rating))["totals"]
+    assert [(bar["label"], bar["count"]) for bar in totals["byRating"]["bars"]] == [("1.5", 10), ("2", 10), ("7", 10)]
+
+
+def test_a_diverged_model_can_be_looked_at(tmp_path: Path) -> None:
+    result = sudoku(BoxShape(2, 2))
+    broken = replace(result.shown.scores, q_halt=np.full_like(result.shown.scores.q_halt, np.nan))
+    shown = replace(result.shown, scores=broken)
+    file = write_report(tmp_path, replace(result, shown=shown), View.sudoku(BoxShape(2, 2)), title="NaN")
+    assert embedded(file)["puzzles"][0]["qHalt"] == [0.0] * 8
+
+
+def test_another_shortest_path_is_told_from_a_wrong_one(tmp_path: Path) -> None:
+    open_field = np.full((1, 9), FREE, dtype=np.uint8)
+    open_field[0, 0], open_field[0, 8] = 3, 4
+    over, under, lost = open_field.copy(), open_field.copy(), open_field.copy()
+    over[0, [1, 2, 5]], under[0, [3, 6, 7]], lost[0, [1, 2]] = PATH, PATH, PATH
+    for answer, shortest in ((over, True), (under, True), (lost, False)):
+        recorder = Recorder(1)
+        q = torch.zeros(1, 1)
+        recorder.add(as_batch(open_field, over), Steps(torch.from_numpy(answer[None]), q, q), np.arange(1))
+        file = write_report(tmp_path, recorder.recording(), View.maze(3), title="Maze")
+        assert embedded(file)["puzzles"][0]["shortest"] is shortest
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"report=.*file"):
+        write_report(tmp_path / "file", sudoku(BoxShape(2, 2)), View.sudoku(BoxShape(2, 2)), title="T")
+
+
+# --- packs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("box", BoxShape.supported(), ids=str)
+def test_sudoku_is_told_by_its_sizes(tmp_path: Path, box: BoxShape) -> None:
+    make_pack(tmp_path, box=str(box))
+    assert View.of_pack(open_pack(tmp_path, "test")) == View.sudoku(box)
+
+
+@pytest.mark.parametrize(("grid", "columns"), [([1, 2, 3, 4] * 4, None), ([[1, 2, 3, 4]] * 4, 4), ([[4, "a"]], 2)])
+def test_your_own_data_is_shown_in_its_shape_and_symbols(tmp_path: Path, grid: list[Any], columns: int | None) -> None:
+    lines = [json.dumps({"input": grid, "output": grid, "group": str(group)}) for group in range(4)]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines) + "\n")
+    argv = ["--train", str(tmp_path / "lines.jsonl"), "--test-fraction", "0.5", "--output-dir", str(tmp_path / "pack")]
+    argv += ["--vocab", '[1, 2, 3, 4, "a"]']  # as many tokens and cells as a 4x4 Sudoku, in two of the cases
+    assert build_custom_dataset.main(argv) == 0
+    names = ["", "1", "2", "3", "4", "a"]
+    assert View.of_pack(open_pack(tmp_path / "pack", "test")) == View.tokens(6, names, columns)
+    (tmp_path / "pack" / "provenance.json").unlink()
+    assert View.of_pack(open_pack(tmp_path / "pack", "test")) == View.tokens(6, names)
+
+
+def write_pack(folder: Path, inputs: NDArray[Any], labels: NDArray[Any], vocab_size: int, names: list[str]) -> None:
+    """A test split with one example for each identifier."""
+    count = len(inputs)
+    offsets = np.arange(count + 1)
+    metadata = PackMetadata(0, 0, 0, vocab_size, inputs.shape[1], len(names), count, 1.0, ("all",))
+    identifiers = np.arange(len(names) - count, len(names))
+    write_split(folder / "test", metadata, {"all": PackSet(inputs, labels, identifiers, offsets, offsets)})
+    write_identifiers(folder, names)
+
+
+def test_mazes_and_arc_are_told_by_their_sizes(tmp_path: Path) -> None:
+    shown = maze(7).shown
+    write_pack(tmp_path / "maze", shown.inputs, shown.labels, 6, [str(n) for n in range(len(shown.inputs))])
+    pack = open_pack(tmp_path / "maze", "test")
+    view = View.of_pack(pack)
+    assert view == View.maze(7)
+    rating = Rating.of_pack(pack, view)
+    assert rating is not None
+    assert rating.values.tolist() == [int((row == PATH).sum()) + 1 for row in shown.labels]
+
+    arc_inputs = np.concatenate([corner(pair.input) for pair in ARC_PAIRS])
+    write_pack(tmp_path / "arc", arc_inputs, arc_inputs, 12, ARC_NAMES)
+    pack = open_pack(tmp_path / "arc", "test")
+    assert View.of_pack(pack) == View.arc()
+    assert Rating.of_pack(pack, View.arc()) is None
+
+
+def test_ratings_come_with_the_pack_or_from_the_puzzles(tmp_path: Path) -> None:
+    make_pack(tmp_path, test_size=5, givens=7)
+    pack = open_pack(tmp_path, "test")
+    view = View.of_pack(pack)
+    assert Rating.of_pack(pack, view) is None  # all have as many blanks
+    np.save(tmp_path / "test" / "all__ratings.npy", np.array([3, 1, 4, 1, 5]))
+    rating = Rating.of_pack(pack, view)
+    assert rating is not None
+    assert rating.values.tolist() == [3, 1, 4, 1, 5]
+    np.save(tmp_path / "test" / "all__ratings.npy", np.array([3, 1, 4]))
+    with pytest.raises(UserError, match=r"all__ratings.npy has shape \(3,\).* 5 examples"):
+        Rating.of_pack(pack, view)
+
+
+@pytest.mark.parametrize(
+    ("sources", "said"),
+    [
+        (np.array(["a"] * 4), r"has shape \(4,\) of <U1, but its set has 5 examples; write text, one for each."),
+        (np.arange(5), r"has shape \(5,\) of int64, but its set has 5 examples; write text, one for each."),
+        (np.array(list("abcde"), dtype=object), r"is torn or is not a plain .npy file \(.*\); build the pack again."),
+    ],
+)
+def test_sources_that_do_not_fit(sources: NDArray[Any], said: str, tmp_path: Path) -> None:
+    make_pack(tmp_path, test_size=5, givens=7)
+    pack = open_pack(tmp_path, "test")
+    assert stored(pack, "sources") is None
+    np.save(tmp_path / "test" / "all__sources.npy", np.array(list("abbab")))
+    kept = stored(pack, "sources")
+    assert kept is not None
+    assert kept.tolist() == list("abbab")
+    np.save(tmp_path / "test" / "all__sources.npy", sources)
+    with pytest.raises(UserError, match=f"all__sources.npy {said}") as told:
+        stored(pack, "sources")
+    assert "\n" not in str(told.value)
+
+
+def test_arc_examples_get_their_tasks_votes_and_demonstrations(tmp_path: Path) -> None:
+    turned = Augmentation(1, (0, 2, 3, 4, 5, 6, 7, 8, 9, 1))
+    names = ["<blank>", "gravity", turned.name("gravity"), "diagonal"]
+    (gravity, diagonal, _) = ARC_PAIRS
+    pairs = [gravity, Pair(*map(turned.apply, gravity)), diagonal]
+    inputs, labels = (np.concatenate([corner(grid) for grid in grids]) for grids in zip(*pairs, strict=True))
+    write_pack(tmp_path, inputs, labels, 12, names)
+    assert originals(names).tolist() == [True, True, False, True]
+
+    pack = open_pack(tmp_path, "test")
+    scorer = ArcScorer(pack)
+    batch = as_batch(inputs, np.where(labels == 0, IGNORE_LABEL_ID, labels.astype(np.int32)))
+    batch["puzzle_identifiers"] += 1
+    answers = labels.copy()
+    answers[2, 0] = 9  # a wrong colour
+    q = torch.full((1, 3), 2.0)
+    scorer.add(batch["puzzle_identifiers"].numpy(), inputs, answers, q[0].numpy())
+    recorder = Recorder(4, originals(names))
+    recorder.add(batch, Steps(torch.from_numpy(answers[None]), q, -q), np.arange(3))
+    result = recorder.recording()
+    assert result.shown.puzzle_identifiers.tolist() == [1, 3]
+    gravity_task = Task("gravity", [diagonal], [gravity], evaluated=True).to_json()
+    (tmp_path / "test_puzzles.json").write_text(json.dumps({"gravity": gravity_task}))
+    tasks = arc_tasks(result.shown, names, scorer, arc_demonstrations(pack))
+    assert [[task.votes for task in tasks[index].ranking] for index in (0, 2)] == [[2], [1]]
+    assert [len(tasks[index].demonstrations) for index in (0, 2)] == [1, 0]
+    (tmp_path / "test_puzzles.json").unlink()
+    assert arc_demonstrations(pack) == {}
+
+    content = embedded(write_report(tmp_path, result, View.arc(), title="ARC", names=names, tasks=tasks))
+    first, second = content["puzzles"]
+    assert first["allVotes"] == 2
+    assert first["votes"] == [{"grid": ["012", "345"], "votes": 2, "q": pytest.approx(0.8808, abs=1e-4)}]
+    assert first["demonstrations"] == [[["1111111"] * 10, ["".join(map(str, row)) for row in diagonal.output.tolist()]]]
+    assert second["votes"][0]["grid"][0] == "700000000"
+
+
+# --- GIFs -----------------------------------------------------------------------------------------------------------
+
+
+def frames(file: Path) -> list[Image.Image]:
+    with Image.open(file) as image:
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+
+
+def near(color: tuple[int, ...], wanted: str) -> bool:
+    """Whether a colour of a palette stands for the wanted one."""
+    channels = [int(wanted[start : start + 2], 16) for start in (1, 3, 5)]
+    return max(abs(one - other) for one, other in zip(color, channels, strict=True)) < 24
+
+
+def test_a_gif_has_a_frame_for_each_step(tmp_path: Path) -> None:
+    result, view = sudoku(BoxShape(3, 3)), View.sudoku(BoxShape(3, 3))
+    write_gif(tmp_path / "a.gif", result.shown, 0, view, seconds=0.5)
+    with Image.open(tmp_path / "a.gif") as image:
+        durations = [frame.info["duration"] for frame in ImageSequence.Iterator(image)]
+        assert image.info["loop"] == 0
+    assert durations == [500] * 7 + [2000]
+    assert (tmp_path / "a.gif").stat().st_size < 200_000
+
+
+def test_a_gif_shows_the_answer_of_each_step(tmp_path: Path) -> None:
+    pair = ARC_PAIRS[0]  # the answer has 2x3 cells of 128 pixels, 16 from the top left
+    result = arc([pair])
+    write_gif(tmp_path / "a.gif", result.shown, 0, View.arc())
+    colors = [
+        "#000000",
+        "#0074D9",
+        "#FF4136",
+        "#2ECC40",
+        "#FFDC00",
+        "#AAAAAA",
+        "#F012BE",
+        "#FF851B",
+        "#7FDBFF",
+        "#870C25",
+    ]
+    for step, frame in enumerate(frames(tmp_path / "a.gif")):
+        for cell in range(6):
+            row, column = divmod(cell, 3)
+            token = result.shown.answers[step, 0, 30 * row + column]
+            # Away from the marks in the middle and in the corner.
+            place = (16 + 128 * column + 20, 16 + 128 * row + 100)
+            assert near(frame.getpixel(place), colors[token - 2]), (step, cell)
+
+
+def test_a_gif_of_a_maze_follows_the_path(tmp_path: Path) -> None:
+    result = maze(8)
+    shown = result.shown
+    row = int(result.shown.scores.exact[-1].argmax())
+    assert shown.scores.exact[-1, row]
+    write_gif(tmp_path / "a.gif", shown, row, View.maze(8))
+    last = frames(tmp_path / "a.gif")[-1]
+    for place, token in np.ndenumerate(shown.labels[row].reshape(8, 8)):
+        middle = (16 + 48 * place[1] + 24, 16 + 48 * place[0] + 24)
+        wanted = {1: "#454543", 2: "#ffffff", 5: "#0a5fb4"}.get(int(token))
+        # A free cell may just have changed.
+        assert (
+            wanted is None
+            or near(last.getpixel(middle), wanted)
+            or (token == 2 and near(last.getpixel(middle), "#dcebfa"))
+        )
+
+
+def test_there_is_a_gif_of_each_kind(tmp_path: Path) -> None:
+    result = sudoku(BoxShape(2, 2))
+    written = write_gifs(tmp_path, result.shown, View.sudoku(BoxShape(2, 2)))
+    chosen = {kind: columns[0] for kind, columns in kinds(result.shown.scores, 1).items()}
+    assert [file.name for file in written] == [f"{kind}.gif" for kind in chosen]
+    for kind, row in chosen.items():
+        write_gif(tmp_path / "again.gif", result.shown, row, View.sudoku(BoxShape(2, 2)))
+        assert (tmp_path / "again.gif").read_bytes() == (tmp_path / f"{kind}.gif").read_bytes()
+
+
+def test_gifs_of_anything_else(tmp_path: Path) -> None:
+    write_gif(tmp_path / "a.gif", tool_names().shown, 0, View.tokens(len(TOOLS), TOOLS))
+    assert len(frames(tmp_path / "a.gif")) == 4
+
+
+def test_without_pillow_the_extra_is_named(tmp_path: Path) -> None:
+    with (
+        mock.patch.dict(sys.modules, {"PIL": None, "PIL.Image": None}),
+        pytest.raises(UserError, match=r"hrm\[report\]"),
+    ):
+        write_gif(tmp_path / "a.gif", tool_names().shown, 0, View.tokens(len(TOOLS), TOOLS))

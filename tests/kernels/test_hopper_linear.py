@@ -1,0 +1,121 @@
+"""The matmuls for Hopper, their source run by threads on the CPU; on such a GPU `test_triton_linear.py` runs them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+if not triton.__version__.startswith("3.6."):
+    pytest.skip("the kernels are written for the Gluon of Triton 3.6", allow_module_level=True)
+
+from fake_gluon import Block, Descriptor, FakeGluon, Number, Pointer, on_cpu  # noqa: E402
+
+from hrm.kernels.ops.hopper import linear as hopper_linear  # noqa: E402
+
+EPS = 1e-5
+EPSILON = torch.finfo(torch.float16).eps
+
+
+def draw(*shapes: tuple[int, int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(sum(rows * columns for rows, columns in shapes))
+    return [torch.randn(*shape, generator=generator).half() for shape in shapes]
+
+
+def empty(rows: int, columns: int) -> Tensor:
+    return torch.full((rows, columns), math.nan, dtype=torch.float16)
+
+
+def assert_rounded_once(actual: Tensor, exact: Tensor) -> None:
+    assert (actual.double() - exact).norm() / exact.norm() < EPSILON / 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "inner", "programs"),
+    [
+        (300, 128, 192, 1),  # rows and columns past the end; one program with all tiles
+        (300, 64, 320, 4),  # runs of tiles that begin and end within some rows
+        (130, 512, 128, 2),  # more slices of x than stages of weights
+    ],
+)
+@pytest.mark.parametrize(
+    ("save", "activate", "norm"),
+    [(False, True, False), (True, True, False), (True, False, False), (True, False, True)],
+)
+def test_swiglu(rows: int, inputs: int, inner: int, programs: int, save: bool, activate: bool, norm: bool) -> None:
+    x, gate_up = draw((rows, inputs), (2 * inner, inputs))
+    if norm:
+        x *= 1 + torch.arange(rows)[:, None] % 5  # rows of unlike sizes
+    out, projected, rstd = empty(rows, inner), empty(rows, 2 * inner), torch.full((rows,), math.nan)
+    for program in range(programs):
+        on_cpu(hopper_linear, "_swiglu_kernel", FakeGluon(program, programs, seed=program))(
+            Descriptor(x, 128, 64),
+            Descriptor(gate_up.view(2, inner, inputs), 2, 64, 64),
+            Descriptor(out, 128, 64),
+            Descriptor(projected[:, :inner], 128, 64),
+            Descriptor(projected[:, inner:], 128, 64),
+            Pointer(rstd),
+            Number(rows),
+            Number(inner),
+            EPS,
+            inputs // 64,
+            4,
+            save,
+            activate,
+            norm,
+        )
+    exact = x.double()
+    if norm:
+        factors = (exact.square().mean(1) + EPS).rsqrt()
+        torch.testing.assert_close(rstd.double(), factors, rtol=1e-5, atol=0)
+        exact = exact * factors[:, None]
+    exact = exact @ gate_up.double().T
+    if save:
+        assert_rounded_once(projected, exact)
+    if activate:
+        gate, up = exact.chunk(2, dim=1)
+        assert_rounded_once(out, torch.nn.functional.silu(gate) * up)
+
+
+def pack(x: Block, dtype: torch.dtype) -> Block:
+    return x.half()  # type: ignore[return-value]
+
+
+def unpack(words: Block, dtype: torch.dtype, layout: object) -> Block:
+    return words.float()  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("rows", "inputs", "programs"), [(300, 64, 2), (128, 192, 1), (5, 512, 3)])
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_residual_rms(rows: int, inputs: int, programs: int, save: bool, scaled: bool) -> None:
+    x, weight, residual = draw((rows, inputs), (512, inputs), (rows, 512))
+    scales = torch.arange(rows) % 3 + 0.5
+    y, rstd = empty(rows, 512), torch.full((rows,), math.nan)
+    results = Descriptor(y, 128, 64)
+    for program in range(programs):
+        on_cpu(hopper_linear, "_norm_kernel", FakeGluon(program, programs, seed=program), _pack=pack, _unpack=unpack)(
+            Descriptor(x, 128, 64),
+            Descriptor(weight, 256, 64),
+            Descriptor(residual, 128, 64),
+            results,
+            results,
+            Pointer(scales) if scaled else None,
+            Pointer(rstd),
+            Number(rows),
+            Number(inputs),
+            EPS,
+            1.0,
+            3,
+            save,
+            False,
+        )
+    total = residual.double() * (scales[:, None] if scaled else 1) + x.double() @ weight.double().T
+    factors = (total.square().mean(1) + EPS).rsqrt()
+    # Half of a row waits in 16 bit for its norm.
+    assert (y.double() - total * factors[:, None]).norm() / math.sqrt(y.numel()) < EPSILON
+    if save:
+        torch.testing.assert_close(rstd.double(), factors, rtol=1e-5, atol=0)

@@ -1,0 +1,319 @@
+"""TRM: one module for both levels, tokens mixed by an MLP, a prefix longer than the puzzle's vector."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from test_model import (
+    EPS,
+    NUM_IDENTIFIERS,
+    SEQ_LEN,
+    VOCAB_SIZE,
+    build,
+    gradients,
+    random_carry,
+    randomised,
+    reference_norm,
+    reference_swiglu,
+    relative_error,
+)
+from torch import Tensor
+
+from hrm.batch import Batch
+from hrm.config import CONFIG_DIR, HRMConfig, KernelsConfig, ParallelConfig, arch_config, kernels_config
+from hrm.distributed.partition import SharedModel
+from hrm.distributed.world import Axis, World
+from hrm.errors import UserError
+from hrm.kernels import Place, describe, make_kernels, naive, resolve
+from hrm.kernels.naive import MixerWeights
+from hrm.models.flops import act_step_blocks, block_flops, train_step_blocks
+
+Arch = dict[str, Any]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def trm(tiny_arch: Arch) -> Arch:
+    """A tiny one."""
+    return tiny_arch | {
+        "H_layers": 0,
+        "L_layers": 2,
+        "mlp_t": True,
+        "q_continue": False,
+        "H_cycles": 2,
+        "L_cycles": 3,
+        "grad_updates": 4,
+        "pos_encodings": "none",
+        "puzzle_emb_len": 3,
+    }
+
+
+def published(**fields: Any) -> HRMConfig:
+    """`config/arch/trm.yaml` with its defaults."""
+    values = OmegaConf.merge(*(OmegaConf.load(CONFIG_DIR / f"arch/{name}.yaml") for name in ("hrm_v1", "trm")), fields)
+    del values["defaults"]
+    return arch_config(values)
+
+
+def reference_module(state: Tensor, injection: Tensor, blocks: list[MixerWeights]) -> Tensor:
+    """One sequence at a time, one feature after the other."""
+    rows = []
+    for sequence in state + injection:
+        x = sequence
+        for block in blocks:
+            mixed = torch.stack(
+                [reference_swiglu(feature, block.token_gate_up, block.token_down) for feature in x.T], -1
+            )
+            x = reference_norm((x + mixed).T).T
+            x = reference_norm(x + reference_swiglu(x, block.gate_up, block.down))
+        rows.append(x)
+    return torch.stack(rows)
+
+
+def draw_blocks(tokens: int, width: int, inner: int, num_blocks: int = 2) -> list[MixerWeights]:
+    generator = torch.Generator().manual_seed(0)
+
+    def linear(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator, dtype=torch.float64) / math.sqrt(columns)
+
+    return [
+        MixerWeights(linear(2 * inner, tokens), linear(tokens, inner), linear(2 * inner, width), linear(width, inner))
+        for _ in range(num_blocks)
+    ]
+
+
+def assert_right(module: Callable[..., Tensor], batch: int, tokens: int, width: int, dtype: torch.dtype) -> None:
+    """Output and gradients of `module` in `dtype`, against the reference in float64."""
+    forward, backward = {torch.float64: (1e-13, 1e-13), torch.float32: (2e-6, 4e-6)}.get(dtype, (0.015, 0.03))
+    generator = torch.Generator().manual_seed(1)
+    state, injection, towards = torch.randn(3, batch, tokens, width, generator=generator, dtype=torch.float64)
+    exact = [state, injection, *(weight for block in draw_blocks(tokens, width, 40) for weight in block)]
+
+    def run(function: Callable[..., Tensor], leaves: list[Tensor], *options: Any) -> tuple[Tensor, ...]:
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        blocks = [MixerWeights(*leaves[start : start + 4]) for start in range(2, len(leaves), 4)]
+        output = function(*leaves[:2], blocks, *options)
+        return output, *torch.autograd.grad(output, leaves, towards.to(output))
+
+    expected = run(reference_module, [leaf.clone() for leaf in exact])
+    found = run(module, [leaf.to(DEVICE, dtype, copy=True) for leaf in exact], None, 1, EPS)
+    assert found[0].dtype == dtype
+    assert relative_error(found[0], expected[0]) < forward
+    assert all(relative_error(*pair) < backward for pair in zip(found[1:], expected[1:], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 82), (3, 17), (2, 96)])
+def test_naive_module(batch: int, tokens: int, dtype: torch.dtype) -> None:
+    assert_right(naive.reasoning_module, batch, tokens, 24, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 82), (5, 88), (8, 97), (3, 901)])
+def test_module_on_gpu(batch: int, tokens: int) -> None:
+    place = Place(torch.device("cuda"), torch.bfloat16, 64, False, tokens, batch, 256, mlp_t=True)
+    kernels = resolve(kernels_config("auto"), place)
+    assert kernels.compile
+    assert_right(make_kernels(kernels).reasoning_module, batch, tokens, 256, torch.bfloat16)
+
+
+def test_state_dict(trm: Arch) -> None:
+    """The names of the published code."""
+    expected: dict[str, tuple[int, ...]] = {
+        "H_init": (32,),
+        "L_init": (32,),
+        "embed_tokens.embedding_weight": (VOCAB_SIZE, 32),
+        "lm_head.weight": (VOCAB_SIZE, 32),
+        "puzzle_emb.weights": (NUM_IDENTIFIERS, 32),
+        "q_head.bias": (2,),
+        "q_head.weight": (2, 32),
+    }
+    for layer in ("L_level.layers.0", "L_level.layers.1"):
+        expected[f"{layer}.mlp_t.gate_up_proj.weight"] = (512, 3 + SEQ_LEN)
+        expected[f"{layer}.mlp_t.down_proj.weight"] = (3 + SEQ_LEN, 256)
+        expected[f"{layer}.mlp.gate_up_proj.weight"] = (512, 32)
+        expected[f"{layer}.mlp.down_proj.weight"] = (32, 256)
+    state = build(trm).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
+        f"model.inner.{name}": shape for name, shape in expected.items()
+    }
+
+
+@pytest.mark.parametrize(("mlp_t", "millions"), [(True, 5), (False, 7)])
+def test_size(mlp_t: bool, millions: int) -> None:
+    """As the paper has it, for Sudoku."""
+    model = build(vars(published(mlp_t=mlp_t)) | {"loss": {}}, seq_len=81, vocab_size=11)
+    assert round(sum(param.numel() for param in model.parameters()) / 1e6) == millions
+    assert model.model.inner.prefix_len == 16
+
+
+def test_prefix_longer_than_the_vector(trm: Arch, random_batch: Callable[..., Batch]) -> None:
+    model = randomised(build(trm | {"puzzle_emb_ndim": 40}))
+    inner, batch = model.model.inner, random_batch()
+    prefix = inner.prepare(batch).embeddings[:, :3].flatten(1) / math.sqrt(32)
+    torch.testing.assert_close(prefix[:, :40], inner.puzzle_emb.weights[batch["puzzle_identifiers"]])
+    assert not prefix[:, 40:].any()
+    assert build(trm | {"puzzle_emb_len": 1, "puzzle_emb_ndim": 40}).model.inner.prefix_len == 2
+    assert build(trm | {"puzzle_emb_ndim": 0}).model.inner.prefix_len == 0
+
+
+def reference_step(
+    weights: Mapping[str, Tensor], embeddings: Tensor, z_H: Tensor, z_L: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both levels by the one module; gradients through the second of two cycles."""
+    parts = ("mlp_t.gate_up_proj", "mlp_t.down_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    blocks = [MixerWeights(*(weights[f"L_level.layers.{i}.{part}.weight"] for part in parts)) for i in range(2)]
+    for _ in range(2):
+        z_H, z_L = z_H.detach(), z_L.detach()
+        for _ in range(3):
+            z_L = reference_module(z_L, z_H + embeddings, blocks)
+        z_H = reference_module(z_H, z_L, blocks)
+    return z_H, z_L
+
+
+def test_one_module_serves_both_levels(trm: Arch, random_batch: Callable[..., Batch]) -> None:
+    model = randomised(build(trm | {"forward_dtype": "float64"})).double()
+    inner, batch = model.model.inner, random_batch()
+    carry, prepared = random_carry(model, batch), inner.prepare(batch)
+    state = inner.recur(carry, prepared)
+    towards = torch.randn(state.z_H.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    state.z_H.backward(towards)
+    found = {name: weight.grad for name, weight in inner.named_parameters() if name.startswith("L_level")}
+
+    weights = {name: weight.detach().clone().requires_grad_() for name, weight in inner.state_dict().items()}
+    z_H, z_L = reference_step(weights, prepared.embeddings.detach(), carry.z_H, carry.z_L)
+    torch.testing.assert_close([state.z_H, state.z_L], [z_H, z_L], rtol=1e-10, atol=1e-10)
+    expected = torch.autograd.grad(z_H, [weights[name] for name in found], towards)
+    assert len(found) == 8
+    for name, grad in zip(found, expected, strict=True):
+        assert (mine := found[name]) is not None
+        assert relative_error(mine, grad) < 1e-10, name
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton_unrolled", "head_parallel"])
+def test_kernels_share_the_module_too(backend: str, trm: Arch, random_batch: Callable[..., Batch]) -> None:
+    pytest.importorskip("triton")
+    batch, results = {name: field.to(DEVICE) for name, field in random_batch().items()}, []
+    for kernels, dtype in (("naive", "float64"), (backend, "float32")):
+        arch = trm | {"mlp_t": False, "pos_encodings": "rope", "forward_dtype": dtype}
+        model = randomised(build(arch, kernels={"backend": kernels}, device=DEVICE)).to(getattr(torch, dtype))
+        carry, loss, *_ = model(carry=model.initial_carry(batch), batch=batch)
+        loss.backward()
+        results.append([carry.inner_carry.z_H, carry.inner_carry.z_L, loss, *gradients(model).values()])
+    for exact, found in zip(*results, strict=True):
+        assert relative_error(found, exact) < 5e-5  # of float32, through eight updates of two blocks
+
+
+def test_target_needs_the_first_token_only(trm: Arch, random_batch: Callable[..., Batch]) -> None:
+    model = randomised(build(trm | {"forward_dtype": "float64", "q_continue": True})).double()
+    inner = model.model.inner
+    with torch.no_grad():
+        prepared, carry = inner.prepare(random_batch()), random_carry(model, random_batch())
+        expected = inner.q_values(inner.recur(carry, prepared))
+        torch.testing.assert_close(inner.recur_to_q_values(carry, prepared), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_work_of_a_step() -> None:
+    config = published(mlp_t=True)
+    assert act_step_blocks(config) == 3 * 7 * 2
+    assert train_step_blocks(config) == 3 * 7 * 2 + 2 * 7 * 2
+    # A token's share of the MLP over 96 tokens: 3 * 96 * 256 products for each of 512 features, over 96 tokens.
+    assert block_flops(config, 96) == 2 * (3 * 256 * 512 + 3 * 1536 * 512)
+    assert block_flops(published(), 97) == block_flops(HRMConfig(), 97)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "said"),
+    [
+        (KernelsConfig("triton"), "its kernels mix tokens by attention, not by arch.mlp_t's MLP; take kernels=naive."),
+        (KernelsConfig("head_parallel"), "its kernels mix tokens by attention"),
+        (KernelsConfig("triton_unrolled"), "its kernels mix tokens by attention"),
+        (KernelsConfig(fp8="both"), "kernels.fp8=both does not go with arch.mlp_t=true: drop it."),
+        (KernelsConfig("naive", attention="spda"), "kernels.attention=spda is not one"),
+    ],
+)
+def test_kernels_made_for_attention(kernels: KernelsConfig, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    place = Place(torch.device("cuda"), torch.bfloat16, 64, rotary=False, mlp_t=True)
+    with pytest.raises(UserError) as raised:
+        resolve(kernels, place)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("preset", ["auto", "naive"])
+def test_no_attention_is_named(preset: str) -> None:
+    place = Place(torch.device("cpu"), torch.float32, 64, rotary=False, mlp_t=True)
+    assert describe(resolve(kernels_config(preset), place)) == "naive"
+
+
+@pytest.mark.parametrize(("capability", "fused"), [((9, 0), True), ((8, 0), False)])
+def test_auto_compiles(capability: tuple[int, int], fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = resolve(KernelsConfig("auto"), Place(torch.device("cuda"), torch.bfloat16, 64, rotary=False, mlp_t=True))
+    assert (config.backend, config.compile, config.cuda_graphs, config.fused_step) == ("naive", True, True, fused)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({}, "arch.mlp_t=true"), ({"mlp_t": False, "pos_encodings": "rope"}, "arch.H_layers=0")],
+)
+def test_only_the_batch_is_shared_out(trm: Arch, fields: Arch, said: str) -> None:
+    axis = Axis(0, 2, None)
+    world = World(0, 1, torch.device("cpu"), tensor=axis)
+    with pytest.raises(
+        UserError, match=f"^{said} does not go with parallel.tensor, parallel.pipeline or parallel.fsdp"
+    ):
+        SharedModel(build(trm | fields), ParallelConfig(tensor=2), world)
+
+
+def test_hidden_matrices(trm: Arch) -> None:
+    shared = SharedModel(build(trm), ParallelConfig(), World(0, 1, torch.device("cpu")))
+    stacked = {name: shared.hidden_matrices().get(weight) for name, weight in shared.weights.items()}
+    assert {name.split("layers.")[1]: number for name, number in stacked.items() if "layers." in name} == {
+        f"{layer}.{part}.weight": number
+        for layer in (0, 1)
+        for part, number in {
+            "mlp_t.gate_up_proj": 2,
+            "mlp_t.down_proj": 1,
+            "mlp.gate_up_proj": 2,
+            "mlp.down_proj": 1,
+        }.items()
+    }
+    assert all(number is None for name, number in stacked.items() if "layers." not in name)
+
+
+def test_published_config() -> None:
+    """The published YAML file, as its code resolves it, is `arch=trm`."""
+    theirs = {
+        "name": "recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1",
+        "loss": {"name": "losses@ACTLossHead", "loss_type": "stablemax_cross_entropy"},
+        "halt_exploration_prob": 0.1,
+        "halt_max_steps": 16,
+        "H_cycles": 3,
+        "L_cycles": 6,
+        "H_layers": 0,
+        "L_layers": 2,
+        "hidden_size": 512,
+        "num_heads": 8,
+        "expansion": 4,
+        "puzzle_emb_ndim": 512,
+        "pos_encodings": "rope",
+        "forward_dtype": "bfloat16",
+        "mlp_t": False,
+        "puzzle_emb_len": 16,
+        "no_ACT_continue": True,
+    }
+    assert arch_config(theirs) == published()
+    assert arch_config(theirs | {"mlp_t": True, "pos_encodings": "none", "H_layers": 2}) == published(
+        mlp_t=True, pos_encodings="none"
+    )
+    assert arch_config(theirs | {"L_cycles": 4, "no_ACT_continue": False}).grad_updates == 5
+    assert arch_config(theirs | {"no_ACT_continue": False}).q_continue
+    left_out = {name: value for name, value in theirs.items() if name not in ("puzzle_emb_len", "no_ACT_continue")}
+    assert arch_config(left_out) == published()
