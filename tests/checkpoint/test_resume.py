@@ -27,10 +27,10 @@ from safetensors.torch import load_file
 from test_training import without_clock
 from torch import Tensor
 
+from hrm.checkpoint import states as resume
 from hrm.checkpoint.save_points import Request, SavePoints
 from hrm.checkpoint.states import Facts, StateSaver, find_state
 from hrm.checkpoint.weights import read_weights
-from hrm.checkpoint import states as resume
 from hrm.config import DataConfig, HRMConfig, KernelsConfig, OptimConfig, ParallelConfig, PretrainConfig
 from hrm.data.loader import TrainLoader
 from hrm.data.pack import open_pack, sha256_of

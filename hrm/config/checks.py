@@ -1,0 +1,46 @@
+"""Checks of options' values: each ends in a sentence that names the option, its value and what to give."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+from hrm.errors import UserError
+
+
+def neighbours(name: str, known: Iterable[str]) -> str:
+    """The part of an error sentence that says what a misspelt `name` may have meant."""
+    known = sorted(known)
+    # Options nest: `hidden_size` should find `arch.hidden_size` too.
+    by_last_part = {option.rpartition(".")[2]: option for option in known}
+    close = difflib.get_close_matches(name, known, n=3) or [
+        by_last_part[part] for part in difflib.get_close_matches(name.rpartition(".")[2], by_last_part, n=3)
+    ]
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"there are: {', '.join(known)}." if len(known) <= 12 else "--help lists them."
+
+
+def choice(option: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{option}={value} is not a choice; {neighbours(value, allowed)}")
+
+
+def at_least(option: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise UserError(f"{option}={value} is too small: give at least {least}.")
+    if value == math.inf:
+        raise UserError(f"{option}={value} is too large: give a finite number.")
+
+
+def positive(option: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise UserError(f"{option}={value} is out of range: give a finite number above 0.")
+
+
+def fraction(option: str, value: float, *, below_one: bool = False) -> None:
+    if not (0 <= value < 1 if below_one else 0 <= value <= 1):
+        raise UserError(
+            f"{option}={value} is out of range: give a number from 0 {'to below' if below_one else 'to'} 1."
+        )

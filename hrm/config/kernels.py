@@ -1,0 +1,45 @@
+"""Options of the kernels: the group `kernels`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from hrm.config.checks import at_least, choice, neighbours
+from hrm.config.paths import CONFIG_DIR
+from hrm.config.typed import to_typed
+from hrm.errors import UserError
+
+FP8_LEVELS = ("none", "H", "L", "both")
+
+
+@dataclass
+class KernelsConfig:
+    """How reasoning modules are computed: which backend, and execution choices that leave the maths alone."""
+
+    backend: str = "naive"  # a name in hrm.kernels.BACKENDS, or auto: the fastest that runs here, and its switches
+    attention: str = "auto"  # a name in hrm.kernels.attention.PROVIDERS, or auto: the fastest measured
+    compile: bool = False  # pass the backend through torch.compile
+    cuda_graphs: bool = False  # launch whole training and evaluation steps at once (NVIDIA); see parallel.cuda_graphs
+    fused_step: bool = False  # optimizers, loss, casts and carry as a kernel each, in Triton (NVIDIA)
+    chunk: int = 0  # sequences at a time where no gradient is needed, to stay in the cache; 0: all, on a CPU some
+    fp8: str = "none"  # levels whose passes without gradient are computed in 8 bit (e4m3): none, H, L or both
+
+    def __post_init__(self) -> None:
+        at_least("kernels.chunk", self.chunk, 0)
+        choice("kernels.fp8", self.fp8, FP8_LEVELS)
+
+
+def kernels_config(kernels: str | Mapping[str, Any] | KernelsConfig) -> KernelsConfig:
+    """The kernel choice named by a preset of `config/kernels/`, or given field by field."""
+    if isinstance(kernels, KernelsConfig):
+        return kernels
+    if isinstance(kernels, str):
+        presets = {path.stem: path for path in (CONFIG_DIR / "kernels").glob("*.yaml")}
+        if kernels not in presets:
+            raise UserError(f"kernels={kernels} is not a preset; {neighbours(kernels, presets)}")
+        return to_typed(KernelsConfig, OmegaConf.load(presets[kernels]), "kernels")  # type: ignore[arg-type]
+    return to_typed(KernelsConfig, kernels, "kernels")

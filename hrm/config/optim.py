@@ -1,0 +1,26 @@
+"""Options of the optimizers: the group `optim`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hrm.config.checks import at_least, choice, fraction, positive
+
+OPTIMIZERS = ("adam_atan2", "adamw", "muon")
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer of the dense weights; rates and betas are the top-level options of the published code."""
+
+    name: str = "adam_atan2"  # or adamw, muon
+    eps: float = 1e-8  # AdamW only: Adam-atan2 has none
+    momentum: float = 0.95  # Muon only: of the hidden matrices; `lr` and `weight_decay` are theirs
+    rest_lr_ratio: float = 0.1  # Muon only: rate of embeddings and heads, by Adam-atan2, as a multiple of `lr`
+    rest_weight_decay: float = 1.0  # Muon only: weight decay of embeddings and heads
+
+    def __post_init__(self) -> None:
+        choice("optim.name", self.name, OPTIMIZERS)
+        fraction("optim.momentum", self.momentum, below_one=True)
+        positive("optim.rest_lr_ratio", self.rest_lr_ratio)
+        at_least("optim.rest_weight_decay", self.rest_weight_decay, 0)

@@ -1,0 +1,153 @@
+"""Options of `pretrain.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import II, MISSING
+
+from hrm.config.arch import updates_of
+from hrm.config.checks import at_least, choice, fraction, positive
+from hrm.config.data import DataConfig
+from hrm.config.entry import DEVICES, SAVEABLE_OUTPUTS
+from hrm.config.kernels import KernelsConfig
+from hrm.config.optim import OptimConfig
+from hrm.config.parallel import ParallelConfig
+from hrm.errors import UserError
+
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+
+
+@dataclass
+class Stage:
+    """Training steps that think less deep, or halt sooner, than the architecture does; null: as it does."""
+
+    until: int = MISSING  # the last of these steps
+    H_cycles: int | None = None
+    L_cycles: int | None = None
+    halt_max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("until", "H_cycles", "L_cycles", "halt_max_steps"):
+            if getattr(self, name) not in (MISSING, None):
+                at_least(f"curriculum: {name}", getattr(self, name), 1)
+
+
+_AS_THE_ARCHITECTURE = Stage()
+
+
+@dataclass
+class PretrainConfig:
+    """Options of `pretrain.py`. Those down to `eval_save_outputs` have the published code's names and meaning."""
+
+    arch: Any = MISSING  # typed by the schema that its YAML file names
+    data_path: str = II("data.path")
+
+    global_batch_size: int = 768  # sequences in a step, over all ranks
+    epochs: int = 100000
+    eval_interval: int | None = 10000  # epochs from one evaluation to the next; null: once, at the end
+    checkpoint_every_eval: bool = True  # else only at the end
+
+    resume: str | None = None  # auto: go on from the run folder's last training state; or its path; null: start anew
+    resume_changed: bool = False  # go on although options differ from those the run had
+    checkpoint_interval: float = 10.0  # minutes from one training state to the next; besides, one at each evaluation
+    keep_checkpoints: int = 2  # newest training states kept, beside the one that was best at its evaluation
+    ema_decay: float | None = None  # of an average of the weights, such as 0.999; it is evaluated and saved too
+    stop_after: int | None = None  # end after this many evaluations without a better exact accuracy
+    stop_at_train_accuracy: float | None = None  # end at an evaluation before which training's exact accuracy was this
+
+    lr: float = 1e-4
+    lr_min_ratio: float = 1.0  # the cosine's end, as a share of lr; 1.0: constant after the warm-up
+    lr_warmup_steps: int = 2000
+    curriculum: list[Stage] = field(default_factory=list)  # other steps at first, one stage after the other
+    stagger: bool = False  # begin with sequences at all ACT steps, not all at the first, as published
+    augment_act_steps: bool = False  # at every ACT step, show a puzzle as another of its images: Sudoku and mazes
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    puzzle_emb_lr: float = 1e-2
+    puzzle_emb_weight_decay: float = 0.1
+
+    seed: int = 0
+    project_name: str | None = None  # default: made from data_path
+    run_name: str | None = None  # default: made from the architecture and the time
+    checkpoint_path: str | None = None  # the run folder; default: checkpoints/<project_name>/<run_name>
+    eval_save_outputs: list[str] = field(default_factory=list)  # any of hrm.config.SAVEABLE_OUTPUTS
+
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    accumulate: int = 1  # parts of a rank's batch whose gradients are summed one after the other, to save memory
+    grad_clip: float | None = None  # largest global norm of the dense gradients; beyond it they are scaled down
+    skip_nonfinite: bool = True  # leave out, and count, the updates of steps with NaN or Inf in loss or gradients
+    abort_after: int | None = 20  # end the run after so many of these steps in a row; null: never
+    dist_timeout: float = 600.0  # seconds that ranks wait for each other before the run ends naming who is missing
+    device: str = "auto"  # cuda, mps or cpu; auto: the first of these there is
+    num_workers: int = 0  # loader processes; any number gives the same batches
+    log_interval: int = 10  # steps from one reading of the metrics to the next
+    profile: str | None = None  # a folder for a trace of a few steps, one file a rank, for Perfetto or chrome://tracing
+    wandb: str = "auto"  # online, offline or disabled; auto: online when logged in
+
+    def __post_init__(self) -> None:
+        choice("device", self.device, DEVICES)
+        choice("wandb", self.wandb, WANDB_MODES)
+        for name in ("global_batch_size", "epochs", "log_interval"):
+            at_least(name, getattr(self, name), 1)
+        fraction("lr_min_ratio", self.lr_min_ratio)
+        at_least("accumulate", self.accumulate, 1)
+        if self.grad_clip is not None:
+            positive("grad_clip", self.grad_clip)
+        if self.abort_after is not None:
+            at_least("abort_after", self.abort_after, 1)
+        positive("dist_timeout", self.dist_timeout)
+        if self.parallel.fsdp and self.ema_decay is not None:
+            raise UserError("ema_decay does not go with parallel.fsdp=true: drop one of them.")
+        for name in ("lr", "lr_warmup_steps", "weight_decay", "num_workers", "seed"):
+            at_least(name, getattr(self, name), 0)
+        for name in ("puzzle_emb_lr", "puzzle_emb_weight_decay"):
+            at_least(name, getattr(self, name), 0)
+        if self.seed >= 2**63:
+            raise UserError(f"seed={self.seed} is too large: give a number below 2**63.")
+        fraction("beta1", self.beta1, below_one=True)
+        fraction("beta2", self.beta2, below_one=True)
+        for output in self.eval_save_outputs:
+            choice("eval_save_outputs", output, SAVEABLE_OUTPUTS)
+        if self.eval_interval is not None:
+            at_least("eval_interval", self.eval_interval, 1)
+            if self.epochs % self.eval_interval:
+                raise UserError(
+                    f"epochs={self.epochs} is not a multiple of eval_interval={self.eval_interval}: change one of them."
+                )
+        positive("checkpoint_interval", self.checkpoint_interval)
+        at_least("keep_checkpoints", self.keep_checkpoints, 1)
+        if self.ema_decay is not None:
+            fraction("ema_decay", self.ema_decay, below_one=True)
+        if self.stop_after is not None:
+            at_least("stop_after", self.stop_after, 1)
+        if self.stop_at_train_accuracy is not None:
+            fraction("stop_at_train_accuracy", self.stop_at_train_accuracy)
+        ends = [stage.until for stage in self.curriculum]
+        if ends != sorted(set(ends)):
+            raise UserError(f"curriculum: stages end at steps {', '.join(map(str, ends))}; give them in order.")
+        least = getattr(self.arch, "grad_updates", 2)
+        for stage in self.curriculum:
+            if len(updates := self.updates_at(stage.until)) < least:
+                raise UserError(
+                    f"curriculum: the stage until step {stage.until} has {len(updates)} updates, {updates}, but "
+                    f"gradients flow through {least} (arch.grad_updates): give it more cycles."
+                )
+
+    def updates_at(self, step: int) -> str:
+        """The updates of L and H in training step `step`, counted from 1."""
+        stage = self._stage_at(step)
+        return updates_of(stage.H_cycles or self.arch.H_cycles, stage.L_cycles or self.arch.L_cycles)
+
+    def halt_max_steps_at(self, step: int) -> int:
+        """ACT steps after which every sequence halts in training step `step`, counted from 1."""
+        most: int = self._stage_at(step).halt_max_steps or self.arch.halt_max_steps
+        return most
+
+    def _stage_at(self, step: int) -> Stage:
+        return next((stage for stage in self.curriculum if step <= stage.until), _AS_THE_ARCHITECTURE)
