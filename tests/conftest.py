@@ -11,9 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU
 
-from entry_points import TINY_RUN, TRAINED_EXAMPLES, make_pack, train
-
 from hrm.batch import IGNORE_LABEL_ID, Batch
+from tests.helpers.entry_points import TINY_RUN, TRAINED_EXAMPLES, make_pack, train
 
 
 @pytest.fixture(scope="session", autouse=True)

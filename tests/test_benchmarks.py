@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from entry_points import evaluated, make_pack
 
 from benchmarks import ensembles, evaluate, kernels, latency, loss_curves, plot, run_curves, train_step
 from benchmarks.common import BASELINE, Shape, batches
@@ -15,6 +14,7 @@ from hrm.batch import Batch
 from hrm.data.pack import Pack, PackMetadata, PackSet
 from hrm.errors import UserError
 from hrm.evaluation.plots import Metric, run_panel
+from tests.helpers.entry_points import evaluated, make_pack
 
 TINY = ["arch=hrm_small", "arch.hidden_size=32", "arch.num_heads=2", "arch.halt_max_steps=2", "device=cpu"]
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from entry_points import ROOT, TINY_RUN, Outcome, make_pack, run_script, train
 
 from hrm import cli
 from hrm.config import HRMConfig, PretrainConfig
 from hrm.data.pack import PackMetadata, PackSet, write_split
+from tests.helpers.entry_points import ROOT, TINY_RUN, Outcome, make_pack, run_script, train
 
 # --- bad input -------------------------------------------------------------------------------------------------------
 

@@ -20,11 +20,8 @@ from typing import Any
 
 import pytest
 import torch
-from entry_points import CPU, ROOT, TINY_MODEL, make_pack
-from ranks import environment, meeting
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_training import without_clock
 from torch import Tensor
 
 from hrm.checkpoint import states as resume
@@ -39,6 +36,9 @@ from hrm.errors import UserError
 from hrm.training.loop import EXIT_PREEMPTED, pretrain
 from hrm.training.metrics import RunLog
 from hrm.training.step import initial_state, make_train_step
+from tests.helpers.entry_points import CPU, ROOT, TINY_MODEL, make_pack
+from tests.helpers.ranks import environment, meeting
+from tests.helpers.training import without_clock
 
 ALWAYS = 1e-9  # minutes: a training state after every step
 NEVER = 1e9

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from entry_points import TINY_RUN, make_pack, train
-from test_guard import no_waiting
 
 from hrm.batch import Batch
 from hrm.data.loader import TrainLoader
 from hrm.data.prefetch import on_device
+from tests.helpers.entry_points import TINY_RUN, make_pack, train
+from tests.helpers.training import no_waiting
 
 NUM_BATCHES, SHAPE = 200, (64, 1024)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -6,12 +6,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from entry_points import ROOT, TINY_MODEL, make_pack
+
+from tests.helpers.entry_points import ROOT, TINY_MODEL, make_pack
+from tests.helpers.ranks import wait_for
 
 STEPS = 600
 
@@ -45,11 +45,3 @@ def test_a_killed_rank_is_started_again(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records if "train/lr" in record]
     assert steps == list(range(1, STEPS + 1))
-
-
-def wait_for(condition: Callable[[], bool], job: "subprocess.Popen[bytes]") -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert job.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.05)

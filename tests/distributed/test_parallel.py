@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import environment, meeting, on_rank, on_ranks
-from test_training import ARCH, write_pack
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import get_context
@@ -27,6 +25,8 @@ from hrm.errors import UserError
 from hrm.models import build_model
 from hrm.optim.clip import clip_gradients
 from hrm.training.step import initial_state, make_train_step
+from tests.helpers.ranks import environment, meeting, on_rank, on_ranks
+from tests.helpers.training import ARCH, write_pack
 
 ALONE = World(0, 1, torch.device("cpu"))
 STEPS = 5

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from entry_points import CPU, ROOT, TINY_MODEL, make_pack
-from test_elastic import wait_for
+
+from tests.helpers.entry_points import CPU, ROOT, TINY_MODEL, make_pack
+from tests.helpers.ranks import wait_for
 
 SCRIPT = ROOT / "scripts" / "train.slurm"
 JOB = str(os.getpid())  # the rendezvous' port is made of it: not the same for two tests at a time

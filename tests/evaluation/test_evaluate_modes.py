@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from entry_points import CPU, TRAINED_EXAMPLES, evaluated, fresh_state, run_script
-from test_evaluate import answers_to_images, load_model, raw_split, run_ranks
+
+from tests.helpers.entry_points import CPU, TRAINED_EXAMPLES, evaluated, run_script
+from tests.helpers.evaluation import answers_to_images, load_model, raw_split, run_ranks
+from tests.helpers.models import fresh_state
 
 
 @torch.no_grad()

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_report import ARC_NAMES, ARC_PAIRS, TOOLS, arc, maze, sudoku, tool_names
 
 from hrm.batch import IGNORE_LABEL_ID
 from hrm.evaluation.arc import Answer
 from hrm.evaluation.report import ArcTask, Rating, View, write_report
 from hrm.evaluation.trajectory import Recording, kinds
 from hrm.tasks.sudoku import BoxShape
+from tests.helpers.recordings import ARC_NAMES, ARC_PAIRS, TOOLS, arc, maze, sudoku, tool_names
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")

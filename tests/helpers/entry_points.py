@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from hrm.batch import Batch
 from hrm.data.builders import sudoku as build_sudoku_dataset
-from hrm.models.hrm import HierarchicalReasoningModel, InnerCarry
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,9 +76,3 @@ def printed_metrics(out: str) -> dict[str, float]:
     metrics = {name: float(value) for name, value in re.findall(r"^ +all/(\S+) +([\d.]+)$", out, re.MULTILINE)}
     assert metrics, out
     return metrics
-
-
-def fresh_state(inner: HierarchicalReasoningModel, batch: Batch) -> InnerCarry:
-    """The state in which sequences begin."""
-    zeros = inner.initial_carry(batch)
-    return InnerCarry(zeros.z_H + inner.H_init.to(inner.dtype), zeros.z_L + inner.L_init.to(inner.dtype))

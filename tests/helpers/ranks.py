@@ -1,6 +1,8 @@
 """Processes that train or evaluate together, told of one another as torchrun tells them."""
 
 import os
+import subprocess
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,3 +38,11 @@ def on_ranks(processes: int, work: Callable[..., None], *arguments: Any) -> None
     """`work(rank, port, *arguments)` in so many processes, with the port of a meeting that lasts as long as they do."""
     store = meeting()
     spawn(on_rank, (work, store.port, *arguments), nprocs=processes)  # type: ignore[no-untyped-call]
+
+
+def wait_for(condition: Callable[[], bool], job: "subprocess.Popen[bytes]") -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert job.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -12,11 +12,10 @@ triton = pytest.importorskip("triton")
 if not triton.__version__.startswith("3.6."):
     pytest.skip("the kernel is written for the Gluon of Triton 3.6", allow_module_level=True)
 
-from fake_gluon import Descriptor, FakeGluon, Number, Pointer, on_cpu  # noqa: E402
-
 from hrm.kernels import naive  # noqa: E402
 from hrm.kernels.naive import RotaryTables, rotary_tables  # noqa: E402
 from hrm.kernels.ops.hopper import attention as hopper_attention  # noqa: E402
+from tests.helpers.fake_gluon import Descriptor, FakeGluon, Number, Pointer, on_cpu  # noqa: E402
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 DEVICE = "cuda" if ON_HOPPER else "cpu"

@@ -12,9 +12,8 @@ triton = pytest.importorskip("triton")
 if not triton.__version__.startswith("3.6."):
     pytest.skip("the kernels are written for the Gluon of Triton 3.6", allow_module_level=True)
 
-from fake_gluon import Block, Descriptor, FakeGluon, Number, Pointer, on_cpu  # noqa: E402
-
 from hrm.kernels.ops.hopper import linear as hopper_linear  # noqa: E402
+from tests.helpers.fake_gluon import Block, Descriptor, FakeGluon, Number, Pointer, on_cpu  # noqa: E402
 
 EPS = 1e-5
 EPSILON = torch.finfo(torch.float16).eps

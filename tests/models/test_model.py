@@ -3,7 +3,7 @@
 import functools
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch._inductor.config
 from omegaconf import OmegaConf
 from torch import Tensor
 
-import hrm
 from hrm.batch import Batch
 from hrm.config import CONFIG_DIR, KernelsConfig, kernels_config
 from hrm.errors import UserError
@@ -21,21 +20,22 @@ from hrm.kernels import BACKENDS, Kernels, Place, ReasoningModule, make_kernels,
 from hrm.kernels.cycles import chunked, looped
 from hrm.kernels.naive import BlockWeights, RotaryTables, rotate
 from hrm.models import ACTLossHead
-from hrm.models.hrm import InnerCarry
 from hrm.models.layers import in_dtype, kept_copy
-
-SEQ_LEN, VOCAB_SIZE, NUM_IDENTIFIERS = 5, 7, 4
-EPS = 1e-5
+from tests.helpers.models import (
+    NUM_IDENTIFIERS,
+    SEQ_LEN,
+    VOCAB_SIZE,
+    build,
+    gradients,
+    random_carry,
+    randomised,
+    relative_error,
+)
+from tests.helpers.reference import EPS, reference_module, reference_step
 
 Arch = dict[str, Any]
 ON_CPU = Place(torch.device("cpu"), torch.float32, 64)
 RandomBatch = Callable[..., Batch]
-
-
-def build(arch: Mapping[str, Any], **options: Any) -> ACTLossHead:
-    sizes = {"batch_size": 3, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE, "num_puzzle_identifiers": NUM_IDENTIFIERS}
-    model: ACTLossHead = hrm.build_model(arch, **(sizes | options))
-    return model
 
 
 def train_step(model: ACTLossHead, batch: Batch) -> dict[str, Tensor]:
@@ -45,108 +45,6 @@ def train_step(model: ACTLossHead, batch: Batch) -> dict[str, Tensor]:
     _, loss, _, outputs, _ = model(carry=model.initial_carry(batch), batch=batch, return_keys=keys)
     loss.backward()
     return outputs
-
-
-def gradients(model: ACTLossHead) -> dict[str, Tensor]:
-    """Of every parameter and of the batch's rows of the puzzle table."""
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    if model.model.inner.prefix_len:
-        assert model.model.inner.puzzle_emb.local_weights is not None
-        found["puzzle rows"] = model.model.inner.puzzle_emb.local_weights.grad
-    assert all(grad is not None for grad in found.values())
-    return {name: grad for name, grad in found.items() if grad is not None}
-
-
-def relative_error(actual: Tensor, reference: Tensor) -> float:
-    """In the Euclidean norm of the whole tensor."""
-    actual, reference = actual.detach().cpu().double(), reference.detach().cpu().double()
-    return float((actual - reference).norm() / reference.norm())
-
-
-# --- an independent float64 HRM, after the specification ---
-
-
-def reference_norm(x: Tensor, eps: float = EPS) -> Tensor:
-    return x / ((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps).sqrt()
-
-
-def reference_attention(x: Tensor, block: BlockWeights, num_heads: int, theta: float | None) -> Tensor:
-    """One head at a time; with `theta`, feature pairs (i, i + half) are complex numbers turned by their position."""
-    tokens, width = x.shape[-2:]
-    size = width // num_heads
-    half = size // 2
-
-    def turned(head: Tensor) -> Tensor:
-        if theta is None:
-            return head
-        frequencies = torch.tensor([theta ** (-2 * i / size) for i in range(half)], dtype=torch.float64)
-        angles = torch.arange(tokens, dtype=torch.float64).unsqueeze(-1) * frequencies
-        numbers = torch.complex(head[..., :half], head[..., half:]) * torch.exp(1j * angles)
-        return torch.cat((numbers.real, numbers.imag), -1)
-
-    mixed = []
-    for head in range(num_heads):
-        q, k, v = (x @ block.qkv[start : start + size].T for start in range(head * size, 3 * width, width))
-        scores = torch.exp(turned(q) @ turned(k).transpose(-1, -2) / math.sqrt(size))
-        mixed.append(scores / scores.sum(-1, keepdim=True) @ v)
-    return torch.cat(mixed, -1) @ block.o.T
-
-
-def reference_swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    inner = len(gate_up) // 2
-    gate, up = x @ gate_up[:inner].T, x @ gate_up[inner:].T
-    return (gate / (1 + torch.exp(-gate)) * up) @ down.T
-
-
-def reference_module(
-    state: Tensor, injection: Tensor, blocks: Sequence[BlockWeights], num_heads: int, theta: float | None
-) -> Tensor:
-    x = state + injection
-    for block in blocks:
-        x = reference_norm(x + reference_attention(x, block, num_heads, theta))
-        x = reference_norm(x + reference_swiglu(x, block.gate_up, block.down))
-    return x
-
-
-def reference_step(
-    weights: Mapping[str, Tensor],
-    puzzle_rows: Tensor,
-    inputs: Tensor,
-    carry: InnerCarry,
-    cycles: tuple[int, int],
-    num_heads: int,
-    *,
-    grad_updates: int = 2,
-) -> tuple[Tensor, Tensor]:
-    """Logits and q's of one ACT step with learned positions, from the state dict's names.
-
-    Only the last `grad_updates` updates are differentiable.
-    """
-    width = weights["H_init"].shape[0]
-    puzzle = torch.zeros(len(inputs), -(-puzzle_rows.shape[1] // width) * width, dtype=torch.float64)
-    puzzle[:, : puzzle_rows.shape[1]] = puzzle_rows
-    puzzle_tokens = puzzle.reshape(len(inputs), -1, width)
-    tokens = torch.cat((puzzle_tokens, weights["embed_tokens.embedding_weight"][inputs.long()]), 1)
-    embeddings = math.sqrt(width) * 0.707106781 * (tokens + weights["embed_pos.embedding_weight"])
-
-    def level(name: str) -> list[BlockWeights]:
-        layers = sum(key.startswith(f"{name}.") and key.endswith("o_proj.weight") for key in weights)
-        parts = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-        return [BlockWeights(*(weights[f"{name}.layers.{i}.{part}.weight"] for part in parts)) for i in range(layers)]
-
-    z_H, z_L = carry.z_H, carry.z_L
-    H_cycles, L_cycles = cycles
-    left = H_cycles * (L_cycles + 1)
-    for _ in range(H_cycles):
-        for _ in range(L_cycles):
-            z_L = reference_module(z_L, z_H + embeddings, level("L_level"), num_heads, None)
-            left -= 1
-            z_L = z_L if left < grad_updates else z_L.detach()
-        z_H = reference_module(z_H, z_L, level("H_level"), num_heads, None)
-        left -= 1
-        z_H = z_H if left < grad_updates else z_H.detach()
-    logits = z_H[:, puzzle_tokens.shape[1] :] @ weights["lm_head.weight"].T
-    return logits, z_H[:, 0] @ weights["q_head.weight"].T + weights["q_head.bias"]
 
 
 # --- names and shapes ---
@@ -458,22 +356,6 @@ def test_every_dtype_trains(
         assert grad.isfinite().all(), name
         # Puzzle rows and q_head start at zero, but nothing that they meet is zero.
         assert grad.count_nonzero() > 0, name
-
-
-def randomised(model: ACTLossHead) -> ACTLossHead:
-    """With the weights that start as constants drawn too, so that they cannot hide a mistake."""
-    generator, inner = torch.Generator().manual_seed(1), model.model.inner
-    with torch.no_grad():
-        inner.q_head.weight.normal_(generator=generator)
-        inner.puzzle_emb.weights.normal_(generator=generator)
-    return model
-
-
-def random_carry(model: ACTLossHead, batch: Batch) -> InnerCarry:
-    generator, inner = torch.Generator().manual_seed(2), model.model.inner
-    shape = (*batch["inputs"].shape, inner.config.hidden_size)
-    shape = (shape[0], inner.prefix_len + shape[1], shape[2])
-    return InnerCarry(*(torch.randn(shape, generator=generator, dtype=torch.float64).to(inner.dtype) for _ in "HL"))
 
 
 @pytest.mark.parametrize(

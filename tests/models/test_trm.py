@@ -7,19 +7,6 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_model import (
-    EPS,
-    NUM_IDENTIFIERS,
-    SEQ_LEN,
-    VOCAB_SIZE,
-    build,
-    gradients,
-    random_carry,
-    randomised,
-    reference_norm,
-    reference_swiglu,
-    relative_error,
-)
 from torch import Tensor
 
 from hrm.batch import Batch
@@ -30,6 +17,17 @@ from hrm.errors import UserError
 from hrm.kernels import Place, describe, make_kernels, naive, resolve
 from hrm.kernels.naive import MixerWeights
 from hrm.models.flops import act_step_blocks, block_flops, train_step_blocks
+from tests.helpers.models import (
+    NUM_IDENTIFIERS,
+    SEQ_LEN,
+    VOCAB_SIZE,
+    build,
+    gradients,
+    random_carry,
+    randomised,
+    relative_error,
+)
+from tests.helpers.reference import EPS, reference_norm, reference_swiglu
 
 Arch = dict[str, Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

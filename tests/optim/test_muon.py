@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_optim import through_a_file
 from torch import Tensor, nn
 
 from hrm.models.layers import keep_copy, kept_copy
 from hrm.optim import AdamATan2, Muon
 from hrm.optim.muon import orthogonal
+from tests.helpers.training import through_a_file
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(16, 16), (48, 16), (16, 40), (16, 16)]

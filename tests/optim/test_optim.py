@@ -3,10 +3,8 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,24 +12,17 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import on_rank
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from hrm.models.layers import SparseEmbedding
 from hrm.optim import AdamATan2, SparseSignSGD, learning_rate
+from tests.helpers.ranks import on_rank
+from tests.helpers.training import through_a_file
 
 SHAPES: Sequence[tuple[int, ...]] = [(), (5,), (3, 4), (2, 1, 3), (1,)]
 NUM_STEPS = 7
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.3
-
-
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    file = BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
 
 
 # --- Adam-atan2 ---

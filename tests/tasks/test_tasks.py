@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from entry_points import TINY_RUN, evaluated, make_pack, train
 
 from hrm.data.builders import arc as build_arc_dataset
 from hrm.data.builders import custom as build_custom_dataset
@@ -20,6 +19,7 @@ from hrm.data.pack import open_pack
 from hrm.errors import UserError
 from hrm.evaluation.tasks import cell_permutations, symmetries
 from hrm.tasks.sudoku import BoxShape, decode_tokens, is_solved
+from tests.helpers.entry_points import TINY_RUN, evaluated, make_pack, train
 
 
 def run(builder: Callable[[Sequence[str]], int], *argv: str) -> None:

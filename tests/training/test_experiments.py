@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from entry_points import TINY_RUN, make_pack, printed_metrics, run_script, train
 
 from benchmarks import ensembles, run_curves
+from tests.helpers.entry_points import TINY_RUN, make_pack, printed_metrics, run_script, train
 
 
 @pytest.fixture(scope="module")

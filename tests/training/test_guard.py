@@ -3,8 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import environment, on_ranks
-from test_training import ALONE, ARCH, start, write_pack
 from torch import Tensor, nn
 
 from hrm import cli
@@ -30,6 +28,8 @@ from hrm.training.guard import NonFiniteGuard, find_nonfinite
 from hrm.training.loop import pretrain
 from hrm.training.metrics import MetricWindow
 from hrm.training.step import TrainState, initial_state, make_train_step
+from tests.helpers.ranks import environment, on_ranks
+from tests.helpers.training import ALONE, ARCH, no_waiting, start, write_pack
 
 BAD = (1, 3, 4)  # of STEPS; the first is where no optimizer has a state yet
 STEPS = 8
@@ -451,16 +451,6 @@ def test_ranks_give_up_together(config: PretrainConfig, tmp_path: Path) -> None:
 
 
 # --- on a GPU ---
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Make waiting for the GPU an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -1,6 +1,5 @@
 """The training step and the run around it: what it learns, repeats, spreads over ranks, logs and leaves behind."""
 
-import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -11,68 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from entry_points import make_pack
 from omegaconf import OmegaConf
-from ranks import environment, on_ranks
 from torch import Tensor
 
 from hrm.batch import Batch
 from hrm.checkpoint.weights import read_weights, save_weights
-from hrm.config import DataConfig, HRMConfig, KernelsConfig, OptimConfig, PretrainConfig, Stage
-from hrm.data.loader import TrainLoader
-from hrm.data.pack import PackMetadata, PackSet, open_pack, write_split
-from hrm.distributed.world import World
+from hrm.config import DataConfig, KernelsConfig, OptimConfig, PretrainConfig, Stage
+from hrm.data.pack import open_pack
 from hrm.errors import UserError
 from hrm.models.flops import peak_tflops
 from hrm.optim import AdamATan2, SparseSignSGD
 from hrm.training.loop import pretrain
 from hrm.training.metrics import MetricWindow, RunLog
-from hrm.training.step import TrainState, initial_state, make_train_step
-
-ALONE = World(0, 1, torch.device("cpu"))
-NUM_IDENTIFIERS = 3
-
-ARCH = HRMConfig(
-    hidden_size=32,
-    num_heads=2,
-    H_layers=1,
-    L_layers=1,
-    puzzle_emb_ndim=32,
-    pos_encodings="learned",
-    halt_max_steps=2,
-    forward_dtype="float32",
-)
-
-
-def write_pack(folder: Path, **sizes: int) -> None:
-    """4x4 Latin squares with about half of the cells blank, `sizes` of them in each split.
-
-    Splits of one size are equal.
-    """
-    cell = np.arange(16)
-    for split, size in sizes.items():
-        rng = np.random.default_rng(0)
-        symbols = rng.permuted(np.tile(np.arange(1, 5, dtype=np.uint8), (size, 1)), axis=1)
-        labels = symbols[:, (cell // 4 + cell % 4) % 4]
-        data = PackSet(
-            inputs=np.where(rng.random(labels.shape) < 0.5, 0, labels).astype(np.uint8),
-            labels=labels,
-            puzzle_identifiers=np.arange(size, dtype=np.int32) % NUM_IDENTIFIERS,
-            puzzle_indices=np.arange(size + 1, dtype=np.int32),
-            group_indices=np.arange(size + 1, dtype=np.int32),
-        )
-        metadata = PackMetadata(
-            pad_id=0,
-            ignore_label_id=0,
-            blank_identifier_id=0,
-            vocab_size=5,
-            seq_len=16,
-            num_puzzle_identifiers=NUM_IDENTIFIERS,
-            total_groups=size,
-            mean_puzzle_examples=1.0,
-            sets=("all",),
-        )
-        write_split(folder / split, metadata, {"all": data})
+from hrm.training.step import initial_state, make_train_step
+from tests.helpers.entry_points import make_pack
+from tests.helpers.ranks import environment, on_ranks
+from tests.helpers.training import ALONE, ARCH, CLOCKED, records, start, without_clock, write_pack
 
 
 @pytest.fixture
@@ -100,25 +53,6 @@ def weights(folder: Path | str | None, step: int) -> dict[str, Tensor]:
     assert folder is not None
     loaded: dict[str, Tensor] = torch.load(Path(folder) / f"step_{step}", weights_only=True)
     return loaded
-
-
-def records(folder: Path | str | None) -> list[dict[str, float]]:
-    assert folder is not None
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-CLOCKED = {"puzzles_per_second", "tflops", "data_wait"}
-
-
-def without_clock(record: dict[str, float]) -> dict[str, float]:
-    """What must be the same whenever and wherever it is computed."""
-    return {name: value for name, value in record.items() if name not in CLOCKED | {"memory_gib", "mfu"}}
-
-
-def start(config: PretrainConfig) -> tuple[TrainState, Iterator[Batch]]:
-    pack = open_pack(config.data_path, "train")
-    loader = TrainLoader(pack, config.global_batch_size, config.seed, epochs_per_pass=config.epochs)
-    return initial_state(config, pack, ALONE), loader.iterate(0)
 
 
 # --- learning ---

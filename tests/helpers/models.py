@@ -1,0 +1,58 @@
+"""Tiny models with weights and states drawn at random, and what comes out of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hrm
+from hrm.batch import Batch
+from hrm.models import ACTLossHead
+from hrm.models.hrm import HierarchicalReasoningModel, InnerCarry
+
+SEQ_LEN, VOCAB_SIZE, NUM_IDENTIFIERS = 5, 7, 4
+
+
+def build(arch: Mapping[str, Any], **options: Any) -> ACTLossHead:
+    sizes = {"batch_size": 3, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE, "num_puzzle_identifiers": NUM_IDENTIFIERS}
+    model: ACTLossHead = hrm.build_model(arch, **(sizes | options))
+    return model
+
+
+def gradients(model: ACTLossHead) -> dict[str, Tensor]:
+    """Of every parameter and of the batch's rows of the puzzle table."""
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    if model.model.inner.prefix_len:
+        assert model.model.inner.puzzle_emb.local_weights is not None
+        found["puzzle rows"] = model.model.inner.puzzle_emb.local_weights.grad
+    assert all(grad is not None for grad in found.values())
+    return {name: grad for name, grad in found.items() if grad is not None}
+
+
+def relative_error(actual: Tensor, reference: Tensor) -> float:
+    """In the Euclidean norm of the whole tensor."""
+    actual, reference = actual.detach().cpu().double(), reference.detach().cpu().double()
+    return float((actual - reference).norm() / reference.norm())
+
+
+def randomised(model: ACTLossHead) -> ACTLossHead:
+    """With the weights that start as constants drawn too, so that they cannot hide a mistake."""
+    generator, inner = torch.Generator().manual_seed(1), model.model.inner
+    with torch.no_grad():
+        inner.q_head.weight.normal_(generator=generator)
+        inner.puzzle_emb.weights.normal_(generator=generator)
+    return model
+
+
+def random_carry(model: ACTLossHead, batch: Batch) -> InnerCarry:
+    generator, inner = torch.Generator().manual_seed(2), model.model.inner
+    shape = (*batch["inputs"].shape, inner.config.hidden_size)
+    shape = (shape[0], inner.prefix_len + shape[1], shape[2])
+    return InnerCarry(*(torch.randn(shape, generator=generator, dtype=torch.float64).to(inner.dtype) for _ in "HL"))
+
+
+def fresh_state(inner: HierarchicalReasoningModel, batch: Batch) -> InnerCarry:
+    """The state in which sequences begin."""
+    zeros = inner.initial_carry(batch)
+    return InnerCarry(zeros.z_H + inner.H_init.to(inner.dtype), zeros.z_L + inner.L_init.to(inner.dtype))
