@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _ops(shape: Shape, device: torch.device) -> Iterator[Op]:
     from hrm.kernels.ops.triton.attention import attention
-    from hrm.kernels.ops.triton.linear import linear_residual_rms, linear_swiglu
+    from hrm.kernels.ops.triton.linear import linear_swiglu
+    from hrm.kernels.ops.triton.residual_rms import linear_residual_rms
 
     rows, tokens = shape.batch_size * shape.seq_len, shape.seq_len
     generator = torch.Generator(device).manual_seed(0)

@@ -13,6 +13,7 @@ if not triton.__version__.startswith("3.6."):
     pytest.skip("the kernels are written for the Gluon of Triton 3.6", allow_module_level=True)
 
 from hrm.kernels.ops.hopper import linear as hopper_linear  # noqa: E402
+from hrm.kernels.ops.hopper import residual_rms as hopper_residual_rms  # noqa: E402
 from tests.helpers.fake_gluon import Block, Descriptor, FakeGluon, Number, Pointer, on_cpu  # noqa: E402
 
 EPS = 1e-5
@@ -96,7 +97,8 @@ def test_residual_rms(rows: int, inputs: int, programs: int, save: bool, scaled:
     y, rstd = empty(rows, 512), torch.full((rows,), math.nan)
     results = Descriptor(y, 128, 64)
     for program in range(programs):
-        on_cpu(hopper_linear, "_norm_kernel", FakeGluon(program, programs, seed=program), _pack=pack, _unpack=unpack)(
+        gluon = FakeGluon(program, programs, seed=program)
+        on_cpu(hopper_residual_rms, "norm_kernel", gluon, _pack=pack, _unpack=unpack)(
             Descriptor(x, 128, 64),
             Descriptor(weight, 256, 64),
             Descriptor(residual, 128, 64),

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from hrm.kernels import naive  # noqa: E402
 from hrm.kernels.ops.triton import linear as triton_linear  # noqa: E402
+from hrm.kernels.ops.triton import residual_rms  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 EPS = 1e-5
@@ -38,11 +39,11 @@ def naive_add_rms(a: Tensor, b: Tensor) -> Tensor:
 
 
 def linear_residual_rms(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    return triton_linear.linear_residual_rms(x, weight, residual, EPS)
+    return residual_rms.linear_residual_rms(x, weight, residual, EPS)
 
 
 def add_rms(a: Tensor, b: Tensor) -> Tensor:
-    return triton_linear.add_rms(a, b, EPS)
+    return residual_rms.add_rms(a, b, EPS)
 
 
 def draw(dtype: torch.dtype, *shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
@@ -123,7 +124,8 @@ def test_on_models_sizes(dtype: torch.dtype, rows: int, width: int, inner: int) 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [82, 12_345])
 def test_without_the_kernels_for_hopper(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int) -> None:
-    monkeypatch.setattr(triton_linear, "_hopper", lambda x: None)
+    for operation in (triton_linear, residual_rms):
+        monkeypatch.setattr(operation, "_hopper", lambda x: None)
     swiglu_case(dtype, rows, 512, 1536)
     residual_rms_case(dtype, rows, 1536, 512)
 
@@ -173,8 +175,12 @@ def test_operands_need_not_be_contiguous(dtype: torch.dtype) -> None:
 def test_without_gradient_nothing_is_made_for_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, residual = draw(torch.float32, (8, 16), (64, 16), (8, 64))
     made = []
-    for name in ("_linear_swiglu_forward", "_linear_residual_rms_forward", "_add_rms_forward"):
-        forward = getattr(triton_linear, name)
+    for operation, name in (
+        (triton_linear, "_linear_swiglu_forward"),
+        (residual_rms, "_linear_residual_rms_forward"),
+        (residual_rms, "_add_rms_forward"),
+    ):
+        forward = getattr(operation, name)
 
         def watched(
             *args: object, save: bool, forward: Callable[..., tuple[Tensor, Tensor | None]] = forward
@@ -183,7 +189,7 @@ def test_without_gradient_nothing_is_made_for_a_backward(monkeypatch: pytest.Mon
             made.append(save)
             return results
 
-        monkeypatch.setattr(triton_linear, name, watched)
+        monkeypatch.setattr(operation, name, watched)
 
     def run(x: Tensor, weight: Tensor, residual: Tensor) -> None:
         triton_linear.linear_swiglu(x, weight)
@@ -229,7 +235,7 @@ def test_a_norm_put_off(dtype: torch.dtype, rows: int) -> None:
     x, qkv, o = (t.detach() for t in draw(dtype, (rows, 512), (1536, 512), (512, 512)))
     mixed = torch.randn(rows, 512, device=x.device, generator=torch.Generator(x.device).manual_seed(1)).to(dtype)
     x *= 1 + torch.arange(rows, device=x.device, dtype=dtype)[:, None] % 7
-    if not triton_linear.defers_norm(x, qkv, o):
+    if not residual_rms.defers_norm(x, qkv, o):
         pytest.skip("does not pay for so many rows")
     found, factors = triton_linear.deferred_norm_linear(x, qkv, EPS)
     normed = x.double() * (x.double().square().mean(1) + EPS).rsqrt()[:, None]
@@ -237,7 +243,7 @@ def test_a_norm_put_off(dtype: torch.dtype, rows: int) -> None:
     for ours, theirs, exact in (
         (found, plain @ qkv.T, normed @ qkv.double().T),
         (
-            triton_linear.deferred_norm_residual_rms(mixed, o, x, factors, EPS),
+            residual_rms.deferred_norm_residual_rms(mixed, o, x, factors, EPS),
             linear_residual_rms(mixed, o, plain),
             torch.nn.functional.rms_norm(normed + mixed.double() @ o.double().T, (512,), eps=EPS),
         ),

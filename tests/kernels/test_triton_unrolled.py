@@ -19,6 +19,7 @@ from hrm.kernels.backends import triton as triton_module
 from hrm.kernels.experimental import triton_unrolled
 from hrm.kernels.experimental.triton_unrolled import cycles
 from hrm.kernels.ops.triton import linear as triton_linear
+from hrm.kernels.ops.triton import residual_rms
 
 EPS = 1e-5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -160,7 +161,8 @@ def test_norms_put_off(updates: str, dtype: torch.dtype, monkeypatch: pytest.Mon
         pays_for_residual_rms=lambda x, weight: weight.shape[0] == weight.shape[1],
         fits_swiglu=lambda inputs: False,
     )
-    monkeypatch.setattr(triton_linear, "_hopper", lambda x: hopper)
+    for operation in (triton_linear, residual_rms):
+        monkeypatch.setattr(operation, "_hopper", lambda x: hopper)
     check(2, 5, 2, 32, 72, (3, 2), updates, True, dtype, triton_module.cycles)
     assert len(calls) == updates.count("L") + 2 * updates.count("H")  # of two layers one, of three two
 

@@ -3,7 +3,8 @@
 Operands of the four matmuls of a block are rounded to e4m3; sums, the norms and the residual stream keep the precision
 they have elsewhere, and so does attention between its projections. Three ways compute the same:
 
-- `hopper_fp8`, where the rounding is an epilogue of the kernel before: GPUs of compute capability 9.0, in 16 bit;
+- `hrm.kernels.ops.hopper.fp8`, where the rounding is an epilogue of the kernel before: GPUs of compute capability 9.0,
+  in 16 bit;
 - the library's fp8 matmul: other NVIDIA GPUs from 8.9 on, and sizes that the kernels for Hopper are not made for;
 - `naive_reasoning_module`, matmuls of the rounded numbers in float32: anywhere, and what the others are tested against.
 

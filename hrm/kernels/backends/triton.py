@@ -1,7 +1,8 @@
 """The reasoning module in Triton: each block is four matmuls with everything else fused into or between them.
 
-Attention reads the fused projection as it lies and turns queries and keys on the way (`triton_attention`); the gated
-MLP's activation, the residuals and the norms are epilogues of the matmuls before them (`triton_linear`).
+Attention reads the fused projection as it lies and rotates queries and keys on the way (`ops.triton.attention`); the
+gated MLP's activation, the residuals and the norms are epilogues of the matmuls before them (`ops.triton.linear`,
+`ops.triton.residual_rms`).
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from hrm.kernels.naive import Attend, BlockWeights, RotaryTables
 from hrm.kernels.ops.triton.attention import attention, first_token_attention
 from hrm.kernels.ops.triton.linear import (
     deferred_norm_linear,
-    deferred_norm_residual_rms,
-    defers_norm,
     linear,
     linear_and_input,
-    linear_residual_rms,
-    linear_residual_rms_and_sums,
     linear_swiglu,
     linear_swiglu_and_input,
+)
+from hrm.kernels.ops.triton.residual_rms import (
+    deferred_norm_residual_rms,
+    defers_norm,
+    linear_residual_rms,
+    linear_residual_rms_and_sums,
 )
 
 

@@ -1,11 +1,11 @@
 """The reasoning module with a program per sequence and head: its slice of the projection, the rotation and attention.
 
-Projected tokens then never pass through memory, and a block is one launch shorter than in `triton_module`. The price:
+Projected tokens then never pass through memory, and a block is one launch shorter than in `triton`. The price:
 each head reads its weights and inputs again, and multiplies a whole tile of rows, 128 of them for 82 tokens. On an H200
 that price is higher than the gain at large batches and as high at small ones
 (benchmarks/results/2026-11-22-attention.md): `triton` is the faster choice.
 
-Beyond 128 tokens, and in float32, a head does not fit on chip: projection by the library, then `triton_attention`.
+Beyond 128 tokens, and in float32, a head does not fit on chip: projection by the library, then `ops.triton.attention`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,12 @@ from torch.autograd.function import once_differentiable
 
 from hrm.kernels.backends.triton import first_token_block
 from hrm.kernels.naive import BlockWeights, RotaryTables
-from hrm.kernels.ops.triton.attention import (
-    _LOG2_E,
-    _check,
-    _load_angles,
-    _one_tile_backward,
-    _one_tile_holds,
-    _pair,
-    _tile_rows,
-    _unpair,
-    attention,
-)
-from hrm.kernels.ops.triton.linear import linear_residual_rms, linear_swiglu_and_input
+from hrm.kernels.ops.triton.attention import attention
+from hrm.kernels.ops.triton.attention.common import LOG2_E, check_projection, load_angles, pair, unpair
+from hrm.kernels.ops.triton.attention.short import holds_head, short_backward
+from hrm.kernels.ops.triton.common import tile_rows
+from hrm.kernels.ops.triton.linear import linear_swiglu_and_input
+from hrm.kernels.ops.triton.residual_rms import linear_residual_rms
 
 __all__ = ["first_token_block", "reasoning_module"]
 
@@ -42,14 +36,14 @@ __all__ = ["first_token_block", "reasoning_module"]
 def _rotate(
     x: tl.tensor, cos: tl.tensor, sin: tl.tensor, rows: tl.tensor, T: tl.constexpr, K: tl.constexpr
 ) -> tl.tensor:
-    """A head [R, K] of q or k in the order of `_pair`, turned in float32; as it is without cos."""
+    """A head [R, K] of q or k in the order of `pair`, turned in float32; as it is without cos."""
     if cos is None:
         return x
     else:  # Triton compiles what follows a return, but not the branch not taken
-        first, second = _unpair(x)
-        c, s = _load_angles(cos, sin, rows, T, K)
+        first, second = unpair(x)
+        c, s = load_angles(cos, sin, rows, T, K)
         a, b = first.to(tl.float32), second.to(tl.float32)
-        return _pair((a * c - b * s).to(x.dtype), (b * c + a * s).to(x.dtype))
+        return pair((a * c - b * s).to(x.dtype), (b * c + a * s).to(x.dtype))
 
 
 @triton.jit
@@ -66,14 +60,14 @@ def _project_and_attend_kernel(
     INPUTS: tl.constexpr,
 ) -> None:
     D: tl.constexpr = N * K
-    SCALE: tl.constexpr = _LOG2_E * K**-0.5
+    SCALE: tl.constexpr = LOG2_E * K**-0.5
     # Heads of one sequence are neighbours, so that they find its tokens in the L2 cache.
     head = tl.program_id(0) % N * K
     token = (tl.program_id(0) // N).to(tl.int64) * T
     rows = tl.arange(0, ROWS)
     inputs = tl.arange(0, INPUTS)
     column = tl.arange(0, K)
-    # Reading q's and k's rows of the weight in the order of `_pair` spares a shuffle of what is multiplied.
+    # Reading q's and k's rows of the weight in the order of `pair` spares a shuffle of what is multiplied.
     paired = column // 16 * 8 + column % 8 + column // 8 % 2 * (K // 2)
     x_at = x + token * D + rows[:, None] * D + inputs[None, :]
     q_at = weight + (head + paired)[None, :] * D + inputs[:, None]
@@ -102,7 +96,7 @@ def _project_and_attend_forward(
     batch, tokens, width = x.shape
     head_size = width // num_heads
     out = torch.empty_like(x)
-    rows = _tile_rows(tokens, 128)
+    rows = tile_rows(tokens, 128)
     _project_and_attend_kernel[(batch * num_heads,)](
         x,
         weight,
@@ -141,14 +135,14 @@ class _ProjectAndAttend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, weight, cos, sin = ctx.saved_tensors
         qkv = F.linear(x, weight)
-        d_qkv = _one_tile_backward(grad.contiguous(), qkv, cos, sin, ctx.num_heads)
+        d_qkv = short_backward(grad.contiguous(), qkv, cos, sin, ctx.num_heads)
         d_x = d_qkv @ weight if ctx.needs_input_grad[0] else None
         d_weight = d_qkv.flatten(0, 1).T @ x.flatten(0, 1) if ctx.needs_input_grad[1] else None
         return d_x, d_weight, None, None, None
 
 
 def project_and_attend(x: Tensor, weight: Tensor, rotary: RotaryTables | None, num_heads: int) -> Tensor:
-    """`triton_attention.attention` of x @ weight.T, in one kernel where a head fits on chip.
+    """`ops.triton.attention` of x @ weight.T, in one kernel where a head fits on chip.
 
     Args:
         x: [B, T, D], bfloat16, float16 or float32.
@@ -162,8 +156,8 @@ def project_and_attend(x: Tensor, weight: Tensor, rotary: RotaryTables | None, n
     Raises:
         UserError: a shape or dtype that the kernels are not made for.
     """
-    _check(x, rotary, num_heads, parts=1)
-    if not _one_tile_holds(x) or _inputs(x.shape[2], x.shape[2] // num_heads) < 16:
+    check_projection(x, rotary, num_heads, parts=1)
+    if not holds_head(x) or _inputs(x.shape[2], x.shape[2] // num_heads) < 16:
         return attention(F.linear(x, weight), rotary, num_heads)
     x, weight = x.contiguous(), weight.contiguous()
     cos, sin = (None, None) if rotary is None else rotary

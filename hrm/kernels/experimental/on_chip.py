@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hrm.kernels.naive import BlockWeights, RotaryTables
-from hrm.kernels.ops.triton.attention import _LOG2_E, _load_angles, _tile_rows
-from hrm.kernels.ops.triton.linear import _stages
+from hrm.kernels.ops.triton.attention.common import LOG2_E, load_angles
+from hrm.kernels.ops.triton.common import stages, tile_rows
 
 _BLOCK_F = 64
 
@@ -80,7 +80,7 @@ def _on_chip_kernel(
 ) -> None:
     """Bit i of `H_updates` says that update i is of H; `state` [2, B, T, D] is z_L, z_H."""
     D: tl.constexpr = N * K
-    SCALE: tl.constexpr = _LOG2_E * K**-0.5
+    SCALE: tl.constexpr = LOG2_E * K**-0.5
     rows = tl.arange(0, ROWS)
     inside = (rows < T)[:, None]
     at = tl.program_id(0).to(tl.int64) * (T * D) + rows[:, None] * D + tl.arange(0, D)[None, :]
@@ -88,7 +88,7 @@ def _on_chip_kernel(
     if cos is None:
         c, s = None, None
     else:
-        c, s = _load_angles(cos, sin, rows, T, K)
+        c, s = load_angles(cos, sin, rows, T, K)
     update = 0
     while update < num_updates:
         level = (H_updates >> update) & 1
@@ -169,10 +169,10 @@ def update_on_chip(
         N=num_heads,
         K=width // num_heads,
         F=blocks[0].down.shape[1],
-        ROWS=_tile_rows(tokens, 128),
+        ROWS=tile_rows(tokens, 128),
         BLOCK_F=_BLOCK_F,
         num_warps=8 if tokens > 64 else 4,
-        num_stages=_stages(state.device),
+        num_stages=stages(state.device),
     )
 
 

@@ -9,8 +9,8 @@ are separated by a barrier in global memory. A matrix that a program multiplies 
 others do: its first columns are on their way to registers before the program waits. Norms cost no phase: a row is
 stored as it is before its norm, and who reads it as a factor sums its squares on the way.
 
-Small models fit on chip, state and all, and need no barrier: `triton_on_chip`. What is too large for either takes the
-launches of `triton_module`.
+Small models fit on chip, state and all, and need no barrier: `on_chip`. What is too large for either takes the
+launches of the backend `triton`.
 
 Shapes: B sequences, T tokens, M = B T rows, D hidden size, N heads of size K, F inner width of the gated MLP.
 """
@@ -29,8 +29,8 @@ from hrm.errors import UserError
 from hrm.kernels.backends import triton as triton_module
 from hrm.kernels.experimental.on_chip import fits_on_chip, schedule, select, update_on_chip
 from hrm.kernels.naive import BlockWeights, RotaryTables
-from hrm.kernels.ops.triton.attention import _DTYPES, _HEAD_SIZES, _LOG2_E, _load, _load_rotated, _tile_rows
-from hrm.kernels.ops.triton.linear import _multiprocessors
+from hrm.kernels.ops.triton.attention.common import HEAD_SIZES, LOG2_E, load_head, load_rotated
+from hrm.kernels.ops.triton.common import DTYPES, multiprocessor_count, tile_rows
 
 
 @triton.jit
@@ -213,7 +213,7 @@ def _attention(
 ) -> None:
     """Tiles of ROWS queries of a head, past which its keys stream in tiles of KEYS (online softmax)."""
     D: tl.constexpr = N * K
-    SCALE: tl.constexpr = _LOG2_E * K**-0.5
+    SCALE: tl.constexpr = LOG2_E * K**-0.5
     TILES: tl.constexpr = tl.cdiv(T, ROWS)
     tile = tl.program_id(0)
     while tile < B * N * TILES:
@@ -221,14 +221,14 @@ def _attention(
         token = (head // N).to(tl.int64) * T
         q_at = qkv + token * (3 * D) + head % N * K
         rows = tile % TILES * ROWS + tl.arange(0, ROWS)
-        q = _load_rotated(q_at, cos, sin, rows, T, 3 * D, K)
+        q = load_rotated(q_at, cos, sin, rows, T, 3 * D, K)
         peak = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         mixed = tl.zeros((ROWS, K), tl.float32)
         for start in tl.range(0, T, KEYS, num_stages=1):  # as in `_linear`
             keys = start + tl.arange(0, KEYS)
-            k = _load_rotated(q_at + D, cos, sin, keys, T, 3 * D, K)
-            v = _load(q_at + 2 * D, keys, T, 3 * D, K)
+            k = load_rotated(q_at + D, cos, sin, keys, T, 3 * D, K)
+            v = load_head(q_at + 2 * D, keys, T, 3 * D, K)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
             scores = tl.where((keys < T)[None, :], scores, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -326,7 +326,7 @@ def _persistent_kernel(
 # ---- launchers
 
 
-# With more, launches are short beside what they do, and `triton_module` does it faster.
+# With more, launches are short beside what they do, and the backend `triton` does it faster.
 _MOST_ROWS = 1024
 # Of both operands in the registers of a program, 256 KiB in all.
 _BYTES_AHEAD = 144 * 1024
@@ -348,11 +348,11 @@ def _tile(rows: int, outputs: int, inputs: int, matrices: int, itemsize: int, pr
         waves = triton.cdiv(triton.cdiv(rows, m) * triton.cdiv(outputs, n), programs)
         return float(waves * (m + matrices * n * (0.5 if fits(tile) else 1.0)))
 
-    heights = [m for m in (16, 32, 64, 128) if m <= _tile_rows(rows, 128)]
-    widths = [n for n in (16, 32, 64, 128) if n <= _tile_rows(outputs, 128)]
+    heights = [m for m in (16, 32, 64, 128) if m <= tile_rows(rows, 128)]
+    widths = [n for n in (16, 32, 64, 128) if n <= tile_rows(outputs, 128)]
     # 128 x 128 accumulators in float32 are a quarter of the registers.
     tile = min(((m, n) for m in heights for n in widths if m * n * matrices <= 128 * 128), key=time)
-    block_k = _tile_rows(inputs, 128 if fits(tile) else 64)
+    block_k = tile_rows(inputs, 128 if fits(tile) else 64)
     return *tile, block_k, triton.cdiv(inputs, block_k) if fits(tile) else 0
 
 
@@ -366,12 +366,12 @@ def _update_persistently(
     num_heads: int,
     eps: float,
 ) -> None:
-    """As `triton_on_chip.update_on_chip`, for any width."""
+    """As `on_chip.update_on_chip`, for any width."""
     _, batch, tokens, width = state.shape
     inner = blocks[0].down.shape[1]
     rows = batch * tokens
     cos, sin = (None, None) if rotary is None else rotary
-    programs = _multiprocessors(state.device)
+    programs = multiprocessor_count(state.device)
     itemsize = state.element_size()
     queries = 32 if itemsize == 4 else _queries(batch * num_heads, tokens, programs)
     _persistent_kernel[(programs,)](
@@ -397,7 +397,7 @@ def _update_persistently(
         INJECT_ROWS=max(1, 1024 // triton.next_power_of_2(width)),
         INJECT_COLUMNS=triton.next_power_of_2(width),
         QUERIES=queries,
-        KEYS=32 if itemsize == 4 else _tile_rows(tokens, 128) if tokens <= 128 else 64,
+        KEYS=32 if itemsize == 4 else tile_rows(tokens, 128) if tokens <= 128 else 64,
         QKV=_tile(rows, 3 * width, width, 1, itemsize, programs),
         O=_tile(rows, width, width, 1, itemsize, programs),
         GATE_UP=_tile(rows, inner, width, 2, itemsize, programs),
@@ -457,13 +457,13 @@ def cycles(
 
 def _pays_on_chip(z: Tensor, inner: int, num_heads: int) -> bool:
     # A program per sequence has to make up for the multiprocessors that get none.
-    return 4 * len(z) >= _multiprocessors(z.device) and fits_on_chip(z, inner, z.shape[-1] // num_heads)
+    return 4 * len(z) >= multiprocessor_count(z.device) and fits_on_chip(z, inner, z.shape[-1] // num_heads)
 
 
 def _check(
     z_H: Tensor, z_L: Tensor, embeddings: Tensor, updates: str, rotary: RotaryTables | None, num_heads: int
 ) -> None:
-    if z_H.dtype not in _DTYPES:
+    if z_H.dtype not in DTYPES:
         raise UserError(f"the unrolled recurrence has no {z_H.dtype} kernel; take bfloat16, float16 or float32.")
     for name, tensor in (("z_L", z_L), ("embeddings", embeddings)):
         if tensor.shape != z_H.shape or tensor.dtype != z_H.dtype:
@@ -472,7 +472,7 @@ def _check(
                 f"it must be like z_H, {z_H.dtype} of shape {tuple(z_H.shape)}."
             )
     tokens, width = z_H.shape[1:]
-    if width % num_heads or width // num_heads not in _HEAD_SIZES:
+    if width % num_heads or width // num_heads not in HEAD_SIZES:
         raise UserError(
             f"the unrolled recurrence has no kernel for {num_heads} heads of {width} features together; "
             "choose hidden_size / num_heads among 16, 32, 64 and 128, or kernels=naive."

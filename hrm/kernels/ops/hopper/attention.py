@@ -1,4 +1,6 @@
-"""Attention forward for long sequences on Hopper GPUs, warp-specialised by hand in Gluon; `triton_attention` calls it.
+"""Attention forward for long sequences on Hopper GPUs, warp-specialised by hand in Gluon.
+
+`hrm.kernels.ops.triton.attention` calls it where it pays.
 
 A program walks through a run of query tiles, one head after another. The keys of a head stay in shared memory from its
 first tile of queries to its last, so they are read and rotated once; its values stream past once a tile.
@@ -31,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hrm.kernels.ops.hopper.linear import _descriptor, _multiprocessors, _run_of
+from hrm.kernels.ops.hopper.common import descriptor, multiprocessor_count, run_of
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _LOG2_E = gl.constexpr(math.log2(math.e))
@@ -402,7 +404,7 @@ def _forward_kernel(
     for stage in gl.static_range(STAGES + 1):
         mbarrier.init(v_raw.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=_GROUPS)
-    start, end = _run_of(heads * TILES)
+    start, end = run_of(heads * TILES)
 
     work = (start, end)
     descs = (q_desc, kv_desc, rest_desc)
@@ -450,7 +452,7 @@ def pays(qkv: Tensor, num_heads: int) -> bool:
     if not long_enough or width != 3 * num_heads * _HEAD_SIZE or qkv.dtype not in _DTYPES:
         return False
     # With fewer tiles to a program, most of its time would go into copying and rotating keys.
-    return _programs(batch, tokens, num_heads, _multiprocessors(qkv.device))[1] >= 4
+    return _programs(batch, tokens, num_heads, multiprocessor_count(qkv.device))[1] >= 4
 
 
 def attention_forward(
@@ -460,12 +462,12 @@ def attention_forward(
     batch, tokens, width = qkv.shape
     out = qkv.new_empty(batch, tokens, width // 3)
     lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32) if save_lse else None
-    programs, _ = _programs(batch, tokens, num_heads, _multiprocessors(qkv.device))
+    programs, _ = _programs(batch, tokens, num_heads, multiprocessor_count(qkv.device))
     _forward_kernel[(programs,)](
-        _descriptor(qkv, 1, _ROWS.value, _HEAD_SIZE),
-        _descriptor(qkv, 1, _KEYS, _HEAD_SIZE),
-        _descriptor(qkv, 1, _rest(tokens), _HEAD_SIZE),
-        _descriptor(out, 1, _ROWS.value, _HEAD_SIZE),
+        descriptor(qkv, 1, _ROWS.value, _HEAD_SIZE),
+        descriptor(qkv, 1, _KEYS, _HEAD_SIZE),
+        descriptor(qkv, 1, _rest(tokens), _HEAD_SIZE),
+        descriptor(out, 1, _ROWS.value, _HEAD_SIZE),
         cos,
         sin,
         lse,

@@ -4,7 +4,8 @@ One warp streams operands into shared memory with the bulk tensor copy engine (T
 with wgmma, each for rows of its own, and take turns: while one multiplies, the other one finishes its tile. Both pass
 over the same tiles of weights, so these are read once for 256 rows: in 8 bits, the L2 cache is what falls short first.
 
-Shapes: M rows, K inputs, N outputs, F inner width of the gated MLP, D hidden size. See `hopper_linear` for barriers.
+Shapes: M rows, K inputs, N outputs, F inner width of the gated MLP, D hidden size. Barriers: see
+`hrm.kernels.ops.hopper.common`.
 """
 
 from __future__ import annotations
@@ -26,20 +27,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from hrm.kernels.naive import BlockWeights, RotaryTables
 from hrm.kernels.ops.e4m3 import E4M3, WEIGHT_SCALE, Fp8BlockWeights
-from hrm.kernels.ops.hopper.linear import (
-    _LOAD_REGISTERS,
-    _MULTIPLY_REGISTERS,
-    _NORM_STAGES,
-    _NORM_WIDTH,
-    _ROWS,
-    _START_REGISTERS,
-    _descriptor,
-    _multiprocessors,
-    _norm_kernel,
-    _quarters,
-    _run_of,
-    _store_tile,
+from hrm.kernels.ops.hopper.common import (
+    LOAD_REGISTERS,
+    MULTIPLY_REGISTERS,
+    ROWS,
+    START_REGISTERS,
+    descriptor,
+    multiprocessor_count,
+    quarters,
+    run_of,
+    store_tile,
 )
+from hrm.kernels.ops.hopper.residual_rms import NORM_STAGES, NORM_WIDTH, norm_kernel
 from hrm.kernels.ops.triton.attention import attention_in_e4m3
 
 # 128 inputs of 8 bits are the 128 bytes over which TMA swizzles. Of the 227 KiB of shared memory, 256 rows of x take
@@ -147,14 +146,14 @@ def _multiply(
         if SWIGLU:
             gate, up = acc.reshape([BLOCK_M, 2, BLOCK_N]).permute([0, 2, 1]).split()
             value = _silu(SCALE * gate) * (SCALE * up)
-            _store_tile(out_desc, m, n, value, staging.index(2 * HALF + tile % 2), 1)
+            store_tile(out_desc, m, n, value, staging.index(2 * HALF + tile % 2), 1)
         else:
             part: gl.constexpr = BLOCK_N // 4
-            a, b, c, d = _quarters(acc)
-            _store_tile(out_desc, m, n, SCALE * a, staging.index(2 * HALF), 1)
-            _store_tile(out_desc, m, n + part, SCALE * b, staging.index(2 * HALF + 1), 1)
-            _store_tile(out_desc, m, n + 2 * part, SCALE * c, staging.index(2 * HALF), 1)
-            _store_tile(out_desc, m, n + 3 * part, SCALE * d, staging.index(2 * HALF + 1), 1)
+            a, b, c, d = quarters(acc)
+            store_tile(out_desc, m, n, SCALE * a, staging.index(2 * HALF), 1)
+            store_tile(out_desc, m, n + part, SCALE * b, staging.index(2 * HALF + 1), 1)
+            store_tile(out_desc, m, n + 2 * part, SCALE * c, staging.index(2 * HALF), 1)
+            store_tile(out_desc, m, n + 3 * part, SCALE * d, staging.index(2 * HALF + 1), 1)
     tma.store_wait(0)
 
 
@@ -194,7 +193,7 @@ def _linear_kernel(
     for half in gl.static_range(2):
         mbarrier.init(turns.index(half), count=1)
     tiles_n = gl.cdiv(N, BLOCK_N)
-    start, end = _run_of(gl.cdiv(M, 2 * BLOCK_M) * tiles_n)  # neighbouring tiles share their rows of x
+    start, end = run_of(gl.cdiv(M, 2 * BLOCK_M) * tiles_n)  # neighbouring tiles share their rows of x
 
     work = (start, end, tiles_n)
     barriers = (x_full, x_empty, weight_full, weight_empty, turns)
@@ -206,7 +205,7 @@ def _linear_kernel(
             (_load, ((x_desc, weight_desc), (x_tile, weight_ring), barriers, work, SLICES, STAGES)),
         ],
         [4, 1],
-        [_MULTIPLY_REGISTERS, _LOAD_REGISTERS],
+        [MULTIPLY_REGISTERS, LOAD_REGISTERS],
     )
 
 
@@ -268,11 +267,11 @@ def _launch(x: Tensor, weight: Tensor, out: Tensor, swiglu: bool) -> None:
     M, K = x.shape
     parts, N, _ = weight.shape
     columns = _OUTPUTS // parts
-    tiles = triton.cdiv(M, 2 * _ROWS) * triton.cdiv(N, columns)
-    _linear_kernel[(min(tiles, _multiprocessors(x.device)),)](
-        _descriptor(x, _ROWS, _INPUTS),
-        _descriptor(weight, parts, columns, _INPUTS),
-        _descriptor(out, _ROWS, 64 // out.itemsize),
+    tiles = triton.cdiv(M, 2 * ROWS) * triton.cdiv(N, columns)
+    _linear_kernel[(min(tiles, multiprocessor_count(x.device)),)](
+        descriptor(x, ROWS, _INPUTS),
+        descriptor(weight, parts, columns, _INPUTS),
+        descriptor(out, ROWS, 64 // out.itemsize),
         M,
         N,
         SLICES=K // _INPUTS,
@@ -280,7 +279,7 @@ def _launch(x: Tensor, weight: Tensor, out: Tensor, swiglu: bool) -> None:
         SCALE=1 / WEIGHT_SCALE,
         SWIGLU=swiglu,
         num_warps=4,
-        maxnreg=_START_REGISTERS,
+        maxnreg=START_REGISTERS,
     )
 
 
@@ -295,23 +294,23 @@ def linear_residual_rms(
     M, K = x.shape
     y = torch.empty_like(residual)
     rounded = y if only_y else torch.empty_like(residual, dtype=E4M3)
-    _norm_kernel[(min(triton.cdiv(M, _ROWS), _multiprocessors(x.device)),)](
-        _descriptor(x, _ROWS, _INPUTS),
-        _descriptor(weight, _NORM_WIDTH // 2, _INPUTS),
-        _descriptor(residual, _ROWS, _NORM_WIDTH // 8),
-        _descriptor(y, _ROWS, _NORM_WIDTH // 8),
-        _descriptor(rounded, _ROWS, _NORM_WIDTH // 8),
+    norm_kernel[(min(triton.cdiv(M, ROWS), multiprocessor_count(x.device)),)](
+        descriptor(x, ROWS, _INPUTS),
+        descriptor(weight, NORM_WIDTH // 2, _INPUTS),
+        descriptor(residual, ROWS, NORM_WIDTH // 8),
+        descriptor(y, ROWS, NORM_WIDTH // 8),
+        descriptor(rounded, ROWS, NORM_WIDTH // 8),
         None,
         None,
         M,
         K,
         eps,
         SCALE=1 / WEIGHT_SCALE,
-        STAGES=_NORM_STAGES,
+        STAGES=NORM_STAGES,
         SAVE=False,
         ROUND=not only_y,
         num_warps=8,
-        maxnreg=_START_REGISTERS,
+        maxnreg=START_REGISTERS,
     )
     return y, rounded
 
@@ -331,7 +330,7 @@ def fits(state: Tensor, blocks: Sequence[Fp8BlockWeights], num_heads: int) -> bo
     return (
         bool(blocks)
         and state.dtype in (torch.bfloat16, torch.float16)
-        and width == _NORM_WIDTH
+        and width == NORM_WIDTH
         and width // num_heads in (16, 32, 64, 128)
         and all(weights.down.shape[1] % _INPUTS == 0 for weights in blocks)
     )

@@ -1,21 +1,18 @@
-"""Projections of a block with what follows them fused in, forward and backward, in Triton.
+"""Projections, alone or with SwiGLU fused in, forward and backward, in Triton.
 
-Forward, `linear`, `linear_swiglu` and `linear_residual_rms` take the fastest of these ways, as measured on an H200:
+Forward, `linear` and `linear_swiglu` take the fastest of these ways, as measured on an H200:
 
-- one of the kernels of `hopper_linear`, in 16 bit, where there are rows enough to fill the GPU;
+- the kernel of `hrm.kernels.ops.hopper.linear`, in 16 bit, where there are rows enough to fill the GPU;
 - SwiGLU in the epilogue of a Triton matmul, in 16 bit, for other widths and GPUs;
-- matmul by the library, then one pointwise kernel: in float32, for few rows, for a norm after a matmul of many inputs.
+- matmul by the library, then one pointwise kernel: in float32, and for few rows.
 
 Backward, the pointwise part is one kernel and the matmuls are the library's. Nothing waits for the device.
 
-Shapes: M rows, K inputs, F inner width of the gated MLP, D outputs.
+Shapes: M rows, K inputs, F inner width of the gated MLP.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hrm.kernels.ops.hopper import device as hopper
+from hrm.kernels.ops.triton.common import differentiates, multiprocessor_count, stages
 
 # 128 rows by 64 gates and their 64 ups, so that two programs share a multiprocessor: one multiplies while the other one
 # finishes its tile. 64 inputs of 16 bits are the 128 bytes over which Hopper's copy engine swizzles.
@@ -103,84 +101,6 @@ def _swiglu_backward_kernel(
     tl.store(d_gate_up + gate_at + F, grad * gate * sigmoid, inside)
 
 
-@triton.jit
-def _add_rms_kernel(
-    a: tl.tensor,
-    b: tl.tensor,
-    y: tl.tensor,
-    rstd: tl.tensor,
-    M: tl.tensor,
-    eps: tl.tensor,
-    D: tl.constexpr,
-    SAVE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)[None, :]
-    inside = (rows < M)[:, None] & (columns < D)
-    at = rows.to(tl.int64)[:, None] * D + columns
-    total = tl.load(a + at, inside, 0).to(tl.float32) + tl.load(b + at, inside, 0).to(tl.float32)
-    row_scale = tl.rsqrt(tl.sum(total * total, 1) / D + eps)
-    tl.store(y + at, total * row_scale[:, None], inside)
-    if SAVE:
-        tl.store(rstd + rows, row_scale, rows < M)
-
-
-@triton.jit
-def _rms_and_sums_kernel(
-    x: tl.tensor,
-    y: tl.tensor,
-    a: tl.tensor,
-    with_a: tl.tensor,
-    b: tl.tensor,
-    with_both: tl.tensor,
-    M: tl.tensor,
-    eps: tl.tensor,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)[None, :]
-    inside = (rows < M)[:, None] & (columns < D)
-    at = rows.to(tl.int64)[:, None] * D + columns
-    value = tl.load(x + at, inside, 0)
-    wide = value.to(tl.float32)
-    # Each sum rounds as if it had been made of what is in memory.
-    total = (wide * tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)[:, None]).to(value.dtype)
-    if y is not None:
-        tl.store(y + at, total, inside)
-    if a is not None:
-        total = (total.to(tl.float32) + tl.load(a + at, inside, 0).to(tl.float32)).to(value.dtype)
-        tl.store(with_a + at, total, inside)
-        if b is not None:
-            total = (total.to(tl.float32) + tl.load(b + at, inside, 0).to(tl.float32)).to(value.dtype)
-            tl.store(with_both + at, total, inside)
-
-
-@triton.jit
-def _rms_backward_kernel(
-    dy: tl.tensor,
-    y: tl.tensor,
-    rstd: tl.tensor,
-    dx: tl.tensor,
-    M: tl.tensor,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)[None, :]
-    inside = (rows < M)[:, None] & (columns < D)
-    at = rows.to(tl.int64)[:, None] * D + columns
-    grad = tl.load(dy + at, inside, 0).to(tl.float32)
-    value = tl.load(y + at, inside, 0).to(tl.float32)
-    row_scale = tl.load(rstd + rows, rows < M, 0)[:, None]
-    along = tl.sum(grad * value, 1)[:, None] / D
-    tl.store(dx + at, row_scale * (grad - value * along), inside)
-
-
 def _linear_swiglu_forward(x: Tensor, gate_up: Tensor, save: bool) -> tuple[Tensor, Tensor | None]:
     """The result [M, F] and, with `save`, x @ gate_up.T [M, 2 F]."""
     M, K = x.shape
@@ -188,7 +108,7 @@ def _linear_swiglu_forward(x: Tensor, gate_up: Tensor, save: bool) -> tuple[Tens
     tiles = triton.cdiv(M, _BLOCK_M) * triton.cdiv(F, 2 * _BLOCK_N)
     # Descriptors want rows of whole 16 bytes, and in the interpreter of Triton 3.5 of whole 16 numbers.
     whole_vectors = K % 16 == 0 and F % 16 == 0
-    if x.dtype.itemsize == 2 and whole_vectors and tiles >= _multiprocessors(x.device):
+    if x.dtype.itemsize == 2 and whole_vectors and tiles >= multiprocessor_count(x.device):
         kernels = _hopper(x)
         if kernels is not None and kernels.fits_swiglu(K):
             out, projected = kernels.linear_swiglu(x, gate_up, save)
@@ -212,7 +132,7 @@ def _fused_linear_swiglu(x: Tensor, gate_up: Tensor, save: bool) -> tuple[Tensor
         ups = TensorDescriptor.from_tensor(projected[:, F:], [_BLOCK_M, _BLOCK_N])
     tiles_n = triton.cdiv(F, _BLOCK_N)
     tiles = triton.cdiv(M, _BLOCK_M) * tiles_n
-    programs = min(tiles, _PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(x.device))
+    programs = min(tiles, _PROGRAMS_PER_MULTIPROCESSOR * multiprocessor_count(x.device))
     _linear_swiglu_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [_BLOCK_M, _BLOCK_K]),
         TensorDescriptor.from_tensor(gate_up.view(2, F, K), [2, _BLOCK_N, _BLOCK_K]),
@@ -227,7 +147,7 @@ def _fused_linear_swiglu(x: Tensor, gate_up: Tensor, save: bool) -> tuple[Tensor
         _BLOCK_N,
         _BLOCK_K,
         num_warps=4,
-        num_stages=_stages(x.device),
+        num_stages=stages(x.device),
     )
     return out, projected
 
@@ -241,109 +161,11 @@ def _swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
     return d_gate_up
 
 
-def _linear_residual_rms_forward(
-    x: Tensor, weight: Tensor, residual: Tensor, eps: float, save: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The result [M, D] and, with `save`, 1 / rms of the rows before the norm [M]."""
-    kernels = _hopper(x)
-    if kernels is not None and kernels.pays_for_residual_rms(x, weight):
-        y, rstd = kernels.linear_residual_rms(x, weight, residual, eps, save)
-        return y, rstd
-    return _add_rms_forward(residual, x @ weight.T, eps, save=save)
-
-
-def linear_residual_rms_and_sums(
-    x: Tensor, weight: Tensor, residual: Tensor, eps: float, addends: Sequence[Tensor] = (), *, keep: bool = True
-) -> tuple[Tensor, list[Tensor]]:
-    """`linear_residual_rms` without gradient, and what comes of adding one tensor after the other to its result.
-
-    Args:
-        x, weight, residual, eps: as there, contiguous; `residual` is overwritten.
-        addends: none, one or two, each [M, D].
-        keep: whether the result itself is wanted too.
-
-    Returns:
-        `(result, sums)`, as many sums as addends. Without `keep`, the result holds nothing of use.
-    """
-    kernels = _hopper(x)
-    if kernels is not None and kernels.pays_for_residual_rms(x, weight):
-        y, _ = kernels.linear_residual_rms(x, weight, residual, eps, False)
-        return y, list(accumulate(addends, initial=y))[1:]
-    y = residual.addmm_(x, weight.T)
-    sums = [torch.empty_like(y) for _ in addends]
-    pairs: list[Tensor | None] = [operand for pair in zip(addends, sums, strict=True) for operand in pair]
-    pairs += [None] * (4 - len(pairs))
-    M, D = y.shape
-    grid, tile = _row_wise(M, D)
-    _rms_and_sums_kernel[grid](y, y if keep else None, *pairs, M, eps, D, **tile)
-    return y, sums
-
-
-def defers_norm(x: Tensor, qkv: Tensor, o: Tensor) -> bool:
-    """Whether a block may leave the norm of its result `x` [M, D] to the next one's `deferred_norm_linear` and
-    `deferred_norm_residual_rms`: a row factor, which commutes with the matmul, found on the way.
-    """
-    kernels = _hopper(x)
-    return kernels is not None and kernels.pays_for_linear(x, qkv) and kernels.pays_for_residual_rms(x, o)
-
-
-def deferred_norm_linear(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """rms_norm(x) @ weight.T and the norm's factors [M], without gradient, where `defers_norm` says so."""
-    return _hopper(x).norm_linear(x, weight, eps)  # type: ignore[union-attr, no-any-return]
-
-
-def deferred_norm_residual_rms(x: Tensor, weight: Tensor, residual: Tensor, factors: Tensor, eps: float) -> Tensor:
-    """`linear_residual_rms` with the rows of the residual times `factors`, where `defers_norm` says so."""
-    y: Tensor = _hopper(x).linear_residual_rms(x, weight, residual, eps, False, factors)[0]  # type: ignore[union-attr]
-    return y
-
-
-def _add_rms_forward(a: Tensor, b: Tensor, eps: float, save: bool) -> tuple[Tensor, Tensor | None]:
-    """The result [M, D] and, with `save`, 1 / rms of the rows of a + b [M]."""
-    M, D = a.shape
-    y = torch.empty_like(a)
-    rstd = a.new_empty(M, dtype=torch.float32) if save else None
-    grid, tile = _row_wise(M, D)
-    _add_rms_kernel[grid](a, b, y, rstd, M, eps, D, save, **tile)
-    return y, rstd
-
-
-def _rms_backward(dy: Tensor, y: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient with respect to what was normalised, from its result alone: rstd (dy - y mean(dy y)), all [M, D]."""
-    M, D = y.shape
-    dx = torch.empty_like(y)
-    grid, tile = _row_wise(M, D)
-    _rms_backward_kernel[grid](dy, y, rstd, dx, M, D, **tile)
-    return dx
-
-
 def _pointwise(rows: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
     # 2048 numbers a program: two vectors of 16 bytes in flight for each of 128 threads and each operand.
     width = min(512, triton.next_power_of_2(columns))
     height = 2048 // width
     return (triton.cdiv(columns, width), triton.cdiv(rows, height)), {"ROWS": height, "COLUMNS": width}
-
-
-def _row_wise(rows: int, columns: int) -> tuple[tuple[int], dict[str, int]]:
-    # The same size where rows are short: a warp to a row of 512.
-    width = triton.next_power_of_2(columns)
-    height = max(1, 2048 // width)
-    return (triton.cdiv(rows, height),), {"ROWS": height, "COLUMNS": width}
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    # Without a GPU this is Triton's interpreter, one program at a time.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@functools.cache
-def _stages(device: torch.device) -> int:
-    """How many stages of 32 KiB fit into shared memory beside 16 KiB of output; gaming cards have room for two."""
-    if device.type != "cuda":
-        return 1
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return 3 if properties["max_shared_mem"] >= 116 * 1024 else 2
 
 
 def _hopper(x: Tensor) -> ModuleType | None:
@@ -353,6 +175,11 @@ def _hopper(x: Tensor) -> ModuleType | None:
     from hrm.kernels.ops.hopper import linear as hopper_linear
 
     return hopper_linear
+
+
+def deferred_norm_linear(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """rms_norm(x) @ weight.T and the norm's factors [M], without gradient, where `defers_norm` says so."""
+    return _hopper(x).norm_linear(x, weight, eps)  # type: ignore[union-attr, no-any-return]
 
 
 class _LinearAndInput(torch.autograd.Function):
@@ -389,38 +216,6 @@ def _linear_backward(ctx: Any, d_projected: Tensor, d_input: Tensor) -> tuple[Te
     return d_x, d_weight
 
 
-class _LinearResidualRMS(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, residual: Tensor, eps: float) -> Tensor:
-        y, rstd = _linear_residual_rms_forward(x, weight, residual, eps, save=True)
-        ctx.save_for_backward(x, weight, y, rstd)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, None]:
-        x, weight, y, rstd = ctx.saved_tensors
-        d_sum = _rms_backward(d_y.contiguous(), y, rstd)
-        d_x = d_sum @ weight if ctx.needs_input_grad[0] else None
-        d_weight = d_sum.T @ x if ctx.needs_input_grad[1] else None
-        return d_x, d_weight, d_sum, None
-
-
-class _AddRMS(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, eps: float) -> Tensor:
-        y, rstd = _add_rms_forward(a, b, eps, save=True)
-        ctx.save_for_backward(y, rstd)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor, None]:
-        y, rstd = ctx.saved_tensors
-        d_sum = _rms_backward(d_y.contiguous(), y, rstd)
-        return d_sum, d_sum, None
-
-
 def linear_swiglu(x: Tensor, gate_up: Tensor) -> Tensor:
     """silu(x @ gate.T) * (x @ up.T), the activation in float32.
 
@@ -437,7 +232,7 @@ def linear_swiglu(x: Tensor, gate_up: Tensor) -> Tensor:
 def linear_swiglu_and_input(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """`linear_swiglu` and x, to go on as a residual: see `linear_and_input`."""
     x, gate_up = x.contiguous(), gate_up.contiguous()
-    if _differentiates(x, gate_up):
+    if differentiates(x, gate_up):
         return _LinearSwiGLU.apply(x, gate_up)  # type: ignore[no-any-return, no-untyped-call]
     return _linear_swiglu_forward(x, gate_up, save=False)[0], x
 
@@ -449,7 +244,7 @@ def linear_and_input(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     must go to `linear_residual_rms` and nowhere else.
     """
     x, weight = x.contiguous(), weight.contiguous()
-    if _differentiates(x, weight):
+    if differentiates(x, weight):
         return _LinearAndInput.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
     return linear(x, weight), x
 
@@ -462,31 +257,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.T
 
 
-def linear_residual_rms(x: Tensor, weight: Tensor, residual: Tensor, eps: float) -> Tensor:
-    """rms_norm(residual + x @ weight.T), without a gain.
-
-    Args:
-        x: [M, K], float32, bfloat16 or float16.
-        weight: [D, K] of the same dtype.
-        residual: [M, D] of the same dtype.
-        eps: added to the mean square of a row.
-
-    Returns:
-        [M, D]. For a backward, x, the result and 1 / rms of each row are kept.
-    """
-    x, weight, residual = x.contiguous(), weight.contiguous(), residual.contiguous()
-    if _differentiates(x, weight, residual):
-        return _LinearResidualRMS.apply(x, weight, residual, eps)  # type: ignore[no-any-return, no-untyped-call]
-    return _linear_residual_rms_forward(x, weight, residual, eps, save=False)[0]
-
-
-def add_rms(a: Tensor, b: Tensor, eps: float) -> Tensor:
-    """rms_norm(a + b) of a, b [M, D], without a gain; for a backward, the result and 1 / rms of each row are kept."""
-    a, b = a.contiguous(), b.contiguous()
-    if _differentiates(a, b):
-        return _AddRMS.apply(a, b, eps)  # type: ignore[no-any-return, no-untyped-call]
-    return _add_rms_forward(a, b, eps, save=False)[0]
-
-
-def _differentiates(*inputs: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+def runs_on_hopper(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` of these operands takes the kernel for Hopper."""
+    kernels = _hopper(x)
+    return kernels is not None and kernels.pays_for_linear(x, weight)

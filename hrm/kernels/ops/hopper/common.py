@@ -1,0 +1,78 @@
+"""What kernels in Gluon for Hopper GPUs share: tiles, registers, descriptors, stores, and the division of work.
+
+One warp streams operands into shared memory with the bulk tensor copy engine (TMA); the others multiply with wgmma and
+finish rows in registers. By hand because Triton's pipeliner leaves the tensor cores idle during an epilogue and cannot
+keep a tile of x in shared memory from one output tile to the next.
+
+Two kinds of barrier in shared memory pass buffers around: `full` (the copy has arrived) and `empty` (the readers are
+done). A wait names the parity of the phase it waits for, so nobody may run a whole phase ahead of a waiter.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
+# A row of an operand tile is 128 bytes, the widest that TMA swizzles against bank conflicts.
+ROWS, COLUMNS = 128, 64
+# All registers of a multiprocessor over three groups of four warps. Of these 504, the two groups that multiply then
+# take 240 each and the one that loads keeps 24, the least there is.
+START_REGISTERS = 168
+MULTIPLY_REGISTERS = gl.constexpr(240)
+LOAD_REGISTERS = gl.constexpr(24)
+
+
+@gluon.jit
+def run_of(tiles: gl.tensor) -> Any:
+    """First and end of the run of tiles that this program takes."""
+    most = gl.cdiv(tiles, gl.num_programs(0))
+    start = gl.program_id(0) * most
+    return start, gl.minimum(start + most, tiles)
+
+
+@gluon.jit
+def store_tile(
+    desc: tma.tensor_descriptor,
+    m: gl.tensor,
+    n: gl.tensor,
+    value: gl.tensor,
+    staging: gl.shared_memory_descriptor,
+    PENDING: gl.constexpr,
+) -> None:
+    """Write `value` to global memory through `staging`, once all but the last PENDING stores have left theirs."""
+    tma.store_wait(PENDING)
+    staging.store(value.to(staging.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(desc, [m, n], staging)
+
+
+@gluon.jit
+def quarters(x: gl.tensor) -> Any:
+    """The columns of x [M, N] in four parts [M, N / 4]; nothing moves between threads."""
+    M: gl.constexpr = x.type.shape[0]
+    N: gl.constexpr = x.type.shape[1]
+    left, right = x.reshape([M, 2, N // 2]).permute([0, 2, 1]).split()
+    a, b = left.reshape([M, 2, N // 4]).permute([0, 2, 1]).split()
+    c, d = right.reshape([M, 2, N // 4]).permute([0, 2, 1]).split()
+    return a, b, c, d
+
+
+def multiprocessor_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def descriptor(tensor: Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(block), _layout(tensor.dtype, block))
+
+
+@functools.cache
+def _layout(dtype: torch.dtype, block: tuple[int, ...]) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), DTYPES[dtype])

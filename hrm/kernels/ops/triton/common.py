@@ -1,0 +1,35 @@
+"""What launchers of Triton kernels share: dtypes, sizes of tiles, and what a device has."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def tile_rows(tokens: int, most: int) -> int:
+    """Rows of a tile for `tokens`: a power of two, as Triton asks, and at least 16, as matrix units ask."""
+    return min(most, max(16, 1 << (tokens - 1).bit_length()))
+
+
+@functools.cache
+def multiprocessor_count(device: torch.device) -> int:
+    # Without a GPU this is Triton's interpreter, one program at a time.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def stages(device: torch.device) -> int:
+    """How many stages of 32 KiB fit into shared memory beside 16 KiB of output; gaming cards have room for two."""
+    if device.type != "cuda":
+        return 1
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return 3 if properties["max_shared_mem"] >= 116 * 1024 else 2
+
+
+def differentiates(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
