@@ -130,7 +130,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A command line of which a benchmark's device and the folder of its results can be chosen."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/tables"))
     return parser
 
 

@@ -41,7 +41,7 @@ class Op(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="384x82,96x901", help="sequences x tokens, several")
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/tables"))
     arguments = parser.parse_args(argv)
     with join_world("auto") as world:
         if world.device.type != "cuda":

@@ -1,6 +1,6 @@
 """Draw the results of a benchmark as a bar chart: speed relative to `compile`, by shape and preset.
 
-python -m benchmarks.plot benchmarks/results/DATE-train-step.json benchmarks/results/train-step.svg
+python -m benchmarks.plot benchmarks/results/tables/DATE-train-step.json benchmarks/results/tables/train-step.svg
 """
 
 from __future__ import annotations

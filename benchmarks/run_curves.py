@@ -1,6 +1,6 @@
 """Overlay the curves of finished runs: accuracy in training and test, ACT steps, and how often q_halt is right.
 
-python -m benchmarks.run_curves checkpoints/one checkpoints/other --picture benchmarks/results/runs.svg
+python -m benchmarks.run_curves checkpoints/one checkpoints/other --picture benchmarks/results/tables/runs.svg
 """
 
 from __future__ import annotations

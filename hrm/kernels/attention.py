@@ -176,7 +176,7 @@ PROVIDERS = {
 }
 
 # The fastest first by compute capability, for short and long sequences, forward and backward, compiled or not:
-# benchmarks/results/2026-11-22-attention.md. Where nothing was measured, PyTorch chooses.
+# benchmarks/results/reports/2026-11-22-attention.md. Where nothing was measured, PyTorch chooses.
 _FASTEST = {(9, 0): ("gluon", "triton")}
 
 

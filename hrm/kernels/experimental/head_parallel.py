@@ -3,7 +3,7 @@
 Projected tokens then never pass through memory, and a block is one launch shorter than in `triton`. The price:
 each head reads its weights and inputs again, and multiplies a whole tile of rows, 128 of them for 82 tokens. On an H200
 that price is higher than the gain at large batches and as high at small ones
-(benchmarks/results/2026-11-22-attention.md): `triton` is the faster choice.
+(benchmarks/results/reports/2026-11-22-attention.md): `triton` is the faster choice.
 
 Beyond 128 tokens, and in float32, a head does not fit on chip: projection by the library, then `ops.triton.attention`.
 """
