@@ -7,7 +7,8 @@ other seeds do. Exits with 1 if one does not. For a long run of few presets, com
 definition and without a verdict:
 
 python -m benchmarks.loss_curves --data data/sudoku-extreme-1k-aug-1000 --reference compile --presets triton,fp8 \\
-    --seeds 1 --steps 3000 --window 50 --shape 384x81 --picture benchmarks/results/tables/curves.svg lr=7e-5 weight_decay=1.0
+    --seeds 1 --steps 3000 --window 50 --shape 384x81 --picture benchmarks/results/tables/curves.svg \\
+    lr=7e-5 weight_decay=1.0
 """
 
 from __future__ import annotations
