@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from benchmarks.common import picture_file
-from hrm.checkpoint.weights import CONFIG_FILE, METRICS_FILE
+from hrm.checkpoint.run_folder import CONFIG_FILE, METRICS_FILE
 from hrm.errors import UserError
 from hrm.evaluation.plots import Metric, Record, draw_panels, read_records, run_panel
 

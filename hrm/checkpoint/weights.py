@@ -8,13 +8,11 @@ go on is in `hrm.checkpoint.states`.
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +23,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from yaml import YAMLError
 
-from hrm.config import PretrainConfig
+from hrm.checkpoint.run_folder import CONFIG_FILE, replacing
 from hrm.errors import UserError, first_sentence
 
-CONFIG_FILE = "all_config.yaml"
-METRICS_FILE = "metrics.jsonl"
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 _COMPILED_PREFIX = "_orig_mod."
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_WEIGHTS = "checkpoint"
 _SAFETENSORS = ".safetensors"
 _WEIGHTS_NAME = re.compile(r"step_(\d+)(_ema)?(\.safetensors)?")
-_NAME_OF_STEP = re.compile(r"(?:step|state)_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -61,41 +56,6 @@ class Checkpoint:
         return int(named[1]) if named else 0
 
 
-def make_folder(folder: Path, option: str) -> None:
-    """Create a folder that `option` named, or raise a UserError that says why not."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option}={folder} cannot be made a folder ({error.strerror}): give another path.") from error
-
-
-def keep_earlier_run(folder: Path, after: int | None = None) -> None:
-    """Move what an earlier run left in a run folder into `earlier_<n>` there.
-
-    Args:
-        after: move only what belongs to steps after this one, as a run that goes on from it will make them anew.
-    """
-    # Training states first: cut off here, the next start finds none that it would take for the new run's.
-    found = [path for pattern in ("state_*", "step_*") for path in folder.glob(pattern)]
-    steps = {path: int(named[1]) for path in found if (named := _NAME_OF_STEP.match(path.name))}
-    left = [path for path, step in steps.items() if after is None or step > after]
-    if after is None:
-        left += [file for name in (METRICS_FILE, CONFIG_FILE) if (file := folder / name).is_file()]
-    if left:
-        number = 1
-        while (aside := folder / f"earlier_{number}").exists():
-            number += 1
-        aside.mkdir()
-        for path in left:
-            path.rename(aside / path.name)
-
-
-def save_config(config: PretrainConfig, folder: Path) -> None:
-    """Write `all_config.yaml`, creating the run folder."""
-    make_folder(folder, "checkpoint_path")
-    write_atomically(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(asdict(config))).encode())
-
-
 def save_weights(weights: Mapping[str, Tensor], folder: Path, name: str) -> Path:
     """Write weights as `<name>`, in the published layout, and `<name>.safetensors`; a crash midway leaves no torn file.
 
@@ -104,9 +64,9 @@ def save_weights(weights: Mapping[str, Tensor], folder: Path, name: str) -> Path
         name: `step_<n>`.
     """
     file = folder / name
-    with _replacing(file) as temporary:
+    with replacing(file) as temporary:
         torch.save({_COMPILED_PREFIX + name: tensor for name, tensor in weights.items()}, temporary)
-    with _replacing(file.with_name(name + _SAFETENSORS)) as temporary:
+    with replacing(file.with_name(name + _SAFETENSORS)) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary, {"format": "pt"})
     return file
 
@@ -227,30 +187,3 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("arch"), dict):
         raise UserError(f"{file} has no section arch: it is not the config of an HRM run; restore it.")
     return {str(name): value for name, value in config.items()}
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file; a crash midway leaves it as it was."""
-    with _replacing(file) as temporary:
-        temporary.write_bytes(content)
-
-
-@contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
-    """A path to write to beside `file`, which takes its place once its bytes are on the disk."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    yield temporary
-    sync(temporary)
-    temporary.replace(file)
-    sync(file.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and os.name != "posix":  # elsewhere folders cannot be opened
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -29,7 +29,7 @@ from hrm.kernels import attention
 from hrm.kernels.cycles import chunked, looped
 from hrm.models import ACTLossHead
 from hrm.optim.clip import clip_gradients
-from hrm.training.guard import find_nonfinite
+from hrm.optim.nonfinite import find_nonfinite
 
 
 class _Cut(NamedTuple):

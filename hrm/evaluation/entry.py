@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hrm.batch import IGNORE_LABEL_ID
-from hrm.checkpoint.weights import METRICS_FILE, Checkpoint, find_checkpoint, load_weights, make_folder, read_weights
+from hrm.checkpoint.run_folder import METRICS_FILE, make_folder
+from hrm.checkpoint.weights import Checkpoint, find_checkpoint, load_weights, read_weights
 from hrm.config import EnsembleConfig, EvaluateConfig, KernelsConfig, arch_config
 from hrm.data.loader import EvalLoader
 from hrm.data.pack import Pack, open_pack

@@ -1,8 +1,7 @@
-"""Steps whose loss or gradients are not finite: found, passed over and counted without waiting for the device."""
+"""Steps whose loss or gradients are not finite: skipped and counted without waiting for the device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,19 +10,8 @@ from torch import Tensor
 from hrm.models.hrm import Carry
 
 
-@torch.no_grad()
-def find_nonfinite(tensors: Sequence[Tensor]) -> Tensor:
-    """1.0 if there is a NaN or an infinity in any of the tensors, else 0.0; 0-dimensional float32, on their device.
-
-    Reads each number once: 4 bytes a weight for gradients in float32.
-    """
-    # Of one dtype: only then do a few kernels serve for all.
-    largest = torch._foreach_norm([tensor.float() for tensor in tensors if tensor.numel()], torch.inf)
-    return (~torch.isfinite(torch.stack(largest)).all()).float()
-
-
 class NonFiniteGuard:
-    """Counts the steps that are passed over, and keeps what they computed out of the metrics and the carry."""
+    """Counts the steps that are skipped, and keeps what they computed out of the metrics and the carry."""
 
     def __init__(self, abort_after: int | None, device: torch.device, *, masks: bool) -> None:
         """Give up after `abort_after` skipped steps in a row; None: never.
@@ -46,7 +34,7 @@ class NonFiniteGuard:
         return kept | {"skipped": found, "gave_up": gave_up}
 
 
-def restart_poisoned(carry: Carry, q_halt: Tensor) -> Carry:
+def halt_nonfinite(carry: Carry, q_halt: Tensor) -> Carry:
     """Let sequences whose state is not finite make place for new ones.
 
     Args:

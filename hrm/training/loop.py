@@ -11,22 +11,12 @@ from pathlib import Path
 
 import torch
 
+from hrm.checkpoint.finding import AUTO, check_options, find_state
+from hrm.checkpoint.run_folder import keep_earlier_run, make_folder, save_config
 from hrm.checkpoint.save_points import Request, SavePoints, uninterrupted
-from hrm.checkpoint.states import (
-    AUTO,
-    Facts,
-    Progress,
-    SavedState,
-    StateSaver,
-    check_options,
-    describe_maker,
-    find_state,
-    on_host,
-    own_tensors,
-    restore,
-    shared_tensors,
-)
-from hrm.checkpoint.weights import keep_earlier_run, make_folder, save_config, save_weights
+from hrm.checkpoint.saving import StateSaver, on_host
+from hrm.checkpoint.states import SavedState, StateMetadata, environment_info
+from hrm.checkpoint.weights import save_weights
 from hrm.config import PretrainConfig
 from hrm.data.build import ensure_pack
 from hrm.data.loader import EvalLoader, TrainLoader
@@ -38,8 +28,10 @@ from hrm.evaluation.runner import evaluate, save_outputs
 from hrm.kernels import describe
 from hrm.models import ACTLossHead
 from hrm.models.flops import block_flops, train_step_blocks
-from hrm.training.metrics import MetricWindow, RunLog, cut_records
+from hrm.training.metrics import MetricWindow
 from hrm.training.profiling import step_trace
+from hrm.training.resume import Progress, own_tensors, restore, shared_tensors
+from hrm.training.run_log import RunLog, cut_records
 from hrm.training.step import TrainState, current_lr, initial_state, make_train_step
 
 EXIT_PREEMPTED = 75
@@ -86,14 +78,14 @@ def pretrain(config: PretrainConfig) -> None:
         state, progress = initial_state(config, train_pack, world), Progress()
         window = MetricWindow(world, config.global_batch_size)
         if saved is not None:
-            progress = Progress(**saved.facts.progress)
+            progress = Progress(**saved.metadata.progress)
             if begun := restore(saved, state, world, config, train_pack):
                 window.reopen(begun)
         if world.is_main:
             _take_over(folder, saved)
             save_config(config, folder)
         is_same_run = saved is not None and saved.is_of(folder)
-        wandb_id = saved.facts.wandb_id if saved and is_same_run else None
+        wandb_id = saved.metadata.wandb_id if saved and is_same_run else None
         with (
             RunLog(config, folder, state.total_steps, world, state.step, wandb_id) as log,
             StateSaver(folder, config.keep_checkpoints, world, config.dist_timeout) as saver,
@@ -101,7 +93,7 @@ def pretrain(config: PretrainConfig) -> None:
             step_trace(config.profile, world, log.say) as trace_step,
         ):
             log.say(_summary(config, state, world, folder))
-            made_by = describe_maker(state, world)
+            made_by = environment_info(describe(state.model.kernels), world)
             for line in _origin(config, saved, changed, made_by):
                 log.say(line)
             if is_same_run:
@@ -111,7 +103,7 @@ def pretrain(config: PretrainConfig) -> None:
                 is_complete = run.train(train_loader, eval_loader, save_points, trace_step)
             except BaseException as error:  # Ctrl-C, a full disk, a closed terminal: what was learned stays
                 with uninterrupted():
-                    run.rescue(type(error).__name__)
+                    run.save_on_error(type(error).__name__)
                 raise
             saver.wait()
             if not is_complete:
@@ -204,7 +196,7 @@ class _Run:
         if self.saver.saved_step == self.state.step:
             return
         begun = self.window.open_sums()
-        facts = Facts(
+        metadata = StateMetadata(
             step=self.state.step,
             num_ranks=self.world.size,
             progress=asdict(self.progress),
@@ -216,7 +208,7 @@ class _Run:
             pack=asdict(self.train_pack.metadata),
             made_by=self.made_by,
         )
-        self.saver.save(facts, shared_tensors(self.state), own_tensors(self.state, self.window, self.world))
+        self.saver.save(metadata, shared_tensors(self.state), own_tensors(self.state, self.window, self.world))
 
     def _evaluate(self, loader: EvalLoader, *, is_last: bool) -> bool:
         """Evaluate and keep the weights; returns whether to end."""
@@ -264,7 +256,7 @@ class _Run:
             return f"training's exact accuracy is {reached:.4g} (stop_at_train_accuracy={wanted})"
         return None
 
-    def rescue(self, reason: str) -> None:
+    def save_on_error(self, reason: str) -> None:
         """Keep the weights of a run that ends before its time, where this process has all of them."""
         is_whole = self.world.processes == self.world.size and not self.config.parallel.fsdp  # or others may be missing
         if not (self.world.is_main and self.state.step and is_whole):
@@ -298,17 +290,17 @@ def _take_over(folder: Path, saved: SavedState | None) -> None:
     if saved is None:
         keep_earlier_run(folder)
         return
-    keep_earlier_run(folder, saved.facts.step if saved.is_of(folder) else None)
-    cut_records(saved.folder.parent, saved.facts.metrics_size, folder)
+    keep_earlier_run(folder, saved.metadata.step if saved.is_of(folder) else None)
+    cut_records(saved.folder.parent, saved.metadata.metrics_size, folder)
 
 
 def _origin(config: PretrainConfig, saved: SavedState | None, changed: list[str], made_by: dict[str, str]) -> list[str]:
     """What to say of where a run starts from."""
     if saved is None:
         return [] if config.resume is None else ["Nothing to resume yet: a new run."]
-    lines = [f"Passed over a training state: {sentence}" for sentence in saved.passed_over]
+    lines = [f"Not usable: {sentence}" for sentence in saved.unusable]
     lines.append(f"Going on from {saved.folder}" + (f", with {' and '.join(changed)}." if changed else "."))
-    had = saved.facts.made_by
+    had = saved.metadata.made_by
     if differ := [f"{name} {had.get(name)}, now {now}" for name, now in made_by.items() if had.get(name) != now]:
         lines.append(f"Expect other bits than from a run never stopped: it was saved by {'; '.join(differ)}.")
     return lines

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from hrm.checkpoint.weights import make_folder
+from hrm.checkpoint.run_folder import make_folder
 from hrm.distributed.world import World
 
 # Steps before the trace: by then kernels are compiled, tuned and recorded, and the loader has caught up.
-_PASSED_OVER, _WARM_UP, _TRACED = 10, 2, 5
+_SKIPPED, _WARM_UP, _TRACED = 10, 2, 5
 
 
 @contextmanager
@@ -40,8 +40,8 @@ def step_trace(folder: str | None, world: World, say: Callable[[str], None]) -> 
         say(f"A trace of up to {_TRACED} steps is in {file} (profile={folder}).")
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])]
-    when = schedule(wait=_PASSED_OVER, warmup=_WARM_UP, active=_TRACED, repeat=1)
+    when = schedule(wait=_SKIPPED, warmup=_WARM_UP, active=_TRACED, repeat=1)
     with profile(activities=activities, schedule=when, on_trace_ready=write) as profiled:
         yield profiled.step
     if not is_written:
-        say(f"No trace (profile={folder}): the run ended before step {_PASSED_OVER + _WARM_UP + 1}.")
+        say(f"No trace (profile={folder}): the run ended before step {_SKIPPED + _WARM_UP + 1}.")

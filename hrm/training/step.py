@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +19,10 @@ from hrm.errors import UserError
 from hrm.evaluation.tasks import cell_permutations
 from hrm.models import ACTLossHead, build_model
 from hrm.models.hrm import Carry, InnerCarry
-from hrm.optim import AdamATan2, Muon, SparseSignSGD, learning_rate, set_lr
+from hrm.optim import AdamATan2, SparseSignSGD, learning_rate, set_lr
+from hrm.optim.build import build_optimizers
 from hrm.training.average import WeightAverage
-from hrm.training.guard import NonFiniteGuard, restart_poisoned
+from hrm.training.guard import NonFiniteGuard, halt_nonfinite
 
 
 @dataclass
@@ -69,50 +69,13 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
         model.model.show_images(cell_permutations(pack, config.seed).to(world.device))
     shared = SharedModel(model, config.parallel, world)
 
-    graphed, fused, on_cuda = _is_graphed(config, model, world), model.kernels.fused_step, world.device.type == "cuda"
+    graphed, on_cuda = _is_graphed(config, model, world), world.device.type == "cuda"
     guard = None
     if config.skip_nonfinite:
         guard = NonFiniteGuard(config.abort_after, world.device, masks=on_cuda)
 
-    def rate(value: float, dtype: torch.dtype = torch.float64) -> float | Tensor:
-        return torch.tensor(value, device=world.device, dtype=dtype) if graphed else value
-
-    betas = (config.beta1, config.beta2)
-    dense: torch.optim.Optimizer
-    if config.optim.name == "adamw":
-        dense = torch.optim.AdamW(
-            shared.weights.values(),
-            rate(config.lr, torch.float32),
-            betas,
-            config.optim.eps,
-            config.weight_decay,
-            foreach=not on_cuda,
-            fused=on_cuda,
-            capturable=graphed,
-        )
-    else:
-        options: dict[str, Any] = {
-            "capturable": graphed or (guard is not None and guard.masks),
-            "fused": fused,
-            "copy_dtype": model.model.inner.dtype if fused and not config.parallel.fsdp else None,
-        }
-        kind: type[AdamATan2] = AdamATan2
-        if config.optim.name == "muon":
-            kind = Muon
-            options |= {
-                "matrices": shared.hidden_matrices(),
-                "momentum": config.optim.momentum,
-                "rest_lr_ratio": config.optim.rest_lr_ratio,
-                "rest_weight_decay": config.optim.rest_weight_decay,
-            }
-        dense = kind(shared.weights.values(), rate(config.lr), betas, config.weight_decay, **options)
-    optimizers: list[tuple[torch.optim.Optimizer, float]] = [(dense, config.lr)]
-    if model.model.inner.prefix_len:
-        table = model.model.inner.puzzle_emb
-        sparse = SparseSignSGD(
-            table, rate(config.puzzle_emb_lr), config.puzzle_emb_weight_decay, fused=fused, group=world.group
-        )
-        optimizers.append((sparse, config.puzzle_emb_lr))
+    masks = guard is not None and guard.masks
+    optimizers = build_optimizers(config, shared, model, world, graphed=graphed, masks=masks)
     average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
     return TrainState(model, shared, optimizers, total_steps, average=average, guard=guard)
 
@@ -216,7 +179,7 @@ def _update(config: PretrainConfig, state: TrainState, batch: Batch) -> dict[str
         _apply_gradients(state)
     else:
         found = state.shared.find_nonfinite([*losses, *_row_gradients(state)])
-        state.carry = restart_poisoned(state.carry, torch.cat(q_halts))
+        state.carry = halt_nonfinite(state.carry, torch.cat(q_halts))
         if state.guard.masks:
             _apply_gradients(state, found)
         elif not found:

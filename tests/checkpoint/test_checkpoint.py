@@ -18,7 +18,8 @@ import yaml
 from torch import Tensor
 
 from hrm.batch import Batch
-from hrm.checkpoint.weights import find_checkpoint, load_weights, read_weights, save_config, save_weights
+from hrm.checkpoint.run_folder import save_config
+from hrm.checkpoint.weights import find_checkpoint, load_weights, read_weights, save_weights
 from hrm.config import PretrainConfig, arch_config
 from hrm.errors import UserError
 from hrm.models import ACTLossHead, build_model

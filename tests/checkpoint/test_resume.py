@@ -24,9 +24,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hrm.checkpoint import states as resume
+from hrm.checkpoint import saving
+from hrm.checkpoint.finding import find_state
 from hrm.checkpoint.save_points import Request, SavePoints
-from hrm.checkpoint.states import Facts, StateSaver, find_state
+from hrm.checkpoint.saving import StateSaver
+from hrm.checkpoint.states import StateMetadata
 from hrm.checkpoint.weights import read_weights
 from hrm.config import DataConfig, HRMConfig, KernelsConfig, OptimConfig, ParallelConfig, PretrainConfig
 from hrm.data.loader import TrainLoader
@@ -34,7 +36,8 @@ from hrm.data.pack import open_pack, sha256_of
 from hrm.distributed.world import World
 from hrm.errors import UserError
 from hrm.training.loop import EXIT_PREEMPTED, pretrain
-from hrm.training.metrics import RunLog
+from hrm.training.resume import restore
+from hrm.training.run_log import RunLog
 from hrm.training.step import initial_state, make_train_step
 from tests.helpers.entry_points import CPU, ROOT, TINY_MODEL, make_pack
 from tests.helpers.ranks import environment, meeting
@@ -403,7 +406,7 @@ def test_new_ranks_explore_differently(
     draws = []
     for world in (World(0, 1, torch.device("cpu")), *(World(rank, 2, torch.device("cpu")) for rank in range(2))):
         state = initial_state(config, train_pack, World(0, 1, torch.device("cpu")))
-        resume.restore(saved, state, world, config, train_pack)
+        restore(saved, state, world, config, train_pack)
         draws.append(torch.rand(4, generator=state.model.model.exploration(world.device)))
     assert not any(torch.equal(draws[i], draws[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
@@ -429,10 +432,10 @@ def reseal(state: Path) -> None:
     (state / "SHA256SUMS").write_text(sums)
 
 
-def edit_facts(state: Path, drop: str | None = None, **changes: object) -> None:
-    facts = json.loads((state / "state.json").read_text()) | changes
-    facts.pop(drop, None)
-    (state / "state.json").write_text(json.dumps(facts))
+def edit_metadata(state: Path, drop: str | None = None, **changes: object) -> None:
+    fields = json.loads((state / "state.json").read_text()) | changes
+    fields.pop(drop, None)
+    (state / "state.json").write_text(json.dumps(fields))
     reseal(state)
 
 
@@ -441,25 +444,25 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda state: os.truncate(tensors_file(state), 0), r"\.safetensors is not what was saved"),
     "a bit": (lambda state: flip(tensors_file(state), 0.7), r"\.safetensors is not what was saved"),
     "a bit of the header": (lambda state: flip(tensors_file(state), 0.01), r"\.safetensors is not what was saved"),
-    "a bit of the facts": (lambda state: flip(state / "state.json", 0.5), r"state\.json is not what was saved"),
+    "a bit of the metadata": (lambda state: flip(state / "state.json", 0.5), r"state\.json is not what was saved"),
     "a bit of the hashes": (lambda state: flip(state / "SHA256SUMS", 0.1), r"is not what was saved"),
     "no tensors": (lambda state: tensors_file(state).unlink(), r"lacks shard-00001-\S+\.safetensors"),
-    "no facts": (lambda state: (state / "state.json").unlink(), r"lacks state\.json"),
+    "no metadata": (lambda state: (state / "state.json").unlink(), r"lacks state\.json"),
     "no hashes": (
         lambda state: (state / "SHA256SUMS").unlink(),
         r"no training state, as it has no readable SHA256SUMS",
     ),
     "binary hashes": (lambda state: (state / "SHA256SUMS").write_bytes(b"\xff\xfe"), r"no readable SHA256SUMS"),
     "another file": (lambda state: (state / "more").touch(), r"more is not what was saved"),
-    "another program": (lambda state: edit_facts(state, "format"), r"is no training state of this program"),
-    "another version": (lambda state: edit_facts(state, format=2), r"has format 2 .* but this version reads 1"),
-    "a fact missing": (lambda state: edit_facts(state, "progress"), r"is no training state of this program"),
-    "other facts": (lambda state: edit_facts(state, who="?"), r"is no training state of this program"),
+    "another program": (lambda state: edit_metadata(state, "format"), r"is no training state of this program"),
+    "another version": (lambda state: edit_metadata(state, format=2), r"has format 2 .* but this version reads 1"),
+    "a field missing": (lambda state: edit_metadata(state, "progress"), r"is no training state of this program"),
+    "other metadata": (lambda state: edit_metadata(state, who="?"), r"is no training state of this program"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_states_are_passed_over(
+def test_damaged_states_are_not_used(
     damage: str, config: PretrainConfig, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = tmp_path / "whole"
@@ -474,7 +477,7 @@ def test_damaged_states_are_passed_over(
     capsys.readouterr()
     pretrain(replace(config, resume="auto"))
     said = capsys.readouterr().out
-    assert f"Passed over a training state: {error.value}" in said
+    assert f"Not usable: {error.value}" in said
     assert f"Going on from {stopped / 'state_5'}." in said
     assert_same_run(stopped, whole)
     assert (stopped / "earlier_1" / "state_6").is_dir()
@@ -552,7 +555,7 @@ def test_a_state_from_before_an_option(config: PretrainConfig, stopped: Path) ->
     """What a state knows nothing of had its default, in groups too; another value changes the run."""
     had = json.loads((stopped / "state_6" / "state.json").read_text())["config"]
     had["arch"] = {name: value for name, value in had["arch"].items() if name not in ("q_continue", "grad_updates")}
-    edit_facts(stopped / "state_6", config={name: value for name, value in had.items() if name != "curriculum"})
+    edit_metadata(stopped / "state_6", config={name: value for name, value in had.items() if name != "curriculum"})
     other = replace(config, resume="auto", arch=replace(config.arch, q_continue=False))
     with pytest.raises(UserError, match=r"arch\.q_continue=False \(it had True\)"):
         pretrain(other)
@@ -577,8 +580,8 @@ def test_going_back_keeps_what_came_after(config: PretrainConfig, stopped: Path)
 
 
 def test_what_changes_bits_is_said(config: PretrainConfig, stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    facts = json.loads((stopped / "state_6" / "state.json").read_text())
-    edit_facts(stopped / "state_6", made_by=facts["made_by"] | {"PyTorch": "1.0"})
+    fields = json.loads((stopped / "state_6" / "state.json").read_text())
+    edit_metadata(stopped / "state_6", made_by=fields["made_by"] | {"PyTorch": "1.0"})
     pretrain(replace(config, resume="auto"))
     assert f"PyTorch 1.0, now {torch.__version__}" in capsys.readouterr().out
 
@@ -593,8 +596,8 @@ def test_states_are_kept(config: PretrainConfig, tmp_path: Path) -> None:
     assert states(folder) == [4, 16, 20]
     saved = find_state(str(folder / "state_20"), folder)
     assert saved is not None
-    assert saved.facts.progress["best_step"] == 4
-    assert saved.facts.progress["evaluations_since_best"] == 3  # before the last
+    assert saved.metadata.progress["best_step"] == 4
+    assert saved.metadata.progress["evaluations_since_best"] == 3  # before the last
 
 
 def test_hashes_are_those_of_sha256sum(stopped: Path) -> None:
@@ -602,25 +605,25 @@ def test_hashes_are_those_of_sha256sum(stopped: Path) -> None:
     assert checked.returncode == 0
 
 
-def facts(step: int) -> Facts:
-    return Facts(step, 1, {"best_step": None}, [], 0, 0, None, {}, {}, {})
+def metadata(step: int) -> StateMetadata:
+    return StateMetadata(step, 1, {"best_step": None}, [], 0, 0, None, {}, {}, {})
 
 
 def test_training_goes_on_while_a_state_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    may_write, write = threading.Event(), resume.save
+    may_write, write = threading.Event(), saving.save
 
     def waiting(*arguments: Any, **options: Any) -> object:
         assert may_write.wait(10)
         return write(*arguments, **options)
 
-    monkeypatch.setattr(resume, "save", waiting)
+    monkeypatch.setattr(saving, "save", waiting)
     weight = torch.ones(3)
     with StateSaver(tmp_path, 2, World(0, 1, torch.device("cpu")), timeout=10) as saver:
-        saver.save(facts(1), {"weight": weight}, {})
+        saver.save(metadata(1), {"weight": weight}, {})
         weight.add_(1)  # the next step: what is written is what was
         assert states(tmp_path) == []
         threading.Timer(0.1, may_write.set).start()
-        saver.save(facts(2), {"weight": weight}, {})  # waits for the one before
+        saver.save(metadata(2), {"weight": weight}, {})  # waits for the one before
         assert states(tmp_path)[0] == 1
         weight.add_(1)
     for step in (1, 2):
@@ -632,10 +635,10 @@ def test_failing_to_save_ends_in_a_sentence(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     with StateSaver(tmp_path, 1, World(0, 1, torch.device("cpu")), timeout=10) as saver:
-        saver.save(facts(1), {"weight": torch.ones(3)}, {})
+        saver.save(metadata(1), {"weight": torch.ones(3)}, {})
         saver.wait()
         monkeypatch.setattr(Path, "write_text", full)
-        saver.save(facts(2), {"weight": torch.ones(3)}, {})
+        saver.save(metadata(2), {"weight": torch.ones(3)}, {})
         with pytest.raises(UserError, match=r"state_2 could not be written .*No space left on device.*resume=auto"):
             saver.wait()
         assert states(tmp_path) == [1]

@@ -23,8 +23,9 @@ from hrm.errors import UserError
 from hrm.models import ACTLossHead
 from hrm.models.layers import SparseEmbedding
 from hrm.optim import AdamATan2, SparseSignSGD
+from hrm.optim.nonfinite import find_nonfinite
 from hrm.training import step as step_module
-from hrm.training.guard import NonFiniteGuard, find_nonfinite
+from hrm.training.guard import NonFiniteGuard
 from hrm.training.loop import pretrain
 from hrm.training.metrics import MetricWindow
 from hrm.training.step import TrainState, initial_state, make_train_step

@@ -21,7 +21,8 @@ from hrm.errors import UserError
 from hrm.models.flops import peak_tflops
 from hrm.optim import AdamATan2, SparseSignSGD
 from hrm.training.loop import pretrain
-from hrm.training.metrics import MetricWindow, RunLog
+from hrm.training.metrics import MetricWindow
+from hrm.training.run_log import RunLog
 from hrm.training.step import initial_state, make_train_step
 from tests.helpers.entry_points import make_pack
 from tests.helpers.ranks import environment, on_ranks

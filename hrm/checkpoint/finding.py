@@ -1,0 +1,146 @@
+"""Finding the training state to go on from, checking it, and reading it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from hrm.checkpoint.states import FORMAT, METADATA_FILE, STATE_NAME, SUMS_FILE, SavedState, StateMetadata, states_in
+from hrm.config import HRMConfig, PretrainConfig
+from hrm.data.pack import Pack, sha256_of
+from hrm.errors import UserError
+
+AUTO = "auto"
+
+
+def find_state(resume: str, run_folder: Path) -> SavedState | None:
+    """The training state that `resume` asks for.
+
+    Args:
+        resume: `auto`, for the last good one in `run_folder` (None if there is none yet); or the path of a training
+            state, or of a run folder, for its last good one.
+
+    Raises:
+        UserError: there is none at that path, or none that is whole.
+    """
+    folder = run_folder if resume == AUTO else Path(resume)
+    if STATE_NAME.fullmatch(folder.name) and folder.is_dir():
+        return SavedState(folder, read_metadata(folder))
+    states = states_in(folder)
+    unusable: list[str] = []
+    for step in sorted(states, reverse=True):
+        try:
+            return SavedState(states[step], read_metadata(states[step]), unusable)
+        except UserError as error:
+            unusable.append(str(error))
+    if unusable:
+        raise UserError(f"no training state in {folder} is whole: {unusable[0]}")
+    if resume == AUTO:
+        return None
+    raise UserError(
+        f"resume={resume} is no training state (a folder state_<n>) and no run folder with one; weights alone do not "
+        "say how a run goes on."
+    )
+
+
+def read_metadata(folder: Path) -> StateMetadata:
+    """What a training state holds besides tensors, once all its files are found to be as they were saved.
+
+    Raises:
+        UserError: a file is missing, changed, or not of this program.
+    """
+    try:
+        lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder} is no training state, as it has no readable {SUMS_FILE}.") from error
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    found = {file.name for file in folder.iterdir()} - {SUMS_FILE}
+    for name in sorted(found | expected.keys()):
+        if name not in found:
+            raise UserError(f"{folder} lacks {name}, which its {SUMS_FILE} names: resume from another training state.")
+        if expected.get(name) != sha256_of(folder / name):
+            raise UserError(
+                f"{folder / name} is not what was saved (its SHA-256 is not that in {SUMS_FILE}): resume from another "
+                "training state."
+            )
+    try:
+        content = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise UserError(
+                f"{folder} has format {content['format']} of training states, but this version reads {FORMAT}: "
+                "resume with the version that saved it."
+            )
+        return StateMetadata(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is no training state of this program ({METADATA_FILE}: {error!r}).") from error
+
+
+def check_options(saved: SavedState, config: PretrainConfig, pack: Pack) -> list[str]:
+    """Compare a training state's options with those it is to go on with.
+
+    Returns:
+        What changed by consent, an option each.
+
+    Raises:
+        UserError: an option that matters changed, and `config.resume_changed` does not consent, or cannot.
+    """
+    now = _flat({**asdict(config), "pack": asdict(pack.metadata)})
+    # Options newer than the state had their defaults.
+    defaults = _flat(asdict(PretrainConfig(arch=HRMConfig())))
+    had = defaults | _flat({**saved.metadata.config, "pack": saved.metadata.pack})
+    changed = {name: f"{name}={now.get(name)} (it had {had.get(name)})" for name in sorted(now.keys() | had.keys())}
+    changed = {name: text for name, text in changed.items() if not _is_free(name) and now.get(name) != had.get(name)}
+    if fixed := [text for name, text in changed.items() if name in _FIXED or name.startswith("pack.")]:
+        raise UserError(
+            f"the run in {saved.folder} cannot go on with {' and '.join(fixed)}: give what it had, or start anew with "
+            "resume=null."
+        )
+    if changed and not config.resume_changed:
+        raise UserError(
+            f"the run in {saved.folder} would go on with {' and '.join(changed.values())}: give what it had, or add "
+            "resume_changed=true if this is meant."
+        )
+    return list(changed.values())
+
+
+# These say where things go and how often, or when to end: the steps stay the same.
+_FREE = (
+    *("resume", "resume_changed", "checkpoint_interval", "keep_checkpoints", "checkpoint_every_eval"),
+    *("checkpoint_path", "project_name", "run_name", "eval_save_outputs", "log_interval", "num_workers", "wandb"),
+    *("stop_after", "stop_at_train_accuracy", "abort_after", "profile", "dist_timeout"),
+)
+# The place among the batches, the carry and the moments mean nothing under others. (And so with the pack.)
+_FIXED = ("global_batch_size", "eval_interval", "optim.name")
+
+
+def _is_free(name: str) -> bool:
+    # How a pack is made (which one is read is data_path), and who computes what of the same steps.
+    return name in _FREE or name.startswith(("data.", "parallel."))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options by their dotted names, as JSON returns their values."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a training state by their names, whole, on the host."""
+    reader = HuggingFaceStorageReader(str(folder))
+    about = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in about.items()}  # type: ignore[union-attr]
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors

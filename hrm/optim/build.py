@@ -1,0 +1,78 @@
+"""The optimizers that a run's options ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hrm.config import PretrainConfig
+from hrm.distributed.world import World
+from hrm.models import ACTLossHead
+from hrm.optim.adam_atan2 import AdamATan2
+from hrm.optim.muon import Muon
+from hrm.optim.sign_sgd import SparseSignSGD
+
+
+class Weights(Protocol):
+    """The dense weights of which this process computes the update: `hrm.distributed.partition.SharedModel`."""
+
+    @property
+    def weights(self) -> Mapping[str, nn.Parameter]: ...
+
+    def hidden_matrices(self) -> dict[nn.Parameter, int]: ...
+
+
+def build_optimizers(
+    config: PretrainConfig, shared: Weights, model: ACTLossHead, world: World, *, graphed: bool, masks: bool
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """The optimizer of the dense weights, then that of the puzzle table if there is one, each with its base rate.
+
+    Args:
+        graphed: their steps are recorded as a CUDA graph, so what changes between steps lies in tensors.
+        masks: they run at every step and mask what they write, so that the host need not know whether one is skipped.
+    """
+    fused, on_cuda = model.kernels.fused_step, world.device.type == "cuda"
+
+    def rate(value: float, dtype: torch.dtype = torch.float64) -> float | Tensor:
+        return torch.tensor(value, device=world.device, dtype=dtype) if graphed else value
+
+    betas = (config.beta1, config.beta2)
+    dense: torch.optim.Optimizer
+    if config.optim.name == "adamw":
+        dense = torch.optim.AdamW(
+            shared.weights.values(),
+            rate(config.lr, torch.float32),
+            betas,
+            config.optim.eps,
+            config.weight_decay,
+            foreach=not on_cuda,
+            fused=on_cuda,
+            capturable=graphed,
+        )
+    else:
+        options: dict[str, Any] = {
+            "capturable": graphed or masks,
+            "fused": fused,
+            "copy_dtype": model.model.inner.dtype if fused and not config.parallel.fsdp else None,
+        }
+        kind: type[AdamATan2] = AdamATan2
+        if config.optim.name == "muon":
+            kind = Muon
+            options |= {
+                "matrices": shared.hidden_matrices(),
+                "momentum": config.optim.momentum,
+                "rest_lr_ratio": config.optim.rest_lr_ratio,
+                "rest_weight_decay": config.optim.rest_weight_decay,
+            }
+        dense = kind(shared.weights.values(), rate(config.lr), betas, config.weight_decay, **options)
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = [(dense, config.lr)]
+    if model.model.inner.prefix_len:
+        table = model.model.inner.puzzle_emb
+        sparse = SparseSignSGD(
+            table, rate(config.puzzle_emb_lr), config.puzzle_emb_weight_decay, fused=fused, group=world.group
+        )
+        optimizers.append((sparse, config.puzzle_emb_lr))
+    return optimizers
