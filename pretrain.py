@@ -1,8 +1,8 @@
 """Train an HRM: `python pretrain.py [group=choice] [option=value]`; `--help` lists both."""
 
-from hrm.cli import run
 from hrm.config import PretrainConfig
+from hrm.config.compose import run
 from hrm.training.loop import pretrain
 
 if __name__ == "__main__":
-    run(PretrainConfig, "pretrain", pretrain)
+    run(PretrainConfig, "pretrain", pretrain, program="python pretrain.py")

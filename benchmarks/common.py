@@ -18,11 +18,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from hrm.batch import Batch
-from hrm.config import CONFIG_DIR, PretrainConfig, register_schemas
+from hrm.config import PretrainConfig
+from hrm.config.compose import compose
 from hrm.data.loader import TrainLoader
 from hrm.data.pack import Pack, PackMetadata, PackSet, open_pack, write_split
 from hrm.distributed.world import World, join_world
@@ -97,7 +96,6 @@ def compare_presets(
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py, e.g. arch=hrm_small")
     arguments = parser.parse_args(argv)
 
-    register_schemas()
     rows = []
     with join_world(arguments.device) as world, tempfile.TemporaryDirectory() as scratch:
         ceiling = matmul_tflops(world.device)
@@ -135,14 +133,11 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def preset_config(preset: str, shape: Shape, overrides: Sequence[str]) -> PretrainConfig:
-    """The options of pretrain.py under a kernel preset, for batches of `shape`; call `register_schemas` first."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        # The published code takes every step as it comes.
-        guard = ["skip_nonfinite=false"] if preset == BASELINE else []
-        chosen = [*guard, *overrides, f"kernels={preset}", f"global_batch_size={shape.batch_size}"]
-        config = OmegaConf.to_object(compose("pretrain", overrides=chosen))
-    assert isinstance(config, PretrainConfig)
-    return config
+    """The options of pretrain.py under a kernel preset, for batches of `shape`."""
+    # The published code takes every step as it comes.
+    guard = ["skip_nonfinite=false"] if preset == BASELINE else []
+    chosen = [*guard, *overrides, f"kernels={preset}", f"global_batch_size={shape.batch_size}"]
+    return compose(PretrainConfig, "pretrain", chosen)
 
 
 def peak_gib(device: torch.device) -> float | None:

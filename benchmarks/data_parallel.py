@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.common import Shape, batches, machine, make_parser, median_ms, peak_gib, preset_config, write_results
-from hrm.config import PretrainConfig, register_schemas
+from hrm.config import PretrainConfig
 from hrm.distributed.world import World, join_world, share_out
 from hrm.errors import UserError
 from hrm.training.step import initial_state, make_train_step
@@ -44,7 +44,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py, e.g. arch=hrm_small")
     arguments = parser.parse_args(argv)
-    register_schemas()
 
     def config(global_batch: int, options: Sequence[str] = ()) -> PretrainConfig:
         shape = Shape(global_batch, arguments.seq_len)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import PRESETS, Shape, batches, machine, make_parser, picture_file, preset_config, write_results
-from hrm.config import KernelsConfig, PretrainConfig, register_schemas
+from hrm.config import KernelsConfig, PretrainConfig
 from hrm.distributed.world import World, join_world
 from hrm.errors import UserError
 from hrm.evaluation.plots import PALETTE, Axis, Curve, Panel, draw_panels
@@ -64,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if window < 1 or steps < 1 or steps % window:
         raise UserError(f"--steps {steps} is not a multiple of --window {window}: change one of them.")
 
-    register_schemas()
     shape = Shape.parse(arguments.shape)
     rows: list[dict[str, object]] = []
     courses: dict[str, Course] = {}

@@ -16,9 +16,11 @@ import pytest
 import torch
 import yaml
 
-from hrm import cli
-from hrm.config import HRMConfig, PretrainConfig
+from hrm.config import DataConfig, HRMConfig, PretrainConfig
+from hrm.config.compose import run
+from hrm.data.builders.missing import ensure_pack
 from hrm.data.pack import PackMetadata, PackSet, write_split
+from hrm.errors import UserError
 from tests.helpers.entry_points import ROOT, TINY_RUN, Outcome, make_pack, run_script, train
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -47,6 +49,15 @@ BAD_TRAINING = [
     Bad("added unknown option", "+foo=1", ("no option foo",)),
     Bad("forced unknown option", "++arch.foo=1", ("no option arch.foo",)),
     Bad("option without value", "lr", ("'lr'", "option=value")),
+    Bad("a recipe without its group", "sudoku_demo", ("'sudoku_demo'", "mean experiment=sudoku_demo?")),
+    Bad("a dash and a value apart", "--lr 1e-3", ("--lr 1e-3", "lr=1e-3.")),
+    Bad("a dash and no value", "--lr", ("--lr", "lr=...")),
+    Bad("spaces around the equals sign", "lr = 1e-3", ("'lr = 1e-3'", "write lr=1e-3.")),
+    Bad("a space after the equals sign", "lr= 1e-3", ("'lr= 1e-3'", "write lr=1e-3.")),
+    Bad("a space before the equals sign", "lr =1e-3", ("'lr =1e-3'", "write lr=1e-3.")),
+    Bad("another name for the rate", "learning_rate=1e-3", ("learning_rate", "mean lr?")),
+    Bad("another name for the batch", "batch_size=4", ("batch_size", "mean global_batch_size?")),
+    Bad("no folder of configs", "--config-dir nowhere experiment=mine", ("--config-dir nowhere", "not a folder")),
     Bad("two equals signs", "lr==1", ("'lr==1'", "option=value")),
     Bad("several values", "lr=1e-4,1e-5", ("lr=1e-4,1e-5",)),
     # values of the wrong type
@@ -123,6 +134,8 @@ BAD_TRAINING = [
 BAD_EVALUATION = [
     # the checkpoint
     Bad("no checkpoint given", "show=1", ("checkpoint=",)),
+    Bad("a checkpoint without its option", "checkpoints/demo", ("mean checkpoint=checkpoints/demo?",)),
+    Bad("a dash before the checkpoint", "--checkpoint run", ("--checkpoint run", "checkpoint=run.")),
     Bad("no checkpoint there", "checkpoint=nowhere", ("checkpoint=nowhere", "hub id")),
     Bad("no weights in the folder", "checkpoint=pack", ("pack", "step_<n>", "checkpoint")),
     Bad("torn weights", "checkpoint=weights_torn", ("weights_torn/step_6", "torn")),
@@ -295,10 +308,31 @@ def test_absent_gpu(script: str, stock: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_bare_training_says_what_makes_its_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hrm.data.build.PROJECT_DIR", tmp_path)  # which holds no builder
-    sentence = sentence_of(run_script("pretrain.py"))
-    assert "`python dataset/build_arc_dataset.py --output-dir data/arc-aug-1000`" in sentence
+    sentence = sentence_of(run_script("pretrain.py", "data_path=data/elsewhere"))
+    assert "`hrm data arc --output-dir data/elsewhere`" in sentence
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        ("sudoko --generate 2x2", "did you mean sudoku?"),
+        ("mine/build.py --fast", "there is no script mine/build.py"),
+        ("", "names no builder"),
+        ("sudoku 'open", "names no builder"),
+    ],
+)
+def test_builders_that_are_not_there(build: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(says)):
+        ensure_pack(DataConfig("mine", "data/mine", build), "data/mine")
+
+
+def test_packs_by_a_script_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "build.py").write_text("import sys, pathlib; pathlib.Path(sys.argv[-1]).mkdir(parents=True)")
+    ensure_pack(DataConfig("mine", "data/mine", "build.py --fast"), "data/mine")
+    assert (tmp_path / "data/mine").is_dir()
 
 
 def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +341,7 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(sys, "argv", ["pretrain.py"])
     with pytest.raises(ValueError, match="a bug"):
-        cli.run(PretrainConfig, "pretrain", bug)
+        run(PretrainConfig, "pretrain", bug, "python pretrain.py")
 
 
 def test_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,7 +350,7 @@ def test_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     monkeypatch.setattr(sys, "argv", ["pretrain.py"])
     with pytest.raises(SystemExit) as exit:
-        cli.run(PretrainConfig, "pretrain", interrupted)
+        run(PretrainConfig, "pretrain", interrupted, "python pretrain.py")
     assert exit.value.code == 130
     assert capsys.readouterr().err == ""
 
@@ -359,7 +393,7 @@ def compose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PretrainConfig]:
     def composed(*argv: str) -> PretrainConfig:
         configs: list[PretrainConfig] = []
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *argv])
-        cli.run(PretrainConfig, "pretrain", configs.append)
+        run(PretrainConfig, "pretrain", configs.append, "python pretrain.py")
         assert len(configs) == 1
         return configs[0]
 
@@ -556,12 +590,12 @@ def test_puzzles_are_taken_to_the_letter(puzzle: str, stock: Path, monkeypatch: 
         (
             "pretrain.py",
             ["arch", "data", "experiment", "kernels", "optim"],
-            ["python pretrain.py experiment=sudoku_demo", "torchrun", "global_batch_size: 768", "hrm/config.py"],
+            ["python pretrain.py experiment=sudoku_demo", "torchrun", "global_batch_size=768 "],
         ),
         (
             "evaluate.py",
             ["kernels"],
-            ["python evaluate.py checkpoint=", "puzzle=", "show=3", "save_outputs: []", "hrm/config.py"],
+            ["python evaluate.py checkpoint=", "puzzle=", "show=3", "save_outputs=[] "],
         ),
     ],
     ids=["pretrain", "evaluate"],
@@ -576,9 +610,10 @@ def test_help_lists_the_groups_and_shows_examples(script: str, groups: list[str]
         assert example in outcome.out
 
 
-def test_a_missing_pack_is_built_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("builder", ["sudoku", "dataset/build_sudoku_dataset.py"])
+def test_a_missing_pack_is_built_first(builder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    build = "dataset/build_sudoku_dataset.py --generate 2x2 --train-size 12 --test-size 5"
+    build = f"{builder} --generate 2x2 --train-size 12 --test-size 5"
     train(*TINY_RUN, "data=sudoku_4x4", f"data.build='{build}'", "checkpoint_path=run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "run"]
     assert (tmp_path / "data/sudoku-4x4/test/dataset.json").is_file()

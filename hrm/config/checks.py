@@ -8,10 +8,27 @@ from collections.abc import Iterable
 
 from hrm.errors import UserError
 
+# What other programs call our options.
+ELSEWHERE = {
+    "batch_size": "global_batch_size",
+    "ckpt": "checkpoint",
+    "dataset": "data",
+    "ema": "ema_decay",
+    "learning_rate": "lr",
+    "model": "arch",
+    "num_epochs": "epochs",
+    "optimizer": "optim",
+    "output": "output_dir",
+    "warmup_steps": "lr_warmup_steps",
+    "workers": "num_workers",
+}
+
 
 def neighbours(name: str, known: Iterable[str]) -> str:
     """The part of an error sentence that says what a misspelt `name` may have meant."""
     known = sorted(known)
+    if (elsewhere := ELSEWHERE.get(name)) in known:
+        return f"did you mean {elsewhere}?"
     # Options nest: `hidden_size` should find `arch.hidden_size` too.
     by_last_part = {option.rpartition(".")[2]: option for option in known}
     close = difflib.get_close_matches(name, known, n=3) or [

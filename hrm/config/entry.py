@@ -1,4 +1,4 @@
-"""What the options of several entry points may be."""
+"""What the options of several entry points may be, and what people type for them."""
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 SAVEABLE_OUTPUTS = (

@@ -30,10 +30,12 @@ class EvaluateConfig:
     """Options of `evaluate.py`."""
 
     checkpoint: str = MISSING  # a weights file, a run folder, a hub id such as owner/name, or sudoku, which is here
-    data_path: str | None = None  # default: where the run's own config says
-    save_outputs: list[str] = field(default_factory=list)  # any of hrm.config.SAVEABLE_OUTPUTS
+    data_path: str | None = None  # the pack; default: where the run's own config says
+    save_outputs: list[str] = field(
+        default_factory=list
+    )  # any of inputs, labels, puzzle_identifiers, logits, q_halt_logits, q_continue_logits
     output_dir: str | None = None  # of saved outputs and pictures; default: the checkpoint's folder
-    global_batch_size: int | None = None  # default: the run's own
+    global_batch_size: int | None = None  # sequences at a time; default: the run's own
     puzzle: str | None = None  # solve this one board (digits, 0 or . for blanks) instead of the test split
     show: int = 0  # print this many test boards and draw them, and the training curves, as PNG
     act: str = "full"  # full: all ACT steps; halt: until q_halt > q_continue; both: one after the other, compared
@@ -42,8 +44,8 @@ class EvaluateConfig:
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
     report: str | None = None  # a folder for an HTML report: answers step by step, and how accuracy comes about
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
-    device: str = "auto"
-    num_workers: int = 0
+    device: str = "auto"  # cuda, mps or cpu; auto: the first of these there is
+    num_workers: int = 0  # loader processes
 
     def __post_init__(self) -> None:
         choice("device", self.device, DEVICES)

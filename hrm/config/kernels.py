@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from hrm.config.checks import at_least, choice, neighbours
-from hrm.config.paths import CONFIG_DIR
+from hrm.config.paths import choices_of
 from hrm.config.typed import to_typed
 from hrm.errors import UserError
 
@@ -38,7 +38,7 @@ def kernels_config(kernels: str | Mapping[str, Any] | KernelsConfig) -> KernelsC
     if isinstance(kernels, KernelsConfig):
         return kernels
     if isinstance(kernels, str):
-        presets = {path.stem: path for path in (CONFIG_DIR / "kernels").glob("*.yaml")}
+        presets = choices_of("kernels")
         if kernels not in presets:
             raise UserError(f"kernels={kernels} is not a preset; {neighbours(kernels, presets)}")
         return to_typed(KernelsConfig, OmegaConf.load(presets[kernels]), "kernels")  # type: ignore[arg-type]

@@ -42,10 +42,10 @@ class PretrainConfig:
     """Options of `pretrain.py`. Those down to `eval_save_outputs` have the published code's names and meaning."""
 
     arch: Any = MISSING  # typed by the schema that its YAML file names
-    data_path: str = II("data.path")
+    data_path: str = II("data.path")  # the pack to train on; default: that of `data`, built first if it is missing
 
     global_batch_size: int = 768  # sequences in a step, over all ranks
-    epochs: int = 100000
+    epochs: int = 100000  # passes over the training set's groups; a multiple of eval_interval
     eval_interval: int | None = 10000  # epochs from one evaluation to the next; null: once, at the end
     checkpoint_every_eval: bool = True  # else only at the end
 
@@ -57,23 +57,25 @@ class PretrainConfig:
     stop_after: int | None = None  # end after this many evaluations without a better exact accuracy
     stop_at_train_accuracy: float | None = None  # end at an evaluation before which training's exact accuracy was this
 
-    lr: float = 1e-4
+    lr: float = 1e-4  # learning rate of the dense weights, at its highest
     lr_min_ratio: float = 1.0  # the cosine's end, as a share of lr; 1.0: constant after the warm-up
-    lr_warmup_steps: int = 2000
+    lr_warmup_steps: int = 2000  # steps in which the rate rises from 0
     curriculum: list[Stage] = field(default_factory=list)  # other steps at first, one stage after the other
     stagger: bool = False  # begin with sequences at all ACT steps, not all at the first, as published
     augment_act_steps: bool = False  # at every ACT step, show a puzzle as another of its images: Sudoku and mazes
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    puzzle_emb_lr: float = 1e-2
-    puzzle_emb_weight_decay: float = 0.1
+    weight_decay: float = 0.1  # of the dense weights, decoupled
+    beta1: float = 0.9  # decay of the optimizer's mean of gradients, from one step to the next
+    beta2: float = 0.95  # decay of its mean of squared gradients
+    puzzle_emb_lr: float = 1e-2  # learning rate of the puzzles' vectors, by SignSGD
+    puzzle_emb_weight_decay: float = 0.1  # of the puzzles' vectors
 
-    seed: int = 0
+    seed: int = 0  # of the weights, the order of examples and exploration; the same seed gives the same run
     project_name: str | None = None  # default: made from data_path
     run_name: str | None = None  # default: made from the architecture and the time
     checkpoint_path: str | None = None  # the run folder; default: checkpoints/<project_name>/<run_name>
-    eval_save_outputs: list[str] = field(default_factory=list)  # any of hrm.config.SAVEABLE_OUTPUTS
+    eval_save_outputs: list[str] = field(
+        default_factory=list
+    )  # saved at evaluations, any of inputs, labels, puzzle_identifiers, logits, ...
 
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     data: DataConfig = field(default_factory=DataConfig)

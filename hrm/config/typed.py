@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from hrm.config.checks import neighbours
+from hrm.config.renamed import with_new_names
 from hrm.errors import UserError, first_sentence
 
 T = TypeVar("T")
@@ -24,6 +25,9 @@ def to_typed(schema: type[T], values: Mapping[str, Any] | DictConfig, where: str
         UserError: for an unknown field, a wrong type, a missing or an impossible value.
     """
     typed = OmegaConf.structured(schema)
+    values = with_new_names(
+        OmegaConf.to_container(values) if isinstance(values, DictConfig) else values, [schema], f"{where}."
+    )
     name = ""
     try:
         for name, value in ((str(key), value) for key, value in values.items()):

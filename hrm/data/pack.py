@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.format import open_memmap
 
+from hrm import __version__
 from hrm.errors import UserError
 
 IntArray = npt.NDArray[np.integer[Any]]
@@ -118,11 +118,7 @@ def write_provenance(
     It names the SHA-256 of each of the `files` that the puzzles were read from and counts what the splits hold, so it
     is written after them. It has no date, so that the same build gives the same bytes.
     """
-    try:
-        hrm_version = version("hrm")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        hrm_version = "unknown"
-    provenance = {"builder": builder, "hrm_version": hrm_version, "source": source, "arguments": dict(arguments)}
+    provenance = {"builder": builder, "hrm_version": __version__, "source": source, "arguments": dict(arguments)}
     if files:
         provenance["sha256"] = {name: sha256_of(file) for name, file in files.items()}
     if splits := _splits_in(folder):

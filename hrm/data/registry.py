@@ -11,7 +11,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from hrm.config import CONFIG_DIR
+from hrm.config.data import build_command
+from hrm.config.paths import choices_of
 from hrm.data.pack import SPLITS, read_provenance
 
 # Columns of the listing and their widths in characters.
@@ -21,10 +22,10 @@ COLUMNS = {"name": 18, "source": 30, "version": 16, "licence": 12, "augmentation
 def read_registry() -> dict[str, DictConfig]:
     """The entries of `config/data/` by the name that `data=` takes."""
     entries = {}
-    for file in sorted((CONFIG_DIR / "data").glob("*.yaml")):
+    for name, file in choices_of("data").items():
         entry = OmegaConf.load(file)
         assert isinstance(entry, DictConfig)
-        entries[file.stem] = entry
+        entries[name] = entry
     return entries
 
 
@@ -49,7 +50,7 @@ def listing(registry: Mapping[str, DictConfig]) -> str:
     for name, entry in registry.items():
         known = {column: str(entry.get(column, "")) for column in COLUMNS} | {"name": name}
         lines += _row(list((known | {"built": built(Path(entry.path))}).values()))
-        lines += [f"    python {entry.build} --output-dir {entry.path}", ""]
+        lines += [f"    {build_command(entry.build, entry.path)}", ""]
     paths = {Path(entry.path) for entry in registry.values()}
     others = sorted({pack for path in paths for pack in path.parent.glob("*") if is_pack(pack)} - paths)
     if others:

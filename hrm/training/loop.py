@@ -18,7 +18,7 @@ from hrm.checkpoint.saving import StateSaver, on_host
 from hrm.checkpoint.states import SavedState, StateMetadata, environment_info
 from hrm.checkpoint.weights import save_weights
 from hrm.config import PretrainConfig
-from hrm.data.build import ensure_pack
+from hrm.data.builders.missing import ensure_pack
 from hrm.data.loader import EvalLoader, TrainLoader
 from hrm.data.pack import Pack, open_pack
 from hrm.data.prefetch import on_device

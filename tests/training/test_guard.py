@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hrm import cli
 from hrm.config import DataConfig, KernelsConfig, OptimConfig, ParallelConfig, PretrainConfig
+from hrm.config.compose import EXIT_USER_ERROR, run
 from hrm.data.loader import TrainLoader
 from hrm.data.pack import open_pack
 from hrm.distributed.world import join_world
@@ -356,8 +356,8 @@ def test_exit_status(
     poison_losses(monkeypatch, range(100), math.inf)
     monkeypatch.setattr("sys.argv", ["pretrain.py", "kernels=naive", "abort_after=2"])
     with pytest.raises(SystemExit) as stop:
-        cli.run(PretrainConfig, "pretrain", lambda asked: pretrain(replace(config, abort_after=asked.abort_after)))
-    assert stop.value.code == cli.EXIT_USER_ERROR
+        run(PretrainConfig, "pretrain", lambda asked: pretrain(replace(config, abort_after=asked.abort_after)), "test")
+    assert stop.value.code == EXIT_USER_ERROR
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: loss or gradients were not finite in 2 steps in a row")
 

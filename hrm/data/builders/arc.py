@@ -43,6 +43,8 @@ from hrm.tasks.arc import (
 )
 from hrm.tasks.dihedral import NUM_DIHEDRAL, dihedral
 
+COMMAND = "arc"  # `hrm data arc`
+
 
 class Benchmark(NamedTuple):
     """Where the tasks of a benchmark come from by default, and where its pack goes."""

@@ -38,6 +38,8 @@ from hrm.data.pack import (
 from hrm.errors import UserError
 from hrm.tasks.tokens import PAD_TOKEN, Symbol, Vocabulary, is_symbol, parse_vocabulary, read_vocabulary
 
+COMMAND = "custom"  # `hrm data custom`
+
 FIELDS = {"input": True, "output": True, "group": False, "puzzle": False}  # and whether a line must have them
 BLANK = "<blank>"
 

@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 from hrm.data.builders.common import check_at_least, run_command
 from hrm.errors import UserError
 
+COMMAND = "example"  # `hrm data example`
+
 END = "end"
 NO_EDGE, EDGE = ".", ">"
 EDGE_SHARE = 0.4

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from hrm.data.builders.common import run_command
 from hrm.data.registry import listing, read_registry
 
+COMMAND = "list"  # `hrm data list`
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""

@@ -40,6 +40,8 @@ from hrm.tasks.maze import (
     side_of,
 )
 
+COMMAND = "maze"  # `hrm data maze`
+
 DEFAULT_REPO = "sapientinc/maze-30x30-hard-1k"
 SIDES = range(3, 65)
 

@@ -38,6 +38,8 @@ from hrm.tasks.sudoku import (
     symmetry_invariant,
 )
 
+COMMAND = "sudoku"  # `hrm data sudoku`
+
 DEFAULT_REPO = "sapientinc/sudoku-extreme"
 
 # Rows of a CSV file, and augmentations, worked on together: bounds the memory beyond the pack's own arrays.

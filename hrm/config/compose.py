@@ -1,0 +1,295 @@
+"""From a command line to typed options: Hydra in, one clear sentence out when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from hrm.config.checks import neighbours
+from hrm.config.evaluation import EvaluateConfig
+from hrm.config.help import help_page
+from hrm.config.paths import CONFIG_DIR, choices_of, groups_of
+from hrm.config.renamed import find_renamed, new_name, tell
+from hrm.config.store import register_schemas
+from hrm.config.training import PretrainConfig
+from hrm.config.typed import option_names
+from hrm.config.yaml_files import read_old_names
+from hrm.errors import UserError, first_sentence
+
+T = TypeVar("T")
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+# Values of these options are taken to the letter: Hydra would read 0530 as a number and choke on "=" or "(" in a path.
+_LITERAL_OPTIONS = {
+    *("checkpoint", "checkpoint_path", "data_path", "output_dir", "profile", "project_name", "puzzle", "report"),
+    *("resume", "run_name"),
+}
+
+_KINDS = {"Float": "a number, such as 1e-4", "Integer": "a whole number", "Boolean": "true or false"}
+
+# Hydra's own flags, by whether a value follows.
+_FLAGS = {
+    **dict.fromkeys(("--help", "-h", "--hydra-help", "--info", "-i", "--multirun", "-m", "--resolve"), False),
+    **dict.fromkeys(("--run", "-r", "--shell-completion", "-sc", "--version"), False),
+    **dict.fromkeys(("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"), True),
+    **dict.fromkeys(("--config-dir", "-cd", "--experimental-rerun"), True),
+}
+
+
+def run(
+    schema: type[T],
+    config_name: str,
+    task: Callable[[T], object],
+    program: str,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Compose `config/<config_name>.yaml` with a command line, check it against `schema`, and call `task`.
+
+    A `UserError`, or a configuration that cannot be composed, ends in one sentence on stderr and exit status 2.
+    `--help` prints the options with their meanings instead.
+
+    Args:
+        program: what is typed before the options, such as `python pretrain.py`.
+        argv: the command line; default: the process's own.
+    """
+    is_composed = False
+
+    def checked_task(composed: DictConfig) -> None:
+        nonlocal is_composed
+        is_composed = True
+        try:
+            task(_typed(schema, composed))
+        except UserError as error:
+            fail(str(error))
+
+    _register()
+    try:
+        arguments = _Arguments.parse(config_name, list(sys.argv[1:] if argv is None else argv))
+        if arguments.wants_help:
+            composed = _composed(config_name, arguments.overrides, arguments.folders, with_hydra=True)
+            print(help_page(composed, program, arguments.folders))
+            return
+    except UserError as error:
+        fail(str(error))
+    sys.argv[1:] = arguments.all
+    # Hydra's own reports run over many lines; with this set it lets the exceptions through to us.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(checked_task)()
+    except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
+        if is_composed:
+            raise
+        fail(_composition_error(error, config_name, arguments.all, arguments.folders))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def compose(schema: type[T], config_name: str, overrides: Sequence[str] = ()) -> T:
+    """The options that a command line of these overrides would give.
+
+    Raises:
+        UserError: they cannot be composed, or a value is of no use.
+    """
+    _register()
+    arguments = _Arguments.parse(config_name, list(overrides))
+    return _typed(schema, _composed(config_name, arguments.overrides, arguments.folders))
+
+
+def fail(sentence: str) -> NoReturn:
+    """End the process with one sentence on stderr and status 2."""
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_USER_ERROR)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading the command line
+
+
+class _Arguments:
+    """A command line: overrides and Hydra's flags, checked for how they are written and ready for Hydra."""
+
+    def __init__(self) -> None:
+        self.all: list[str] = []
+        self.overrides: list[str] = []
+        self.folders: tuple[Path, ...] = ()  # of further YAML files
+        self.wants_help = False
+
+    @classmethod
+    def parse(cls, config_name: str, argv: list[str]) -> _Arguments:
+        """Raises `UserError` for arguments that are not written as options are."""
+        result = cls()
+        rest = list(argv)
+        while rest:
+            argument = rest.pop(0)
+            flag, equals, value = argument.partition("=")
+            if flag in _FLAGS:
+                taken = [rest.pop(0)] if _FLAGS[flag] and not equals and rest else []
+                if flag in ("--config-dir", "-cd"):
+                    result._add_folder(value if equals else "".join(taken))
+                result.wants_help |= flag in ("--help", "-h")
+                result.all += [argument, *taken]
+                continue
+            _check_form(argument, rest, config_name, result.folders)
+            override = _quote_literal(_with_new_name(argument, config_name))
+            result.overrides.append(override)
+            result.all.append(override)
+        return result
+
+    def _add_folder(self, folder: str) -> None:
+        if not Path(folder).is_dir():
+            raise UserError(f"--config-dir {folder} is not a folder: give one with YAML files in it, by group.")
+        self.folders += (Path(folder).resolve(),)
+
+
+def _check_form(argument: str, rest: list[str], config_name: str, folders: tuple[Path, ...]) -> None:
+    """UserError for what shells, other programs' habits and slips make of `option=value`."""
+    if argument.startswith("-") and argument != "-":
+        option = argument.lstrip("-")
+        example = option if "=" in option else f"{option}=..."
+        if "=" not in option and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+            raise UserError(f"{argument} {rest[0]} is not how options are written: {option}={rest[0]}.")
+        raise UserError(f"{argument} is not how options are written: leave out the dashes, {example}.")
+    if argument.startswith("~"):
+        raise UserError(f"{argument} cannot be used: options are changed, not removed; write {argument[1:]}=value.")
+    if rest and (rest[0] == "=" or rest[0].startswith("=") or (argument.endswith("=") and "=" not in rest[0])):
+        written = " ".join([argument, *rest[: 2 if rest[0] == "=" else 1]])
+        raise UserError(f"{written!r} has spaces around the equals sign: write {re.sub(r' *= *', '=', written)}.")
+    if "=" in argument:
+        return
+    if groups := [group for group in groups_of(folders) if argument in choices_of(group, folders)]:
+        meant = " or ".join(f"{group}={argument}" for group in groups)
+    elif config_name == "evaluate":
+        meant = f"checkpoint={argument}"
+    else:
+        raise UserError(f"{argument!r} on the command line cannot be read: write option=value.")
+    raise UserError(f"{argument!r} on the command line cannot be read: did you mean {meant}?")
+
+
+def _with_new_name(argument: str, config_name: str) -> str:
+    """An override by the option's new name, where it was given by an old one."""
+    plus, name, value = re.fullmatch(r"(\+*)([^=]*)=(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
+    if (found := find_renamed(name, [_SCHEMAS[config_name]])) is None:
+        return argument
+    group, new = found
+    if isinstance(new, str):
+        tell(name, f"{group}{new}")
+        return f"{plus}{group}{new}={value}"
+    try:
+        given = OverridesParser.create().parse_override(argument).value()
+        renamed, given = new_name(new, given)
+    except Exception as error:
+        raise UserError(f"{argument} cannot be used: {first_sentence(error)}.") from error
+    tell(name, f"{group}{renamed}")
+    return f"{plus}{group}{renamed}={json.dumps(given)}"
+
+
+def _quote_literal(argument: str) -> str:
+    name, _, value = argument.partition("=")
+    if name not in _LITERAL_OPTIONS or value in ("", "null") or value[0] in "'\"" or "${" in value:
+        return argument
+    # Between quotes, Hydra takes a backslash as itself, but for those that stand right before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + (r"\'" if match[2] else ""), value)
+    return f"{name}='{escaped}'"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Composing and checking
+
+
+_SCHEMAS: dict[str, type] = {"pretrain": PretrainConfig, "evaluate": EvaluateConfig}
+
+
+def _register() -> None:
+    register_schemas()
+    read_old_names(list(_SCHEMAS.values()))
+
+
+def _composed(
+    config_name: str, overrides: Sequence[str], folders: tuple[Path, ...], with_hydra: bool = False
+) -> DictConfig:
+    """What Hydra makes of the overrides; `UserError` where it makes nothing of them."""
+    more = [f"hydra.searchpath=[{','.join(map(str, folders))}]"] if folders else []
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            return hydra.compose(config_name, overrides=[*more, *overrides], return_hydra_config=with_hydra)
+    except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
+        raise UserError(_composition_error(error, config_name, overrides, folders)) from error
+
+
+def _typed(schema: type[T], composed: DictConfig) -> T:
+    """The composed configuration as an instance of its schema, values checked."""
+    if added := set(_added_options(composed)):
+        option = min(added)
+        raise UserError(f"there is no option {option}; {neighbours(option, set(option_names(composed)) - added)}")
+    try:
+        result = OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} must be given: add {error.full_key}=... to the command line.") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key} cannot be used: {first_sentence(error)}.") from error
+    assert isinstance(result, schema)
+    return result
+
+
+def _added_options(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Names that `+name=value` put beside a schema's own, which nothing would read."""
+    object_type = OmegaConf.get_type(config)
+    for name in map(str, config):
+        if name not in getattr(object_type, "__dataclass_fields__", config):
+            yield f"{prefix}{name}"
+        elif not OmegaConf.is_missing(config, name) and isinstance(child := config._get_node(name), DictConfig):
+            yield from _added_options(child, f"{prefix}{name}.")
+
+
+def _composition_error(
+    error: Exception, config_name: str, arguments: Sequence[str], folders: tuple[Path, ...] = ()
+) -> str:
+    """One sentence for an exception that Hydra raised while it composed the configuration."""
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} on the command line cannot be read: write option=value, and quote unusual values."
+    if match := re.search(r"Could not override '([^']+)'", text):
+        option = match.group(1)
+        return f"there is no option {option}; {neighbours(option, _known_options(config_name))}"
+    if match := re.search(r"Error merging override ([^=]+)=(.*)", text):
+        option, value = match.groups()
+        reason = first_sentence(error.__cause__ or error)
+        if "not a ListConfig" in reason:
+            return f"{option}={value} cannot be used: it takes a list, so write {option}=[{value}]."
+        if parts := [name for name in _known_options(config_name) if name.startswith(f"{option}.")]:
+            return f"{option}={value} cannot be used: {option} stands for several options, {' and '.join(parts)}."
+        if match := re.search(r"could not be converted to (\w+)", reason):
+            return f"{option}={value} cannot be used: it takes {_KINDS[match.group(1)]}."
+        return f"{option}={value} cannot be used: {reason}."
+    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        group, choice = match.groups()
+        return f"{group}={choice} is not a choice; {neighbours(choice, choices_of(group, folders))}"
+    if match := re.search(r"In '([^']+)': \w+ raised while composing config:\s+Key '([^']+)' not in", text):
+        file, option = match.groups()
+        return f"{file}.yaml sets {option}, which is no option; {neighbours(option, _known_options(config_name))}"
+    if match := re.search(r"In '([^']+)': \w+ raised while composing config:\s+(.*)", text):
+        return f"{match.group(1)}.yaml cannot be used: {first_sentence(ValueError(match.group(2)))}."
+    return f"the configuration cannot be composed from {' '.join(arguments)}: {first_sentence(error)}."
+
+
+def _known_options(config_name: str) -> set[str]:
+    """Options and groups that the command line of `config/<config_name>.yaml` may set."""
+    composed = _composed(config_name, (), (), with_hydra=True)
+    groups = {group for group in map(str, composed.hydra.runtime.choices) if not group.startswith("hydra/")}
+    options = {name for name in option_names(composed) if not name.startswith("hydra")}
+    return options | groups

@@ -1,0 +1,110 @@
+"""Old names of options work wherever options come from, and say what they are called now."""
+
+import operator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from hrm.config import KernelsConfig, PretrainConfig, renamed, to_typed
+from hrm.config.compose import compose
+from hrm.config.renamed import OldNames, Renamed, find_renamed, with_new_names
+
+
+@dataclass
+class Part:
+    RENAMED: ClassVar[OldNames] = {"many": "count"}
+    count: int = 1
+
+
+@dataclass
+class Whole:
+    RENAMED: ClassVar[OldNames] = {"rounds": "epochs", "no_stop": Renamed("stop", operator.not_), "many": "part.count"}
+    epochs: int = 1
+    stop: bool = True
+    part: Part = field(default_factory=Part)
+    parts: list[Part] = field(default_factory=list)
+
+
+@pytest.fixture(autouse=True)
+def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(renamed, "_told", set())
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "notes"),
+    [
+        ({"epochs": 3}, {"epochs": 3}, []),
+        ({"rounds": 3}, {"epochs": 3}, ["rounds is called epochs now"]),
+        ({"rounds": 3, "epochs": 4}, {"epochs": 4}, ["rounds is called epochs now"]),
+        ({"no_stop": True}, {"stop": False}, ["no_stop is called stop now"]),
+        ({"many": 7}, {"part": {"count": 7}}, ["many is called part.count now"]),
+        ({"part": {"many": 7}}, {"part": {"count": 7}}, ["part.many is called part.count now"]),
+        ({"parts": [{"many": 7}, {"count": 8}]}, {"parts": [{"count": 7}, {"count": 8}]}, ["parts.many is called"]),
+        ({"other": {"rounds": 3}}, {"other": {"rounds": 3}}, []),
+    ],
+)
+def test_mappings(
+    given: dict[str, Any], expected: dict[str, Any], notes: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert with_new_names(given, [Whole]) == expected
+    told = capsys.readouterr().err.splitlines()
+    assert [note in line for note, line in zip(notes, told, strict=True)] == [True] * len(notes)
+
+
+def test_typed_mappings_take_old_names_and_say_so_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert to_typed(Whole, {"rounds": 3, "part": {"many": 2}}, "whole") == Whole(epochs=3, part=Part(2))
+    assert capsys.readouterr().err.splitlines() == [
+        "note: whole.part.many is called whole.part.count now.",
+        "note: whole.rounds is called whole.epochs now.",
+    ]
+
+
+def test_a_name_that_another_schema_has_is_left_alone() -> None:
+    @dataclass
+    class Other:
+        rounds: int = 0
+
+    assert with_new_names({"rounds": 3}, [Whole, Other]) == {"rounds": 3}
+
+
+def test_names_with_dots() -> None:
+    assert find_renamed("part.many", [Whole]) == ("part.", "count")
+    assert find_renamed("many", [Whole]) == ("", "part.count")
+    assert find_renamed("part.count", [Whole]) is None
+
+
+@pytest.fixture
+def old_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two options of the real schemas get old names."""
+    monkeypatch.setattr(PretrainConfig, "RENAMED", {"rounds": "epochs"}, raising=False)
+    names = {"engine": "backend", "eager": Renamed("compile", operator.not_)}
+    monkeypatch.setattr(KernelsConfig, "RENAMED", names, raising=False)
+
+
+@pytest.mark.usefixtures("old_options")
+def test_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    config = compose(PretrainConfig, "pretrain", ["rounds=20000", "kernels.engine=naive", "kernels.eager=false"])
+    assert (config.epochs, config.kernels.backend, config.kernels.compile) == (20000, "naive", True)
+    assert capsys.readouterr().err.splitlines() == [
+        "note: rounds is called epochs now.",
+        "note: kernels.engine is called kernels.backend now.",
+        "note: kernels.eager is called kernels.compile now.",
+    ]
+
+
+@pytest.mark.usefixtures("old_options")
+def test_yaml_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for group, name, text in (
+        ("kernels", "mine", "engine: naive\n"),
+        ("experiment", "mine", "# @package _global_\nrounds: 30000\nkernels:\n  eager: false\n"),
+    ):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / f"{name}.yaml").write_text(text)
+    overrides = ["--config-dir", str(tmp_path), "kernels=mine", "experiment=mine"]
+    config = compose(PretrainConfig, "pretrain", overrides)
+    assert (config.epochs, config.kernels.backend, config.kernels.compile) == (30000, "naive", True)
+    assert compose(PretrainConfig, "pretrain", [*overrides, "epochs=10000"]).epochs == 10000
+    assert len(capsys.readouterr().err.splitlines()) == 3
