@@ -21,7 +21,7 @@ from hrm.config.checks import neighbours
 from hrm.config.data import DataConfig
 from hrm.config.entry import DEVICES, SAVEABLE_OUTPUTS
 from hrm.config.evaluation import EnsembleConfig, EvaluateConfig
-from hrm.config.kernels import FP8_LEVELS, KernelsConfig, kernels_config
+from hrm.config.kernels import KernelsConfig, kernels_config
 from hrm.config.optim import OPTIMIZERS, OptimConfig
 from hrm.config.parallel import ParallelConfig
 from hrm.config.paths import CONFIG_DIR, PROJECT_DIR
@@ -34,7 +34,6 @@ __all__ = [
     "CONFIG_DIR",
     "DEVICES",
     "FORWARD_DTYPES",
-    "FP8_LEVELS",
     "LOSS_HEADS",
     "LOSS_TYPES",
     "OPTIMIZERS",

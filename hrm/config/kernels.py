@@ -8,12 +8,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from hrm.config.checks import at_least, choice, neighbours
+from hrm.config.checks import at_least, neighbours
 from hrm.config.paths import choices_of
 from hrm.config.typed import to_typed
 from hrm.errors import UserError
-
-FP8_LEVELS = ("none", "H", "L", "both")
 
 
 @dataclass
@@ -26,11 +24,12 @@ class KernelsConfig:
     cuda_graphs: bool = False  # launch whole training and evaluation steps at once (NVIDIA); see parallel.cuda_graphs
     fused_step: bool = False  # optimizers, loss, casts and carry as a kernel each, in Triton (NVIDIA)
     chunk: int = 0  # sequences at a time where no gradient is needed, to stay in the cache; 0: all, on a CPU some
-    fp8: str = "none"  # levels whose passes without gradient are computed in 8 bit (e4m3): none, H, L or both
+    fp8: str = "none"  # modules whose passes without gradient are computed in 8 bit (e4m3): none, all, or one's name
 
     def __post_init__(self) -> None:
         at_least("kernels.chunk", self.chunk, 0)
-        choice("kernels.fp8", self.fp8, FP8_LEVELS)
+        if self.fp8 == "both":  # its name when all architectures had two modules
+            self.fp8 = "all"
 
 
 def kernels_config(kernels: str | Mapping[str, Any] | KernelsConfig) -> KernelsConfig:

@@ -26,7 +26,7 @@ from hrm.distributed import tensor as tensor_parallel
 from hrm.distributed.world import World, sum_over_ranks
 from hrm.errors import UserError
 from hrm.kernels import attention
-from hrm.kernels.cycles import chunked, looped
+from hrm.kernels.schedule import chunked, looped
 from hrm.models import ACTLossHead
 from hrm.optim.clip import clip_gradients
 from hrm.optim.nonfinite import find_nonfinite
@@ -215,8 +215,7 @@ class SharedModel:
             raise UserError(f"kernels.fp8={config.fp8} does not go with parallel.tensor or parallel.pipeline: drop it.")
         if config.chunk and world.pipeline.size > 1:
             raise UserError("kernels.chunk does not go with parallel.pipeline: choose parallel.micro_batches instead.")
-        module, first_token_block = kernels.reasoning_module, kernels.first_token_block
-        cycles = kernels.cycles
+        module, first_token_block, run = kernels.module, kernels.first_token_block, kernels.run
         if world.tensor.size > 1:
             if config.backend != "naive" or config.compile:
                 raise UserError(
@@ -224,12 +223,13 @@ class SharedModel:
                     f"{config.backend}: take kernels=naive."
                 )
             module, first_token_block = tensor_parallel.make(world.tensor, attention.get(config.attention))
-            cycles = looped(dict.fromkeys("HL", module))
-            cycles = chunked(cycles, config.chunk) if config.chunk else cycles
+            run = looped(module)
+            run = chunked(run, config.chunk) if config.chunk else run
         if world.pipeline.size > 1:
-            staged = pipeline.Pipeline(world.pipeline, module, first_token_block, inner.config.layers, micro_batches)
-            module, first_token_block, cycles = staged.reasoning_module, staged.first_token_block, staged.cycles
-        inner.kernels = replace(kernels, reasoning_module=module, first_token_block=first_token_block, cycles=cycles)
+            num_blocks = {name: len(level.layers) for name, level in inner.levels.items()}
+            staged = pipeline.Pipeline(world.pipeline, module, first_token_block, num_blocks, micro_batches)
+            module, first_token_block, run = staged.reasoning_module, staged.first_token_block, staged.run
+        inner.kernels = replace(kernels, module=module, first_token_block=first_token_block, run=run)
 
     def _shard_levels(self) -> None:
         """Let FSDP2 gather a level's weights when the model asks for them, in the compute dtype.

@@ -1,6 +1,6 @@
 """Reasoning modules whose blocks several processes hold in stages, over any backend.
 
-A stage holds as many consecutive blocks of the H level as of the L level. All that is computed outside of the blocks is
+A stage holds an equal part of the consecutive blocks of every module. All that is computed outside of the blocks is
 the same on every process, so the states are handed round in full at the end of each call, and gradients likewise.
 
 Within a call the batch goes through the ring of stages in micro-batches, and at once into the next update, whose
@@ -17,9 +17,10 @@ mostly without gradient, in the middle of a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import setitem
+from functools import reduce
+from operator import add, setitem
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ from torch.autograd.function import once_differentiable
 
 from hrm.distributed.world import Axis
 from hrm.kernels import FirstTokenBlock, ReasoningModule
-from hrm.kernels.naive import BlockWeights, RotaryTables
+from hrm.kernels.context import KernelContext
+from hrm.kernels.naive import BlockWeights
+from hrm.kernels.schedule import Schedule, States
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Pipeline:
 
     Attributes:
         inner: what computes this stage's blocks, and a first token.
-        num_blocks: of level H and of level L in the whole model, multiples of the stages.
+        num_blocks: of each module in the whole model, multiples of the stages.
         micro_batches: at least the stages.
     """
 
@@ -53,65 +56,51 @@ class Pipeline:
         state: Tensor,
         injection: Tensor,
         blocks: Sequence[BlockWeights],
-        rotary: RotaryTables | None,
-        num_heads: int,
-        eps: float,
+        context: KernelContext,
     ) -> Tensor:
-        """See `hrm.kernels.naive.reasoning_module`. `blocks` are a whole level's."""
+        """See `hrm.kernels.naive.reasoning_module`. `blocks` are a whole module's."""
         own = self._own(blocks, len(blocks))
 
         def compute(x: Tensor, blocks: Sequence[BlockWeights]) -> Tensor:
-            return self.inner(x, torch.zeros_like(x), blocks, rotary, num_heads, eps)
+            return self.inner(x, torch.zeros_like(x), blocks, context)
 
         weights = [weight for block in own for weight in block]
         result: Tensor = _Staged.apply(self, compute, state + injection, *weights)  # type: ignore[no-untyped-call]
         return result
 
-    def first_token_block(
-        self, x: Tensor, weights: BlockWeights, rotary: RotaryTables | None, num_heads: int, eps: float
-    ) -> Tensor:
-        """See `hrm.kernels.naive.first_token_block`, for the last block of a level."""
+    def first_token_block(self, x: Tensor, weights: BlockWeights, context: KernelContext) -> Tensor:
+        """See `hrm.kernels.naive.first_token_block`, for the last block of a module."""
         last = self.axis.size - 1
         if self.axis.rank == last:
-            first = self.inner_first_token(x, weights, rotary, num_heads, eps).contiguous()
+            first = self.inner_first_token(x, weights, context).contiguous()
         else:
             first = torch.empty_like(x[:, 0], memory_format=torch.contiguous_format)
         dist.broadcast(first, group=self.axis.group, group_src=last)
         return first
 
-    def cycles(
-        self,
-        z_H: Tensor,
-        z_L: Tensor,
-        embeddings: Tensor,
-        H_blocks: Sequence[BlockWeights],
-        L_blocks: Sequence[BlockWeights],
-        updates: str,
-        rotary: RotaryTables | None,
-        num_heads: int,
-        eps: float,
-    ) -> tuple[Tensor, Tensor]:
-        """See `hrm.kernels.cycles.Cycles`; the last blocks of a level may be left out."""
-        if not updates:
-            return z_H, z_L
-        H_parts, L_parts, injections = (list(self._cut(x)) for x in (z_H, z_L, embeddings))
-        own = {"H": self._own(H_blocks, self.num_blocks["H"]), "L": self._own(L_blocks, self.num_blocks["L"])}
-        states = {"H": H_parts, "L": L_parts}
+    def run(
+        self, states: States, schedule: Schedule, modules: Mapping[str, Sequence[BlockWeights]], context: KernelContext
+    ) -> dict[str, Tensor]:
+        """See `hrm.kernels.schedule.Run`; the last blocks of a module may be left out."""
+        if not schedule:
+            return dict(states)
+        parts = {name: list(self._cut(state)) for name, state in states.items()}
+        own = {name: self._own(blocks, self.num_blocks[name]) for name, blocks in modules.items()}
 
-        def enter(update: int, part: int) -> Tensor:
-            if updates[update] == "H":
-                return H_parts[part] + L_parts[part]
-            return L_parts[part] + (H_parts[part] + injections[part])
+        def enter(number: int, part: int) -> Tensor:
+            update = schedule[number]
+            return parts[update.state][part] + reduce(add, [parts[name][part] for name in update.inputs])
 
-        def stage(update: int, part: int, x: Tensor) -> Tensor:
-            blocks = own[updates[update]]
-            return self.inner(x, torch.zeros_like(x), blocks, rotary, num_heads, eps) if blocks else x
+        def stage(number: int, part: int, x: Tensor) -> Tensor:
+            blocks = own[schedule[number].module]
+            return self.inner(x, torch.zeros_like(x), blocks, context) if blocks else x
 
-        def leave(update: int, part: int, x: Tensor) -> None:
-            states[updates[update]][part] = x
+        def leave(number: int, part: int, x: Tensor) -> None:
+            parts[schedule[number].state][part] = x
 
-        self._circulate(H_parts, len(updates), enter, stage, leave)
-        return self._hand_round(H_parts, 0), self._hand_round(L_parts, 0)
+        self._circulate(parts[schedule[0].state], len(schedule), enter, stage, leave)
+        replaced = dict.fromkeys(update.state for update in schedule)
+        return {**states, **{name: self._hand_round(parts[name], 0) for name in replaced}}
 
     def _own(self, blocks: Sequence[BlockWeights], num_blocks: int) -> Sequence[BlockWeights]:
         each = num_blocks // self.axis.size

@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from hrm.distributed.world import Axis
 from hrm.kernels import FirstTokenBlock, ReasoningModule
-from hrm.kernels.naive import Attend, BlockWeights, RotaryTables, attention, rms_norm, swiglu
+from hrm.kernels.context import KernelContext
+from hrm.kernels.naive import Attend, BlockWeights, attention, rms_norm, swiglu
 
 
 def make(axis: Axis, attend: Attend) -> tuple[ReasoningModule, FirstTokenBlock]:
@@ -30,36 +31,32 @@ def reasoning_module(
     state: Tensor,
     injection: Tensor,
     blocks: Sequence[BlockWeights],
-    rotary: RotaryTables | None,
-    num_heads: int,
-    eps: float,
+    context: KernelContext,
     *,
     attend: Attend,
     axis: Axis,
 ) -> Tensor:
     """See `hrm.kernels.naive.reasoning_module`; `blocks` are this process's slices."""
-    own_heads = num_heads // axis.size
+    own_heads = context.num_heads // axis.size
     x = state + injection
     for weights in blocks:
-        mixed = attention(_Share.apply(x, axis), weights, rotary, own_heads, attend)  # type: ignore[no-untyped-call]
-        x = rms_norm(x + _Sum.apply(mixed, axis), eps)  # type: ignore[no-untyped-call]
+        mixed = attention(_Share.apply(x, axis), weights, context.rotary, own_heads, attend)  # type: ignore[no-untyped-call]
+        x = rms_norm(x + _Sum.apply(mixed, axis), context.eps)  # type: ignore[no-untyped-call]
         gated = swiglu(_Share.apply(x, axis), weights.gate_up, weights.down)  # type: ignore[no-untyped-call]
-        x = rms_norm(x + _Sum.apply(gated, axis), eps)  # type: ignore[no-untyped-call]
+        x = rms_norm(x + _Sum.apply(gated, axis), context.eps)  # type: ignore[no-untyped-call]
     return x
 
 
 def first_token_block(
     x: Tensor,
     weights: BlockWeights,
-    rotary: RotaryTables | None,
-    num_heads: int,
-    eps: float,
+    context: KernelContext,
     *,
     attend: Attend,
     axis: Axis,
 ) -> Tensor:
     """See `hrm.kernels.naive.first_token_block`. Computes the other tokens too: one block of a step's many."""
-    whole = reasoning_module(x, torch.zeros_like(x), [weights], rotary, num_heads, eps, attend=attend, axis=axis)
+    whole = reasoning_module(x, torch.zeros_like(x), [weights], context, attend=attend, axis=axis)
     return whole[:, 0]
 
 

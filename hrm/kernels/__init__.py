@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -23,8 +23,9 @@ from torch import Tensor
 from hrm.config import KernelsConfig, neighbours
 from hrm.errors import UserError
 from hrm.kernels import attention, naive
-from hrm.kernels.cycles import Cycles, Module, chunked, looped
-from hrm.kernels.naive import Attend, BlockWeights, RotaryTables
+from hrm.kernels.context import KernelContext
+from hrm.kernels.naive import Attend, BlockWeights
+from hrm.kernels.schedule import Module, Run, chunked, looped
 
 ReasoningModule: TypeAlias = Module[BlockWeights]
 
@@ -32,25 +33,21 @@ ReasoningModule: TypeAlias = Module[BlockWeights]
 class FirstTokenBlock(Protocol):
     """See `hrm.kernels.naive.first_token_block`."""
 
-    def __call__(
-        self, x: Tensor, weights: BlockWeights, rotary: RotaryTables | None, num_heads: int, eps: float
-    ) -> Tensor: ...
+    def __call__(self, x: Tensor, weights: BlockWeights, context: KernelContext) -> Tensor: ...
 
 
-class Restart(Protocol):
-    """See `hrm.kernels.naive.restart`."""
+class ResetCarry(Protocol):
+    """See `hrm.kernels.naive.reset_carry`."""
 
     def __call__(
         self,
-        z_H: Tensor,
-        z_L: Tensor,
-        H_init: Tensor,
-        L_init: Tensor,
+        states: Mapping[str, Tensor],
+        initial: Mapping[str, Tensor],
         halted: Tensor,
         steps: Tensor,
-        data: Sequence[Tensor],
-        fresh: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]: ...
+        data: Mapping[str, Tensor],
+        fresh: Mapping[str, Tensor],
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -58,15 +55,15 @@ class Kernels:
     """What computes a model."""
 
     config: KernelsConfig  # resolved: no `auto` in it
-    reasoning_module: ReasoningModule  # differentiable
+    module: ReasoningModule  # differentiable
+    run: Run  # whole schedules without gradient
     first_token_block: FirstTokenBlock
-    restart: Restart
-    cycles: Cycles  # updates that need no gradient
-    fp8_levels: str  # of H and L, those whose updates without gradient are computed in fp8
+    reset_carry: ResetCarry
+    fp8_modules: frozenset[str] = frozenset()  # by name, those that `run` computes in 8 bit
 
-    def prepare(self, level: str, blocks: Sequence[BlockWeights]) -> Sequence[Any]:
-        """The blocks of level `H` or `L` as `cycles` wants them."""
-        if level not in self.fp8_levels:
+    def prepare(self, module: str, blocks: Sequence[BlockWeights]) -> Sequence[Any]:
+        """The blocks of the module of that name as `run` wants them."""
+        if module not in self.fp8_modules:
             return blocks
         from hrm.kernels.backends import fp8
 
@@ -84,6 +81,7 @@ class Place(NamedTuple):
     batch_size: int = 384  # sequences on this rank
     width: int = 512  # hidden size
     mlp_t: bool = False  # tokens are mixed by an MLP over them
+    modules: tuple[str, ...] = ()  # names of the modules that hold the blocks
 
 
 class Backend(NamedTuple):
@@ -91,10 +89,10 @@ class Backend(NamedTuple):
 
     module: str
     why_not: Callable[[Place], str | None]  # the reason why it cannot run there, or None
-    cycles: str | None = None  # a module whose function `cycles` computes the updates without gradient together
+    run: str | None = None  # a module whose function `run` computes whole schedules without gradient
     takes_attention: bool = False  # whether its functions have an argument `attend`
     compiles: bool = True  # whether torch.compile can take it into a graph
-    fp8: bool = True  # whether updates without gradient can be taken over by `fp8`
+    fp8: bool = True  # whether passes without gradient can be taken over by `fp8`
 
 
 def _anywhere(place: Place) -> str | None:
@@ -138,13 +136,13 @@ BACKENDS = {
     "triton": Backend(
         "hrm.kernels.backends.triton",
         _why_not_triton_blocks,
-        cycles="hrm.kernels.backends.triton",
+        run="hrm.kernels.backends.triton",
         takes_attention=True,
     ),
     "triton_unrolled": Backend(
         "hrm.kernels.backends.triton",
         _why_not_triton_blocks,
-        cycles="hrm.kernels.experimental.triton_unrolled",
+        run="hrm.kernels.experimental.triton_unrolled",
         fp8=False,
     ),
     "head_parallel": Backend("hrm.kernels.experimental.head_parallel", _why_not_triton_blocks),
@@ -188,7 +186,20 @@ def resolve(config: KernelsConfig, place: Place) -> KernelsConfig:
         raise UserError(f"kernels.fp8={config.fp8} does not go with arch.mlp_t=true: drop it.")
     if config.fp8 != "none" and not backend.fp8:
         raise UserError(f"kernels.fp8={config.fp8} does not go with kernels.backend={config.backend}: take triton.")
+    _fp8_modules(config.fp8, place.modules)  # refuses names that are none
     return replace(config, attention=_resolve_attention(config, backend, place))
+
+
+def _fp8_modules(fp8: str, modules: tuple[str, ...]) -> tuple[str, ...]:
+    """The modules that `kernels.fp8` names: `all`, or one by its name or the first part of that."""
+    if fp8 == "none":
+        return ()
+    if fp8 == "all":
+        return modules
+    named = tuple(name for name in modules if fp8 in (name, name.partition("_")[0]))
+    if not named:
+        raise UserError(f"kernels.fp8={fp8} is not a choice; {neighbours(fp8, ['none', 'all', *modules])}")
+    return named
 
 
 def _resolve_attention(config: KernelsConfig, backend: Backend, place: Place) -> str:
@@ -212,29 +223,28 @@ def describe(config: KernelsConfig) -> str:
     return ", ".join([config.backend, *attend, *switches, *chunk, *fp8])
 
 
-def make_kernels(config: KernelsConfig) -> Kernels:
-    """The functions behind a choice that `resolve` returned."""
+def make_kernels(config: KernelsConfig, modules: Sequence[str]) -> Kernels:
+    """The functions behind a choice that `resolve` returned, for a model whose modules have these names."""
     module, first_token_block = _load(config.backend, config.attention, config.compile)
-    fp8_levels = {"none": "", "both": "HL"}.get(config.fp8, config.fp8)
+    fp8_modules = _fp8_modules(config.fp8, tuple(modules))
     backend = BACKENDS[config.backend]
-    if backend.cycles and not fp8_levels and not config.compile:
-        own_cycles = importlib.import_module(backend.cycles).cycles
-        cycles: Cycles = functools.partial(own_cycles, **_attend(config.attention))
-    else:
-        free_modules: dict[str, Module[Any]] = dict.fromkeys("HL", module)
-        if fp8_levels:
-            from hrm.kernels.backends import fp8
+    run: Run
+    if backend.run and not fp8_modules and not config.compile:
+        run = functools.partial(importlib.import_module(backend.run).run, **_attend(config.attention))
+    elif fp8_modules:
+        from hrm.kernels.backends import fp8
 
-            free_modules |= dict.fromkeys(fp8_levels, fp8.reasoning_module)
-        cycles = looped(free_modules)
+        run = looped(module, dict.fromkeys(fp8_modules, fp8.reasoning_module))
+    else:
+        run = looped(module)
     if config.chunk:
-        cycles = chunked(cycles, config.chunk)
+        run = chunked(run, config.chunk)
     elif config.backend == "naive" and not config.compile:
-        cycles = chunked(cycles)
-    restart: Restart = naive.restart
+        run = chunked(run)
+    reset_carry: ResetCarry = naive.reset_carry
     if config.fused_step:
-        restart = importlib.import_module("hrm.kernels.ops.triton.carry").restart
-    return Kernels(config, module, first_token_block, restart, cycles, fp8_levels)
+        reset_carry = importlib.import_module("hrm.kernels.ops.triton.carry").reset_carry
+    return Kernels(config, module, run, first_token_block, reset_carry, frozenset(fp8_modules))
 
 
 def _attend(name: str) -> dict[str, Attend]:

@@ -6,12 +6,15 @@ gated MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hrm.kernels.context import KernelContext
+from hrm.kernels.context import RotaryTables as RotaryTables
 
 
 class BlockWeights(NamedTuple):
@@ -30,13 +33,6 @@ class MixerWeights(NamedTuple):
     token_down: Tensor  # [T, G]
     gate_up: Tensor  # [2 F, D]: gate, then up
     down: Tensor  # [D, F]
-
-
-class RotaryTables(NamedTuple):
-    """Rotary position embedding, half-split: feature i turns with feature i + K/2."""
-
-    cos: Tensor  # [T, K], float32
-    sin: Tensor  # [T, K], float32
 
 
 Attend: TypeAlias = Callable[[Tensor, RotaryTables | None, int], Tensor]  # qkv, rotary, num_heads: see `sdpa`
@@ -124,9 +120,7 @@ def reasoning_module(
     state: Tensor,
     injection: Tensor,
     blocks: Sequence[BlockWeights | MixerWeights],
-    rotary: RotaryTables | None,
-    num_heads: int,
-    eps: float,
+    context: KernelContext,
     attend: Attend = sdpa,
 ) -> Tensor:
     """Add the injection to the state and run the post-norm blocks (paper section 2).
@@ -134,7 +128,6 @@ def reasoning_module(
     Args:
         state, injection: [B, T, D] of one dtype.
         blocks: weights of each block, in the same dtype.
-        rotary: position tables, or None where positions are learned.
         attend: the core of attention, one that `hrm.kernels.attention.get` gives.
 
     Returns:
@@ -143,16 +136,14 @@ def reasoning_module(
     x = state + injection
     for weights in blocks:
         if isinstance(weights, MixerWeights):
-            x = mix_tokens(x, weights, eps)
+            x = mix_tokens(x, weights, context.eps)
         else:
-            x = rms_norm(x + attention(x, weights, rotary, num_heads, attend), eps)
-        x = rms_norm(x + swiglu(x, weights.gate_up, weights.down), eps)
+            x = rms_norm(x + attention(x, weights, context.rotary, context.num_heads, attend), context.eps)
+        x = rms_norm(x + swiglu(x, weights.gate_up, weights.down), context.eps)
     return x
 
 
-def first_token_block(
-    x: Tensor, weights: BlockWeights | MixerWeights, rotary: RotaryTables | None, num_heads: int, eps: float
-) -> Tensor:
+def first_token_block(x: Tensor, weights: BlockWeights | MixerWeights, context: KernelContext) -> Tensor:
     """One block where only token 0 of the result is wanted: the others still give their keys and values, or mix.
 
     Args:
@@ -162,10 +153,10 @@ def first_token_block(
         [B, D], what `reasoning_module` would put into token 0.
     """
     if isinstance(weights, MixerWeights):
-        first = mix_tokens(x, weights, eps)[:, 0]
+        first = mix_tokens(x, weights, context.eps)[:, 0]
     else:
-        first = rms_norm(x[:, 0] + _first_token_attention(x, weights, rotary, num_heads), eps)
-    return rms_norm(first + swiglu(first, weights.gate_up, weights.down), eps)
+        first = rms_norm(x[:, 0] + _first_token_attention(x, weights, context.rotary, context.num_heads), context.eps)
+    return rms_norm(first + swiglu(first, weights.gate_up, weights.down), context.eps)
 
 
 def _first_token_attention(x: Tensor, weights: BlockWeights, rotary: RotaryTables | None, num_heads: int) -> Tensor:
@@ -182,35 +173,32 @@ def _first_token_attention(x: Tensor, weights: BlockWeights, rotary: RotaryTable
     return F.linear(F.scaled_dot_product_attention(q, k, v).reshape(batch, width), weights.o)
 
 
-def restart(
-    z_H: Tensor,
-    z_L: Tensor,
-    H_init: Tensor,
-    L_init: Tensor,
+def reset_carry(
+    states: Mapping[str, Tensor],
+    initial: Mapping[str, Tensor],
     halted: Tensor,
     steps: Tensor,
-    data: Sequence[Tensor],
-    fresh: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Give halted places their initial state and new data, and count the step.
+    data: Mapping[str, Tensor],
+    fresh: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """Give sequences that halted the initial states and new data, and count the step.
 
     Args:
-        z_H, z_L: [B, T, D].
-        H_init, L_init: [D].
+        states: [B, T, D] each, by name.
+        initial: [D], the vector that each state begins with at every token.
         halted: [B] bool.
         steps: [B] integers.
-        data, fresh: fields [B, ...] of the sequences in hand and of the batch to take from.
+        data, fresh: fields [B, ...] of the sequences being worked on and of the batch to take from.
 
     Returns:
-        The new `(z_H, z_L, steps, data)`.
+        The new `(states, steps, data)`.
     """
 
     def choose(if_halted: Tensor, otherwise: Tensor) -> Tensor:
         return torch.where(halted.view(-1, *[1] * (otherwise.ndim - 1)), if_halted, otherwise)
 
     return (
-        choose(H_init.to(z_H.dtype), z_H),
-        choose(L_init.to(z_L.dtype), z_L),
+        {name: choose(initial[name].to(state.dtype), state) for name, state in states.items()},
         torch.where(halted, 0, steps) + 1,
-        [choose(new, old) for new, old in zip(fresh, data, strict=True)],
+        {name: choose(field, data[name]) for name, field in fresh.items()},
     )

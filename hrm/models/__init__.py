@@ -67,6 +67,7 @@ def build_model(
         batch_size=batch_size,
         width=config.hidden_size,
         mlp_t=config.mlp_t,
+        modules=("H_level", "L_level") if config.H_layers else ("L_level",),
     )
     inner = HierarchicalReasoningModel(
         config,

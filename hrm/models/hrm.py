@@ -19,8 +19,9 @@ from hrm.batch import Batch
 from hrm.config import HRMConfig, KernelsConfig
 from hrm.errors import UserError
 from hrm.kernels import make_kernels
-from hrm.kernels.cycles import Cycles, looped
-from hrm.kernels.naive import BlockWeights, MixerWeights, RotaryTables, grid_rotary_tables, rotary_tables
+from hrm.kernels.context import KernelContext, RotaryTables
+from hrm.kernels.naive import BlockWeights, MixerWeights, grid_rotary_tables, rotary_tables
+from hrm.kernels.schedule import Schedule, Update, looped
 from hrm.models.layers import Embedding, Linear, SparseEmbedding, in_dtype, truncated_normal
 
 
@@ -56,11 +57,9 @@ class Prepared(NamedTuple):
     """What stays the same through the recurrences of one ACT step: embeddings, and weights in the compute dtype."""
 
     embeddings: Tensor  # [B, T, D]
-    H_blocks: Sequence[Any]  # weights of the blocks, of the type that the architecture's blocks have
-    L_blocks: Sequence[Any]
-    free_H_blocks: Sequence[Any]  # the same for updates that need no gradient
-    free_L_blocks: Sequence[Any]
-    rotary: RotaryTables | None
+    blocks: dict[str, Sequence[Any]]  # weights of each module's blocks, of the type that the architecture's blocks have
+    no_grad_blocks: dict[str, Sequence[Any]]  # the same as `Kernels.run` wants them
+    context: KernelContext
 
 
 def _linear(out_features: int, in_features: int, generator: torch.Generator) -> Linear:
@@ -78,6 +77,10 @@ def _rotary_tables(config: HRMConfig, prefix_len: int, seq_len: int) -> RotaryTa
             "choose rope or learned."
         )
     return grid_rotary_tables(prefix_len, side, head_size, config.rope_theta)
+
+
+def _states(carry: InnerCarry, prepared: Prepared) -> dict[str, Tensor]:
+    return {"z_H": carry.z_H, "z_L": carry.z_L, "embeddings": prepared.embeddings}
 
 
 class Attention(nn.Module):
@@ -163,7 +166,6 @@ class HierarchicalReasoningModel(nn.Module):
         self.config = config
         self.training_updates = config.updates  # of a step in training; a curriculum sets others
         self.dtype: torch.dtype = getattr(torch, config.forward_dtype)
-        self.kernels = make_kernels(kernels)
         width = config.hidden_size
         self.prefix_len = config.prefix_len
         num_tokens = self.prefix_len + seq_len
@@ -183,6 +185,7 @@ class HierarchicalReasoningModel(nn.Module):
         if config.H_layers:
             self.H_level = Level(config, config.H_layers, num_tokens, generator)
         self.L_level = Level(config, config.L_layers, num_tokens, generator)
+        self.kernels = make_kernels(kernels, tuple(self.levels))
         self.register_buffer("H_init", truncated_normal((width,), 1.0, generator))
         self.register_buffer("L_init", truncated_normal((width,), 1.0, generator))
         self.lm_head = Linear(truncated_normal((vocab_size, width), width**-0.5, generator))
@@ -200,35 +203,39 @@ class HierarchicalReasoningModel(nn.Module):
         z_H = torch.zeros(shape, dtype=self.dtype, device=batch["inputs"].device)
         return InnerCarry(z_H, torch.zeros_like(z_H))
 
-    def restart(self, carry: Carry, batch: Batch) -> tuple[InnerCarry, Tensor, Batch]:
-        """Give halted places their initial state and the batch's sequence, and count the step."""
-        names, old = list(batch), carry.inner_carry
-        z_H, z_L, steps, fields = self.kernels.restart(
-            old.z_H,
-            old.z_L,
-            self.H_init,
-            self.L_init,
+    def reset_carry(self, carry: Carry, batch: Batch) -> tuple[InnerCarry, Tensor, Batch]:
+        """Give sequences that halted the initial state and the batch's data, and count the step."""
+        states, steps, data = self.kernels.reset_carry(
+            {"z_H": carry.inner_carry.z_H, "z_L": carry.inner_carry.z_L},
+            self.initial_state,
             carry.halted,
             carry.steps,
-            [carry.current_data[name] for name in names],
-            [batch[name] for name in names],
+            carry.current_data,
+            batch,
         )
-        return InnerCarry(z_H, z_L), steps, dict(zip(names, fields, strict=True))
+        return InnerCarry(**states), steps, data
+
+    @property
+    def initial_state(self) -> dict[str, Tensor]:
+        """The vector [D] that each state begins with at every token."""
+        return {"z_H": self.H_init, "z_L": self.L_init}
 
     def prepare(self, batch: Batch) -> Prepared:
         """Embed a batch and cast the weights, once for all recurrences of an ACT step."""
         rotary = None
         if self.config.rotation is not None:
             rotary = RotaryTables(self.rotary_cos, self.rotary_sin)
-        masters = [block for level in self.levels.values() for block in level.weights()]
-        cast = iter(in_dtype([weight for block in masters for weight in block], self.dtype))
-        blocks: list[Any] = [type(block)(*islice(cast, len(block))) for block in masters]
-        L_blocks = blocks[self.config.H_layers :]
-        H_blocks = blocks[: self.config.H_layers] or L_blocks
+        masters = {name: level.weights() for name, level in self.levels.items()}
+        weights = [weight for level in masters.values() for block in level for weight in block]
+        cast = iter(in_dtype(weights, self.dtype))
+        blocks: dict[str, Sequence[Any]] = {
+            name: [type(block)(*islice(cast, len(block))) for block in level] for name, level in masters.items()
+        }
         with torch.no_grad():
-            free_H_blocks, free_L_blocks = self.kernels.prepare("H", H_blocks), self.kernels.prepare("L", L_blocks)
+            no_grad_blocks = {name: self.kernels.prepare(name, level) for name, level in blocks.items()}
         embeddings = self._embed(batch["inputs"], batch["puzzle_identifiers"])
-        return Prepared(embeddings, H_blocks, L_blocks, free_H_blocks, free_L_blocks, rotary)
+        context = KernelContext(rotary, self.config.num_heads, self.config.rms_norm_eps)
+        return Prepared(embeddings, blocks, no_grad_blocks, context)
 
     def _embed(self, inputs: Tensor, puzzle_identifiers: Tensor) -> Tensor:
         width = self.config.hidden_size
@@ -245,56 +252,39 @@ class HierarchicalReasoningModel(nn.Module):
         return scaled
 
     def recur(self, carry: InnerCarry, prepared: Prepared) -> InnerCarry:
-        """One ACT step's cycles. Only their last `grad_updates` updates are differentiable."""
+        """One ACT step's schedule. Only its last `grad_updates` updates are differentiable."""
+        schedule = self._schedule()
         if not torch.is_grad_enabled():
-            return self._update(carry, prepared, self._updates)
-        updates, last = self._updates, self.config.grad_updates
-        if last < len(updates):
-            carry = self._update(carry, prepared, updates[:-last])
-        cycles = looped(dict.fromkeys("HL", self.kernels.reasoning_module))
-        return self._run(cycles, carry, prepared, prepared.H_blocks, prepared.L_blocks, updates[-last:])
+            return self._run(carry, prepared, schedule)
+        last = self.config.grad_updates
+        carry = self._run(carry, prepared, schedule[:-last])
+        states = looped(self.kernels.module)(
+            _states(carry, prepared), schedule[-last:], prepared.blocks, prepared.context
+        )
+        return InnerCarry(states["z_H"], states["z_L"])
 
     def recur_to_q_values(self, carry: InnerCarry, prepared: Prepared) -> tuple[Tensor, Tensor]:
         """`q_values` after one more ACT step, without gradient and without what only other tokens would need."""
-        carry = self._update(carry, prepared, self._updates[:-1])
-        *_, last = prepared.H_blocks
-        but_last = prepared._replace(free_H_blocks=prepared.free_H_blocks[:-1])
-        x = self._update(carry, but_last, "H").z_H
-        return self._read_q_head(self.kernels.first_token_block(x, last, prepared.rotary, *self._block_options))
+        *schedule, last_update = self._schedule()
+        carry = self._run(carry, prepared, schedule)
+        module = last_update.module
+        *_, last_block = prepared.blocks[module]
+        but_last = prepared.no_grad_blocks | {module: prepared.no_grad_blocks[module][:-1]}
+        x = self._run(carry, prepared._replace(no_grad_blocks=but_last), [last_update]).z_H
+        return self._read_q_head(self.kernels.first_token_block(x, last_block, prepared.context))
 
     @torch.no_grad()
-    def _update(self, carry: InnerCarry, prepared: Prepared, updates: str) -> InnerCarry:
-        return self._run(self.kernels.cycles, carry, prepared, prepared.free_H_blocks, prepared.free_L_blocks, updates)
+    def _run(self, carry: InnerCarry, prepared: Prepared, schedule: Schedule) -> InnerCarry:
+        if not schedule:
+            return carry
+        states = self.kernels.run(_states(carry, prepared), schedule, prepared.no_grad_blocks, prepared.context)
+        return InnerCarry(states["z_H"], states["z_L"])
 
-    def _run(
-        self,
-        cycles: Cycles,
-        carry: InnerCarry,
-        prepared: Prepared,
-        H_blocks: Sequence[Any],
-        L_blocks: Sequence[Any],
-        updates: str,
-    ) -> InnerCarry:
-        return InnerCarry(
-            *cycles(
-                carry.z_H,
-                carry.z_L,
-                prepared.embeddings,
-                H_blocks,
-                L_blocks,
-                updates,
-                prepared.rotary,
-                *self._block_options,
-            )
-        )
-
-    @property
-    def _updates(self) -> str:
-        return self.training_updates if self.training else self.config.updates
-
-    @property
-    def _block_options(self) -> tuple[int, float]:
-        return self.config.num_heads, self.config.rms_norm_eps
+    def _schedule(self) -> list[Update]:
+        fast = Update("z_L", ("z_H", "embeddings"), "L_level")
+        slow = Update("z_H", ("z_L",), "H_level" if self.config.H_layers else "L_level")
+        updates = self.training_updates if self.training else self.config.updates
+        return [slow if level == "H" else fast for level in updates]
 
     def logits(self, carry: InnerCarry) -> Tensor:
         """Scores of the answer's tokens, [B, S, V]."""
@@ -365,12 +355,12 @@ class AdaptiveComputation(nn.Module):
         From `initial_carry` all begin together, and until some halt early, training steps see all at one ACT step, and
         the same ones as many times in a row as there are ACT steps. Here the first of them take fewer steps.
         """
-        state, steps, data = self.inner.restart(self.initial_carry(batch), batch)
+        state, steps, data = self.inner.reset_carry(self.initial_carry(batch), batch)
         taken = torch.arange(len(steps), device=steps.device, dtype=steps.dtype) % self.training_halt_max_steps
         return Carry(state, taken, torch.zeros_like(steps, dtype=torch.bool), data)
 
     def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, dict[str, Tensor]]:
-        state, steps, data = self.inner.restart(carry, batch)
+        state, steps, data = self.inner.reset_carry(carry, batch)
         if self.training and self.images is not None:
             state, data = self._turned(state, data, self.images)
         prepared = self.inner.prepare(data)
@@ -394,7 +384,7 @@ class AdaptiveComputation(nn.Module):
 
     def think(self, carry: Carry, batch: Batch, num_steps: int) -> Carry:
         """What as many calls in evaluation do to a carry, if none of its sequences halts before the last of them."""
-        state, steps, data = self.inner.restart(carry, batch)
+        state, steps, data = self.inner.reset_carry(carry, batch)
         prepared = self.inner.prepare(data)
         for _ in range(num_steps):
             state = self.inner.recur(state, prepared)

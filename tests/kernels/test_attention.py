@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hrm.errors import UserError
 from hrm.kernels import Place, attention, naive
+from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import Attend, BlockWeights, RotaryTables, rotary_tables
 from hrm.kernels.ops.hopper import device as hopper
 
@@ -139,7 +140,8 @@ def test_a_compiled_module_has_one_graph(name: str) -> None:
     rotary = RotaryTables(tables.cos.to(DEVICE), tables.sin.to(DEVICE))
     plain = functools.partial(naive.reasoning_module, attend=attention.get(name))
     compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
-    expected, actual = (module(state, injection, blocks, rotary, HEADS, 1e-5) for module in (plain, compiled))
+    context = KernelContext(rotary, HEADS, 1e-5)
+    expected, actual = (module(state, injection, blocks, context) for module in (plain, compiled))
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     gradients = [torch.autograd.grad(out.square().sum(), state)[0] for out in (expected, actual)]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hrm.kernels import Place, attention, naive
+from hrm.kernels.context import KernelContext
 from hrm.kernels.experimental import cute as cute_module
 from hrm.kernels.naive import BlockWeights, RotaryTables, rotary_tables
 
@@ -44,7 +45,7 @@ def run(
     wide = torch.promote_types(dtype, torch.float32)
     tables = RotaryTables(*(table.to(device, wide) for table in rotary_tables(tokens, head_size, 10000.0)))
     blocks = [BlockWeights(*leaves[2:6]), BlockWeights(*leaves[6:])]
-    out = module(state, injection, blocks, tables if rotate else None, num_heads, EPS)
+    out = module(state, injection, blocks, KernelContext(tables if rotate else None, num_heads, EPS))
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.detach())]
 
 
@@ -127,9 +128,9 @@ def test_projections_are_kept_for_a_backward_only(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(interface, "gemm_gated", recorded)
     x = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
     block = BlockWeights(*(torch.ones(shape).requires_grad_() for shape in ((48, 16), (16, 16), (48, 16), (16, 24))))
-    tracked = cute_module.reasoning_module(x, x, [block], None, 2, EPS)
+    tracked = cute_module.reasoning_module(x, x, [block], KernelContext(None, 2, EPS))
     with torch.no_grad():
-        frozen = cute_module.reasoning_module(x, x, [block], None, 2, EPS)
+        frozen = cute_module.reasoning_module(x, x, [block], KernelContext(None, 2, EPS))
     assert asked == [True, False]
     assert tracked.requires_grad
     assert not frozen.requires_grad

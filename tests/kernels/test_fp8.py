@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hrm.kernels import naive
 from hrm.kernels.backends import fp8
+from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import BlockWeights, RotaryTables
 from hrm.kernels.ops.e4m3 import E4M3, WEIGHT_SCALE, Fp8BlockWeights, to_e4m3
 from hrm.models.layers import truncated_normal
@@ -49,18 +50,19 @@ class Case:
         tables = naive.rotary_tables(tokens, width // num_heads, 10000.0)
         self.rotary = RotaryTables(*(table.to(DEVICE) for table in tables))
         self.num_heads = num_heads
+        self.context = KernelContext(self.rotary, num_heads, EPS)
 
     def exactly(self) -> Tensor:
         """What nothing rounds but float64."""
         blocks = [BlockWeights(*(matrix.double() for matrix in weights)) for weights in self.blocks]
         rotary = RotaryTables(*(table.double() for table in self.rotary))
         operands = self.state.double(), self.injection.double()
-        return naive.reasoning_module(*operands, blocks, rotary, self.num_heads, EPS)
+        return naive.reasoning_module(*operands, blocks, KernelContext(rotary, self.num_heads, EPS))
 
     def run(self, module: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
         blocks = [BlockWeights(*(matrix.to(dtype) for matrix in weights)) for weights in self.blocks]
         operands = self.state.to(dtype), self.injection.to(dtype)
-        return module(*operands, fp8.quantize_blocks(blocks), self.rotary, self.num_heads, EPS)
+        return module(*operands, fp8.quantize_blocks(blocks), self.context)
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
@@ -93,9 +95,9 @@ def test_without_rounding_it_is_the_naive_module(monkeypatch: pytest.MonkeyPatch
     case = Case(2, 5, 32, 2, 48)
     blocks = [Fp8BlockWeights(*(WEIGHT_SCALE * matrix for matrix in weights)) for weights in case.blocks]
     for rotary in (case.rotary, None):
-        rest = (rotary, case.num_heads, EPS)
-        actual = fp8.naive_reasoning_module(case.state, case.injection, blocks, *rest)
-        expected = naive.reasoning_module(case.state, case.injection, case.blocks, *rest)
+        context = KernelContext(rotary, case.num_heads, EPS)
+        actual = fp8.naive_reasoning_module(case.state, case.injection, blocks, context)
+        expected = naive.reasoning_module(case.state, case.injection, case.blocks, context)
         torch.testing.assert_close(actual, expected)
 
 
@@ -129,13 +131,13 @@ def test_nothing_is_kept_for_a_backward() -> None:
         operand.requires_grad_()
     blocks = fp8.quantize_blocks(case.blocks)
     assert not any(matrix.requires_grad for weights in blocks for matrix in weights)
-    result = fp8.reasoning_module(case.state, case.injection, blocks, case.rotary, case.num_heads, EPS)
+    result = fp8.reasoning_module(case.state, case.injection, blocks, case.context)
     assert not result.requires_grad
 
 
 def test_no_block_is_the_sum() -> None:
     state, injection = torch.ones(1, 2, 8), torch.full((1, 2, 8), 2.0)
-    assert torch.equal(fp8.reasoning_module(state, injection, [], None, 2, EPS), state + injection)
+    assert torch.equal(fp8.reasoning_module(state, injection, [], KernelContext(None, 2, EPS)), state + injection)
 
 
 @pytest.mark.gpu  # Triton's interpreter rounds 1.95 to 1 in e4m3
@@ -257,7 +259,7 @@ def test_in_a_cuda_graph() -> None:
     state, injection = case.state.bfloat16(), case.injection.bfloat16()
 
     def step() -> Tensor:
-        return fp8.reasoning_module(state, injection, fp8.quantize_blocks(blocks), case.rotary, case.num_heads, EPS)
+        return fp8.reasoning_module(state, injection, fp8.quantize_blocks(blocks), case.context)
 
     step()  # compiles
     graph = torch.cuda.CUDAGraph()

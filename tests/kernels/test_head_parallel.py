@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from hrm.errors import UserError
 from hrm.kernels import naive
+from hrm.kernels.context import KernelContext
 from hrm.kernels.experimental import head_parallel
 from hrm.kernels.experimental.head_parallel import project_and_attend
 from hrm.kernels.naive import BlockWeights, RotaryTables, rotary_tables
@@ -75,7 +76,7 @@ def check_module(batch: int, tokens: int, num_heads: int, head_size: int, inner:
         leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (state, injection, *matrices)]
         blocks = [BlockWeights(*leaves[2:])] * 2
         tables = draw_tables(tokens, head_size, torch.promote_types(dtype, torch.float32))
-        out = module(*leaves[:2], blocks, tables, num_heads, EPS)
+        out = module(*leaves[:2], blocks, KernelContext(tables, num_heads, EPS))
         return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
     check(

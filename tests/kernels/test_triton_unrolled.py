@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,26 +11,34 @@ from torch import Tensor
 
 from hrm.errors import UserError
 from hrm.kernels import naive
-from hrm.kernels.cycles import Cycles
+from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import BlockWeights, RotaryTables, rotary_tables
+from hrm.kernels.schedule import Run, Schedule, Update, looped
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from hrm.kernels.backends import triton as triton_module
 from hrm.kernels.experimental import triton_unrolled
-from hrm.kernels.experimental.triton_unrolled import cycles
+from hrm.kernels.experimental.triton_unrolled import run
 from hrm.kernels.ops.triton import linear as triton_linear
 from hrm.kernels.ops.triton import residual_rms
 
 EPS = 1e-5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-State = tuple[Tensor, Tensor, Tensor]
+States = dict[str, Tensor]
+Modules = dict[str, list[BlockWeights]]
+
+
+def schedule(updates: str) -> Schedule:
+    """Of HRM's two states, from a text of their letters."""
+    kinds = {"L": Update("z_L", ("z_H", "embeddings"), "L_level"), "H": Update("z_H", ("z_L",), "H_level")}
+    return [kinds[letter] for letter in updates]
 
 
 def problem(
     batch: int, tokens: int, heads: int, head_size: int, inner: int, layers: tuple[int, int], seed: int = 0
-) -> tuple[State, list[BlockWeights], list[BlockWeights]]:
-    """z_H, z_L and embeddings, blocks of H and blocks of L, in float64."""
+) -> tuple[States, Modules]:
+    """States, and modules of so many layers of H and of L, in float64."""
     generator = torch.Generator().manual_seed(seed)
     width = heads * head_size
 
@@ -42,32 +51,23 @@ def problem(
         return [BlockWeights(*(matrix(*shape) for shape in shapes)) for _ in range(count)]
 
     z_H, z_L, embeddings = torch.randn(3, batch, tokens, width, generator=generator, dtype=torch.float64).to(DEVICE)
-    return (z_H, z_L, embeddings), level(layers[0]), level(layers[1])
+    states = {"z_H": z_H, "z_L": z_L, "embeddings": embeddings}
+    return states, {"H_level": level(layers[0]), "L_level": level(layers[1])}
 
 
-def in_dtype(blocks: list[BlockWeights], dtype: torch.dtype) -> list[BlockWeights]:
-    return [BlockWeights(*(matrix.to(dtype) for matrix in block)) for block in blocks]
+def in_dtype(states: States, modules: Modules, dtype: torch.dtype) -> tuple[States, Modules]:
+    return {name: state.to(dtype) for name, state in states.items()}, {
+        name: [BlockWeights(*(matrix.to(dtype) for matrix in block)) for block in blocks]
+        for name, blocks in modules.items()
+    }
 
 
-def expected(
-    state: State,
-    H_blocks: list[BlockWeights],
-    L_blocks: list[BlockWeights],
-    updates: str,
-    rotary: RotaryTables | None,
-    heads: int,
-) -> tuple[Tensor, Tensor]:
-    z_H, z_L, embeddings = state
-    for update in updates:
-        if update == "L":
-            z_L = naive.reasoning_module(z_L, z_H + embeddings, L_blocks, rotary, heads, EPS)
-        else:
-            z_H = naive.reasoning_module(z_H, z_L, H_blocks, rotary, heads, EPS)
-    return z_H, z_L
+definition = looped(naive.reasoning_module)  # which tests/models/test_model.py holds against HRM's equations
 
 
-def error(actual: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> float:
-    return max(float((a.double() - r).norm() / r.norm()) for a, r in zip(actual, reference, strict=True))
+def error(actual: States, reference: States) -> float:
+    assert actual.keys() == reference.keys()
+    return max(float((actual[name].double() - r).norm() / r.norm()) for name, r in reference.items())
 
 
 def check(
@@ -80,32 +80,47 @@ def check(
     updates: str,
     turned: bool,
     dtype: torch.dtype,
-    cycles: Cycles = cycles,
+    run: Run = run,
 ) -> None:
-    state, H_blocks, L_blocks = problem(batch, tokens, heads, head_size, inner, layers)
+    check_schedule(batch, tokens, heads, head_size, inner, layers, schedule(updates), turned, dtype, run)
+
+
+def check_schedule(
+    batch: int,
+    tokens: int,
+    heads: int,
+    head_size: int,
+    inner: int,
+    layers: tuple[int, int],
+    updates: Schedule,
+    turned: bool,
+    dtype: torch.dtype,
+    run: Run = run,
+) -> None:
+    exact_states, exact_modules = problem(batch, tokens, heads, head_size, inner, layers)
     tables = rotary_tables(tokens, head_size, 10000.0)
     rotary = RotaryTables(tables.cos.to(DEVICE), tables.sin.to(DEVICE)) if turned else None
     wide = RotaryTables(rotary.cos.double(), rotary.sin.double()) if rotary else None
-    reference = expected(state, H_blocks, L_blocks, updates, wide, heads)
-    z_H, z_L, embeddings = (tensor.to(dtype) for tensor in state)
-    H_cast, L_cast = in_dtype(H_blocks, dtype), in_dtype(L_blocks, dtype)
-    before = z_H.clone(), z_L.clone()
-    actual = cycles(z_H, z_L, embeddings, H_cast, L_cast, updates, rotary, heads, EPS)
-    assert [tensor.dtype for tensor in actual] == [dtype, dtype]
-    assert torch.equal(z_H, before[0])
-    assert torch.equal(z_L, before[1])
+    reference = definition(exact_states, updates, exact_modules, KernelContext(wide, heads, EPS))
+    context = KernelContext(rotary, heads, EPS)
+    states, modules = in_dtype(exact_states, exact_modules, dtype)
+    before = {name: state.clone() for name, state in states.items()}
+    actual = run(states, updates, modules, context)
+    assert {tensor.dtype for tensor in actual.values()} == {dtype}
+    assert all(torch.equal(states[name], state) for name, state in before.items())
     if dtype == torch.float32:
         assert error(actual, reference) < 1e-5
     else:
-        own = error(expected((z_H, z_L, embeddings), H_cast, L_cast, updates, rotary, heads), reference)
+        own = error(definition(states, updates, modules, context), reference)
         assert error(actual, reference) < 1.5 * own
 
 
 @pytest.fixture(params=["persistent", "on chip"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which of the two kernels `cycles` takes."""
+    """Which of the two kernels `run` takes."""
     name: str = request.param
-    monkeypatch.setattr(triton_unrolled, "_pays_on_chip", lambda *_: name == "on chip")
+    kernels = {"persistent": triton_unrolled._update_persistently, "on chip": triton_unrolled.update_on_chip}
+    monkeypatch.setattr(triton_unrolled, "_choose", lambda *_: kernels[name])
     return name
 
 
@@ -132,7 +147,7 @@ def test_equals_the_definition(
     ("layers", "updates"), [((1, 2), "LLHLLH"), ((2, 1), "LLHL"), ((1, 1), "LHHLL"), ((1, 2), "HLH"), ((0, 1), "LLH")]
 )
 def test_launch_by_launch(layers: tuple[int, int], updates: str, dtype: torch.dtype) -> None:
-    check(2, 5, 2, 32, 72, layers, updates, True, dtype, triton_module.cycles)
+    check(2, 5, 2, 32, 72, layers, updates, True, dtype, triton_module.run)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -163,7 +178,7 @@ def test_norms_put_off(updates: str, dtype: torch.dtype, monkeypatch: pytest.Mon
     )
     for operation in (triton_linear, residual_rms):
         monkeypatch.setattr(operation, "_hopper", lambda x: hopper)
-    check(2, 5, 2, 32, 72, (3, 2), updates, True, dtype, triton_module.cycles)
+    check(2, 5, 2, 32, 72, (3, 2), updates, True, dtype, triton_module.run)
     assert len(calls) == updates.count("L") + 2 * updates.count("H")  # of two layers one, of three two
 
 
@@ -171,7 +186,7 @@ def test_norms_put_off(updates: str, dtype: torch.dtype, monkeypatch: pytest.Mon
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 82), (384, 82), (7, 901)])
 def test_launch_by_launch_at_full_size(batch: int, tokens: int) -> None:
-    check(batch, tokens, 8, 64, 1536, (2, 2), "LLHLLH", True, torch.bfloat16, triton_module.cycles)
+    check(batch, tokens, 8, 64, 1536, (2, 2), "LLHLLH", True, torch.bfloat16, triton_module.run)
 
 
 @pytest.mark.parametrize(("tokens", "dtype"), [(40, torch.float32), (130, torch.float16)])
@@ -186,32 +201,60 @@ def test_many_rows_take_the_launches_of_the_triton_backend(monkeypatch: pytest.M
     check(3, 40, 2, 16, 72, (1, 2), "LLHL", True, torch.float32)
 
 
+# Other recurrences of the same states and modules, which only the launches of the triton backend take.
+OTHERS = {
+    "inputs the other way round": [
+        Update("z_L", ("embeddings", "z_H"), "L_level"),
+        Update("z_L", ("embeddings", "z_H"), "L_level"),
+        Update("z_H", ("z_L",), "H_level"),
+        Update("z_L", ("embeddings", "z_H"), "L_level"),
+    ],
+    "one state": [Update("z_H", ("embeddings",), "L_level")] * 3,
+    "a state that takes itself": [Update("z_H", ("z_H", "embeddings"), "L_level")] * 2,
+    "three inputs": [
+        Update("z_L", ("z_H", "embeddings"), "L_level"),
+        Update("z_H", ("embeddings", "z_L", "z_H"), "H_level"),
+        Update("z_L", ("z_H", "z_L", "embeddings"), "L_level"),
+    ],
+    "a constant replaced": [Update("z_L", ("z_H",), "L_level"), Update("embeddings", ("z_L",), "H_level")] * 2,
+    "what is new is not used at once": [
+        Update("z_L", ("z_H",), "L_level"),
+        Update("z_H", ("embeddings",), "H_level"),
+        Update("z_L", ("embeddings",), "L_level"),
+    ],
+}
+
+
+@pytest.mark.parametrize("run", [run, triton_module.run])
+@pytest.mark.parametrize("recurrence", OTHERS)
+def test_other_recurrences(recurrence: str, run: Run) -> None:
+    check_schedule(2, 5, 2, 32, 72, (1, 2), OTHERS[recurrence], True, torch.float32, run)
+
+
+def test_an_empty_schedule_changes_nothing() -> None:
+    states, modules = problem(1, 5, 2, 32, 64, (1, 1))
+    states, modules = in_dtype(states, modules, torch.float32)
+    for each in (run, triton_module.run):
+        after = each(states, [], modules, KernelContext(None, 2, EPS))
+        assert all(torch.equal(after[name], state) for name, state in states.items())
+
+
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
-        (lambda arguments: arguments | {"updates": "LXH"}, "LXH"),
-        (lambda arguments: arguments | {"updates": ""}, "updates"),
-        (lambda arguments: arguments | {"num_heads": 8}, "8 heads"),
-        (lambda arguments: arguments | {"z_L": arguments["z_L"][:, :4]}, "z_L"),
-        (lambda arguments: arguments | {"rotary": rotary_tables(4, 32, 10000.0)}, "rotary"),
-        (lambda arguments: arguments | {"z_H": arguments["z_H"].double()}, "float64"),
+        (lambda states, context: (states, replace(context, num_heads=8)), "8 heads"),
+        (lambda states, context: (states | {"z_L": states["z_L"][:, :4]}, context), "z_L"),
+        (lambda states, context: (states, replace(context, rotary=rotary_tables(4, 32, 10000.0))), "rotary"),
+        (lambda states, context: (states | {"z_H": states["z_H"].double()}, context), "float64"),
     ],
 )
-def test_says_what_it_cannot_take(spoil: Callable[[dict[str, object]], dict[str, object]], named: str) -> None:
-    (z_H, z_L, embeddings), H_blocks, L_blocks = problem(1, 5, 2, 32, 64, (1, 1))
-    arguments: dict[str, object] = {
-        "z_H": z_H.float(),
-        "z_L": z_L.float(),
-        "embeddings": embeddings.float(),
-        "H_blocks": in_dtype(H_blocks, torch.float32),
-        "L_blocks": in_dtype(L_blocks, torch.float32),
-        "updates": "L",
-        "rotary": None,
-        "num_heads": 2,
-        "eps": EPS,
-    }
+def test_says_what_it_cannot_take(
+    spoil: Callable[[States, KernelContext], tuple[States, KernelContext]], named: str
+) -> None:
+    states, modules = in_dtype(*problem(1, 5, 2, 32, 64, (1, 1)), torch.float32)
+    states, context = spoil(states, KernelContext(None, 2, EPS))
     with pytest.raises(UserError, match=named):
-        cycles(**spoil(arguments))  # type: ignore[arg-type]
+        run(states, schedule("L"), modules, context)
 
 
 @pytest.mark.gpu
@@ -236,13 +279,12 @@ def test_small_model_equals_the_definition_at_full_size(batch: int, tokens: int)
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
 def test_replayed_graphs_and_calls_in_a_row_give_the_same_bits() -> None:
-    (z_H, z_L, embeddings), H_blocks, L_blocks = problem(3, 82, 8, 64, 1536, (2, 2))
-    z_H, z_L, embeddings = (tensor.bfloat16() for tensor in (z_H, z_L, embeddings))
-    blocks = in_dtype(H_blocks, torch.bfloat16), in_dtype(L_blocks, torch.bfloat16)
+    states, modules = in_dtype(*problem(3, 82, 8, 64, 1536, (2, 2)), torch.bfloat16)
+    context = KernelContext(None, 8, EPS)
 
-    def twice() -> tuple[Tensor, Tensor]:
-        after_one = cycles(z_H, z_L, embeddings, *blocks, "LLHLLH", None, 8, EPS)
-        return cycles(*after_one, embeddings, *blocks, "LLHL", None, 8, EPS)
+    def twice() -> list[Tensor]:
+        after_one = run(states, schedule("LLHLLH"), modules, context)
+        return list(run(after_one, schedule("LLHL"), modules, context).values())
 
     reference = twice()
     torch.cuda.synchronize()
@@ -250,7 +292,7 @@ def test_replayed_graphs_and_calls_in_a_row_give_the_same_bits() -> None:
     with torch.cuda.graph(graph):
         captured = twice()
     for _ in range(20):
-        for tensor in captured:
+        for tensor in captured[:2]:
             tensor.fill_(torch.nan)
         graph.replay()
         again = twice()

@@ -17,8 +17,9 @@ from hrm.batch import Batch
 from hrm.config import CONFIG_DIR, KernelsConfig, kernels_config
 from hrm.errors import UserError
 from hrm.kernels import BACKENDS, Kernels, Place, ReasoningModule, make_kernels, naive, resolve
-from hrm.kernels.cycles import chunked, looped
+from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import BlockWeights, RotaryTables, rotate
+from hrm.kernels.schedule import Schedule, States, Update, chunked, looped
 from hrm.models import ACTLossHead
 from hrm.models.layers import in_dtype, kept_copy
 from tests.helpers.models import (
@@ -34,6 +35,7 @@ from tests.helpers.models import (
 from tests.helpers.reference import EPS, reference_module, reference_step
 
 Arch = dict[str, Any]
+MODULES = ("H_level", "L_level")
 ON_CPU = Place(torch.device("cpu"), torch.float32, 64)
 RandomBatch = Callable[..., Batch]
 
@@ -217,14 +219,15 @@ class Case:
         rotary = self.rotary(torch.promote_types(dtype, torch.float32))
         if rotary is not None:
             rotary = RotaryTables(rotary.cos.to(device), rotary.sin.to(device))
-        output = module(leaves[0], leaves[1], blocks, rotary, self.num_heads, EPS)
+        context = KernelContext(rotary, self.num_heads, EPS)
+        output = module(leaves[0], leaves[1], blocks, context)
         assert output.dtype == dtype
         assert relative_error(output, self.output) < forward
         found = torch.autograd.grad(output, leaves, self.cotangent.to(device, dtype))
         for gradient, reference in zip(found, self.gradients, strict=True):
             assert relative_error(gradient, reference) < backward
         with torch.no_grad():  # compiled backends have other code for it
-            output = module(leaves[0], leaves[1], blocks, rotary, self.num_heads, EPS)
+            output = module(leaves[0], leaves[1], blocks, context)
         assert relative_error(output, self.output) < forward
 
 
@@ -267,7 +270,7 @@ def test_naive_module(batch: int, tokens: int, theta: float | None) -> None:
 
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_module_on_cpu() -> None:
-    module = make_kernels(resolve(kernels_config("compile"), ON_CPU)).reasoning_module
+    module = make_kernels(resolve(kernels_config("compile"), ON_CPU), MODULES).module
     assert module is not naive.reasoning_module
     case = reference_case(batch=2, tokens=17, theta=10000.0, width=48, num_heads=3, inner=40, num_blocks=1)
     with torch._inductor.config.patch({"cpp.vec_isa_ok": True}):  # the trial of the compiler costs as much as the rest
@@ -282,7 +285,7 @@ def test_compiled_module_on_cpu() -> None:
 def test_module_on_gpu(preset: str, tokens: int, batch: int) -> None:
     case = reference_case(batch, tokens, theta=10000.0, width=256, num_heads=4, inner=768)
     place = Place(torch.device("cuda"), torch.bfloat16, 64, num_tokens=tokens, batch_size=batch, width=256)
-    module = make_kernels(resolve(kernels_config(preset), place)).reasoning_module
+    module = make_kernels(resolve(kernels_config(preset), place), MODULES).module
     torch._dynamo.reset()
     # Without it, shapes beyond the limit would silently run uncompiled.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -403,14 +406,11 @@ def test_gradient_flows_through_the_last_updates(
 def computed_by(kernels: Kernels, module: ReasoningModule) -> Kernels:
     """`kernels` with all modules computed by `module`, and blocks of the first token on weights of any dtype."""
 
-    def first_token_block(
-        x: Tensor, weights: BlockWeights, rotary: RotaryTables | None, num_heads: int, eps: float
-    ) -> Tensor:
+    def first_token_block(x: Tensor, weights: BlockWeights, context: KernelContext) -> Tensor:
         cast = BlockWeights(*(weight.to(x.dtype) for weight in weights))
-        return naive.first_token_block(x, cast, rotary, num_heads, eps)
+        return naive.first_token_block(x, cast, context)
 
-    cycles = looped({"H": module, "L": module})
-    return replace(kernels, reasoning_module=module, first_token_block=first_token_block, cycles=cycles)
+    return replace(kernels, module=module, first_token_block=first_token_block, run=looped(module))
 
 
 def test_updates_in_order(tiny_arch: Arch, random_batch: RandomBatch) -> None:
@@ -419,15 +419,8 @@ def test_updates_in_order(tiny_arch: Arch, random_batch: RandomBatch) -> None:
     inner, batch = model.model.inner, random_batch()
     calls = []
 
-    def recording(
-        state: Tensor,
-        injection: Tensor,
-        blocks: Sequence[BlockWeights],
-        rotary: RotaryTables | None,
-        num_heads: int,
-        eps: float,
-    ) -> Tensor:
-        output = naive.reasoning_module(state, injection, blocks, rotary, num_heads, eps)
+    def recording(state: Tensor, injection: Tensor, blocks: Sequence[BlockWeights], context: KernelContext) -> Tensor:
+        output = naive.reasoning_module(state, injection, blocks, context)
         calls.append((state, injection, blocks, output, torch.is_grad_enabled()))
         return output
 
@@ -438,12 +431,12 @@ def test_updates_in_order(tiny_arch: Arch, random_batch: RandomBatch) -> None:
     z_H, z_L = z.z_H, z.z_L
     for number, (state, injection, blocks, output, _) in enumerate(calls):
         if number % 3 < 2:
-            assert blocks is prepared.L_blocks
+            assert blocks is prepared.blocks["L_level"]
             assert torch.equal(state, z_L)
             assert torch.equal(injection, z_H + prepared.embeddings)
             z_L = output
         else:
-            assert blocks is prepared.H_blocks
+            assert blocks is prepared.blocks["H_level"]
             assert torch.equal(state, z_H)
             assert torch.equal(injection, z_L)
             z_H = output
@@ -476,8 +469,8 @@ def test_chunks_change_nothing(
         prepared, carry = inner.prepare(batch), random_carry(model, batch)
         before = [carry.z_H.clone(), carry.z_L.clone()]
         expected = inner.recur(carry, prepared)
-        monkeypatch.setattr("hrm.kernels.cycles._WIDEST_ON_CPU", 1)  # with None a sequence at a time
-        inner.kernels = replace(inner.kernels, cycles=chunked(inner.kernels.cycles, sequences))
+        monkeypatch.setattr("hrm.kernels.schedule._WIDEST_ON_CPU", 1)  # with None a sequence at a time
+        inner.kernels = replace(inner.kernels, run=chunked(inner.kernels.run, sequences))
         found = inner.recur(carry, prepared)
     torch.testing.assert_close([found.z_H, found.z_L], [expected.z_H, expected.z_L], rtol=1e-12, atol=1e-12)
     assert torch.equal(carry.z_H, before[0])
@@ -498,14 +491,16 @@ def test_chunks_change_nothing(
 def test_sequences_at_a_time(device: str, shape: tuple[int, int, int], sizes: list[int]) -> None:
     found = []
 
-    def cycles(z_H: Tensor, z_L: Tensor, embeddings: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        found.append(len(embeddings))
-        return z_H, z_L
+    def run(states: States, schedule: Schedule, *rest: Any) -> dict[str, Tensor]:
+        assert len({len(state) for state in states.values()}) == 1
+        found.append(len(states["constant"]))
+        return dict(states)
 
-    state = torch.zeros(shape, device=device)
-    new_H, new_L = chunked(cycles)(state, state + 1, state, [], [], "LH", None, 1, 1e-5)
+    states = {name: torch.zeros(shape, device=device) for name in ("one", "other", "constant")}
+    schedule = [Update("one", ("other", "constant"), "module"), Update("other", ("one",), "module")]
+    new = chunked(run)(states, schedule, {}, KernelContext(None, 1, 1e-5))
     assert found == sizes
-    assert new_H.shape == new_L.shape == shape
+    assert {name: state.shape for name, state in new.items()} == dict.fromkeys(states, shape)
 
 
 def test_casting_weights_once_changes_nothing(
@@ -514,17 +509,10 @@ def test_casting_weights_once_changes_nothing(
     arch, batch = tiny_arch | {"forward_dtype": "bfloat16"}, random_batch()
     once, each_time = randomised(build(arch)), randomised(build(arch))
 
-    def casting(
-        state: Tensor,
-        injection: Tensor,
-        blocks: Sequence[BlockWeights],
-        rotary: RotaryTables | None,
-        num_heads: int,
-        eps: float,
-    ) -> Tensor:
+    def casting(state: Tensor, injection: Tensor, blocks: Sequence[BlockWeights], context: KernelContext) -> Tensor:
         assert {weight.dtype for block in blocks for weight in block} <= {torch.float32}
         cast = [BlockWeights(*(weight.to(state.dtype) for weight in block)) for block in blocks]
-        return naive.reasoning_module(state, injection, cast, rotary, num_heads, eps)
+        return naive.reasoning_module(state, injection, cast, context)
 
     inner = each_time.model.inner
     inner.kernels = computed_by(inner.kernels, casting)
@@ -665,7 +653,7 @@ def test_presets_load(preset: str) -> None:
             resolve(config, ON_CPU)
     elif not config.compile or shutil.which("c++") or shutil.which("g++"):
         assert resolve(config, ON_CPU).backend in BACKENDS
-        assert callable(make_kernels(resolve(config, ON_CPU)).reasoning_module)
+        assert callable(make_kernels(resolve(config, ON_CPU), MODULES).module)
 
 
 def test_kernels_from_preset_mapping_or_object(tiny_arch: Arch) -> None:

@@ -15,6 +15,7 @@ from hrm.distributed.partition import SharedModel
 from hrm.distributed.world import Axis, World
 from hrm.errors import UserError
 from hrm.kernels import Place, describe, make_kernels, naive, resolve
+from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import MixerWeights
 from hrm.models.flops import act_step_blocks, block_flops, train_step_blocks
 from tests.helpers.models import (
@@ -97,7 +98,7 @@ def assert_right(module: Callable[..., Tensor], batch: int, tokens: int, width: 
         return output, *torch.autograd.grad(output, leaves, towards.to(output))
 
     expected = run(reference_module, [leaf.clone() for leaf in exact])
-    found = run(module, [leaf.to(DEVICE, dtype, copy=True) for leaf in exact], None, 1, EPS)
+    found = run(module, [leaf.to(DEVICE, dtype, copy=True) for leaf in exact], KernelContext(None, 1, EPS))
     assert found[0].dtype == dtype
     assert relative_error(found[0], expected[0]) < forward
     assert all(relative_error(*pair) < backward for pair in zip(found[1:], expected[1:], strict=True))
@@ -116,7 +117,7 @@ def test_module_on_gpu(batch: int, tokens: int) -> None:
     place = Place(torch.device("cuda"), torch.bfloat16, 64, False, tokens, batch, 256, mlp_t=True)
     kernels = resolve(kernels_config("auto"), place)
     assert kernels.compile
-    assert_right(make_kernels(kernels).reasoning_module, batch, tokens, 256, torch.bfloat16)
+    assert_right(make_kernels(kernels, ("L_level",)).module, batch, tokens, 256, torch.bfloat16)
 
 
 def test_state_dict(trm: Arch) -> None:
@@ -230,7 +231,7 @@ def test_work_of_a_step() -> None:
         (KernelsConfig("triton"), "its kernels mix tokens by attention, not by arch.mlp_t's MLP; take kernels=naive."),
         (KernelsConfig("head_parallel"), "its kernels mix tokens by attention"),
         (KernelsConfig("triton_unrolled"), "its kernels mix tokens by attention"),
-        (KernelsConfig(fp8="both"), "kernels.fp8=both does not go with arch.mlp_t=true: drop it."),
+        (KernelsConfig(fp8="both"), "kernels.fp8=all does not go with arch.mlp_t=true: drop it."),
         (KernelsConfig("naive", attention="spda"), "kernels.attention=spda is not one"),
     ],
 )

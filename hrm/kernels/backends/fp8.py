@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hrm.kernels.naive import BlockWeights, RotaryTables, rms_norm, sdpa
+from hrm.kernels.context import KernelContext
+from hrm.kernels.naive import BlockWeights, rms_norm, sdpa
 from hrm.kernels.ops.e4m3 import WEIGHT_SCALE, Fp8BlockWeights, to_e4m3
 from hrm.kernels.ops.hopper import device as hopper
 
@@ -40,9 +41,7 @@ def reasoning_module(
     state: Tensor,
     injection: Tensor,
     blocks: Sequence[Fp8BlockWeights],
-    rotary: RotaryTables | None,
-    num_heads: int,
-    eps: float,
+    context: KernelContext,
 ) -> Tensor:
     """As `hrm.kernels.naive.reasoning_module`, with weights from `quantize_blocks`; it cannot be differentiated.
 
@@ -50,23 +49,21 @@ def reasoning_module(
         state, injection: [B, T, D] of one dtype, which is the result's too.
     """
     kernels = _hopper(state.device)
-    if kernels is not None and kernels.fits(state, blocks, num_heads):
-        result: Tensor = kernels.reasoning_module(state, injection, blocks, rotary, num_heads, eps)
+    if kernels is not None and kernels.fits(state, blocks, context.num_heads):
+        result: Tensor = kernels.reasoning_module(state, injection, blocks, context)
         return result
     matmul = _library_matmul if _library_takes(state.device, blocks) else _naive_matmul
-    return _reasoning_module(state, injection, blocks, rotary, num_heads, eps, matmul)
+    return _reasoning_module(state, injection, blocks, context, matmul)
 
 
 def naive_reasoning_module(
     state: Tensor,
     injection: Tensor,
     blocks: Sequence[Fp8BlockWeights],
-    rotary: RotaryTables | None,
-    num_heads: int,
-    eps: float,
+    context: KernelContext,
 ) -> Tensor:
     """The definition of `reasoning_module`, in plain PyTorch."""
-    return _reasoning_module(state, injection, blocks, rotary, num_heads, eps, _naive_matmul)
+    return _reasoning_module(state, injection, blocks, context, _naive_matmul)
 
 
 @torch.no_grad()
@@ -74,9 +71,7 @@ def _reasoning_module(
     state: Tensor,
     injection: Tensor,
     blocks: Sequence[Fp8BlockWeights],
-    rotary: RotaryTables | None,
-    num_heads: int,
-    eps: float,
+    context: KernelContext,
     matmul: Matmul,
 ) -> Tensor:
     """As `naive.reasoning_module`; what is to be rounded to e4m3 is not rounded to the dtype of `state` before."""
@@ -84,10 +79,10 @@ def _reasoning_module(
     x = exact.to(state.dtype)
     for weights in blocks:
         qkv = matmul(to_e4m3(exact), weights.qkv).to(x.dtype)
-        exact = rms_norm(x + matmul(to_e4m3(sdpa(qkv, rotary, num_heads)), weights.o), eps)
+        exact = rms_norm(x + matmul(to_e4m3(sdpa(qkv, context.rotary, context.num_heads)), weights.o), context.eps)
         x = exact.to(x.dtype)
         gate, up = matmul(to_e4m3(exact), weights.gate_up).chunk(2, dim=-1)
-        exact = rms_norm(x + matmul(to_e4m3(F.silu(gate) * up), weights.down), eps)
+        exact = rms_norm(x + matmul(to_e4m3(F.silu(gate) * up), weights.down), context.eps)
         x = exact.to(x.dtype)
     return x
 

@@ -7,14 +7,16 @@ gated MLP's activation, the residuals and the norms are epilogues of the matmuls
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate, zip_longest
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hrm.kernels.naive import Attend, BlockWeights, RotaryTables
+from hrm.kernels.context import KernelContext
+from hrm.kernels.naive import Attend, BlockWeights
 from hrm.kernels.ops.triton.attention import attention, first_token_attention
 from hrm.kernels.ops.triton.linear import (
     deferred_norm_linear,
@@ -29,15 +31,14 @@ from hrm.kernels.ops.triton.residual_rms import (
     linear_residual_rms,
     linear_residual_rms_and_sums,
 )
+from hrm.kernels.schedule import Schedule, States, Summed, Update
 
 
 def reasoning_module(
     state: Tensor,
     injection: Tensor,
     blocks: Sequence[BlockWeights],
-    rotary: RotaryTables | None,
-    num_heads: int,
-    eps: float,
+    context: KernelContext,
     attend: Attend = attention,
 ) -> Tensor:
     """As `hrm.kernels.naive.reasoning_module`."""
@@ -45,54 +46,61 @@ def reasoning_module(
     x = (state + injection).view(-1, width)
     for weights in blocks:
         qkv, x = linear_and_input(x, weights.qkv)
-        mixed = attend(qkv.view(batch, tokens, 3 * width), rotary, num_heads).view(-1, width)
-        x = linear_residual_rms(mixed, weights.o, x, eps)
+        mixed = attend(qkv.view(batch, tokens, 3 * width), context.rotary, context.num_heads).view(-1, width)
+        x = linear_residual_rms(mixed, weights.o, x, context.eps)
         inner, x = linear_swiglu_and_input(x, weights.gate_up)
-        x = linear_residual_rms(inner, weights.down, x, eps)
+        x = linear_residual_rms(inner, weights.down, x, context.eps)
     return x.view(batch, tokens, width)
 
 
 @torch.no_grad()
-def cycles(
-    z_H: Tensor,
-    z_L: Tensor,
-    embeddings: Tensor,
-    H_blocks: Sequence[BlockWeights],
-    L_blocks: Sequence[BlockWeights],
-    updates: str,
-    rotary: RotaryTables | None,
-    num_heads: int,
-    eps: float,
+def run(
+    states: States,
+    schedule: Schedule,
+    modules: Mapping[str, Sequence[BlockWeights]],
+    context: KernelContext,
     attend: Attend = attention,
-) -> tuple[Tensor, Tensor]:
-    """As `hrm.kernels.cycles.Cycles`, on the blocks of `naive`. An update's last norm adds what the next takes."""
-    shape = z_H.shape
-    z_H, z_L, embeddings = (tensor.reshape(-1, shape[-1]) for tensor in (z_H, z_L, embeddings))
-    injection = z_H + embeddings if updates.startswith("L") else z_L
-    x = (z_L if updates.startswith("L") else z_H) + injection
-    for level, following in zip_longest(updates, updates[1:]):
-        # What makes the input of the update that follows from this one's result; in the H level's case by two steps.
-        addends = {"LL": (injection,), "LH": (z_H,), "HL": (embeddings, z_L), "HH": (z_L,)}.get(
-            f"{level}{following}", ()
-        )
-        blocks = L_blocks if level == "L" else H_blocks
-        z, sums = _apply_blocks(x, blocks, shape, rotary, num_heads, eps, attend, addends, keep=level != following)
-        if level == "L":
-            z_L = z
-        else:
-            z_H = z
-        if sums:
-            injection, x = (sums[0] if len(sums) == 2 else injection), sums[-1]
-    return z_H.view(shape), z_L.view(shape)
+) -> dict[str, Tensor]:
+    """As `hrm.kernels.schedule.Run`, on the blocks of `naive`. An update's last norm adds what the next one takes."""
+    if not schedule:
+        return dict(states)
+    shape = states[schedule[0].state].shape
+    rows = Summed({name: state.reshape(-1, shape[-1]) for name, state in states.items()})
+    x = rows.states[schedule[0].state] + rows.sum(schedule[0].inputs)
+    for update, following in zip(schedule, [*schedule[1:], None], strict=True):
+        plan = _Fusion.of(update, following, rows) if following else _Fusion((), keep=True)
+        z, sums = _apply_blocks(x, modules[update.module], shape, context, attend, plan.addends, keep=plan.keep)
+        rows.replace(update.state, z)
+        if following is None:
+            break
+        if len(sums) > 1:
+            rows.keep_sum(following.inputs, sums[-2])
+        x = sums[-1] if sums else rows.states[following.state] + rows.sum(following.inputs)
+    return {name: state.view(shape) for name, state in rows.states.items()}
+
+
+class _Fusion(NamedTuple):
+    """What the last norm of an update computes besides, for the one that follows."""
+
+    addends: Sequence[Tensor]  # added one after the other to the result; the last sum is what the following one takes
+    keep: bool  # whether the result itself is wanted
+
+    @classmethod
+    def of(cls, update: Update, following: Update, rows: Summed) -> _Fusion:
+        state, inputs = following.state, following.inputs
+        if state == update.state and state not in inputs:
+            return cls((rows.sum(inputs),), keep=False)
+        if state != update.state and inputs.count(update.state) == 1 and len(inputs) <= 2:
+            others = [name for name in inputs if name != update.state]
+            return cls([rows.states[name] for name in (*others, state)], keep=True)
+        return cls((), keep=True)
 
 
 def _apply_blocks(
     x: Tensor,
     blocks: Sequence[BlockWeights],
     shape: torch.Size,
-    rotary: RotaryTables | None,
-    num_heads: int,
-    eps: float,
+    context: KernelContext,
     attend: Attend,
     addends: Sequence[Tensor],
     *,
@@ -102,29 +110,27 @@ def _apply_blocks(
     batch, tokens, width = shape
     defers = False  # whether x still lacks its norm
     for index, weights in enumerate(blocks):
-        qkv, factors = deferred_norm_linear(x, weights.qkv, eps) if defers else (linear(x, weights.qkv), None)
-        mixed = attend(qkv.view(batch, tokens, 3 * width), rotary, num_heads).view(-1, width)
+        qkv, factors = deferred_norm_linear(x, weights.qkv, context.eps) if defers else (linear(x, weights.qkv), None)
+        mixed = attend(qkv.view(batch, tokens, 3 * width), context.rotary, context.num_heads).view(-1, width)
         if factors is None:
-            x, _ = linear_residual_rms_and_sums(mixed, weights.o, x, eps)
+            x, _ = linear_residual_rms_and_sums(mixed, weights.o, x, context.eps)
         else:
-            x = deferred_norm_residual_rms(mixed, weights.o, x, factors, eps)
+            x = deferred_norm_residual_rms(mixed, weights.o, x, factors, context.eps)
         inner = linear_swiglu(x, weights.gate_up)
         if index + 1 == len(blocks):
-            return linear_residual_rms_and_sums(inner, weights.down, x, eps, addends, keep=keep)
+            return linear_residual_rms_and_sums(inner, weights.down, x, context.eps, addends, keep=keep)
         if defers := defers_norm(x, weights.qkv, weights.o):
             x.addmm_(inner, weights.down.T)
         else:
-            x, _ = linear_residual_rms_and_sums(inner, weights.down, x, eps)
+            x, _ = linear_residual_rms_and_sums(inner, weights.down, x, context.eps)
     return x, list(accumulate(addends, initial=x))[1:]
 
 
-def first_token_block(
-    x: Tensor, weights: BlockWeights, rotary: RotaryTables | None, num_heads: int, eps: float
-) -> Tensor:
+def first_token_block(x: Tensor, weights: BlockWeights, context: KernelContext) -> Tensor:
     """As `hrm.kernels.naive.first_token_block`, without gradient."""
     width = x.shape[-1]
     first = x[:, 0]
     q, kv = F.linear(first, weights.qkv[:width]), F.linear(x, weights.qkv[width:])
-    mixed = first_token_attention(q, kv, rotary, num_heads)
-    first = linear_residual_rms(mixed, weights.o, first, eps)
-    return linear_residual_rms(linear_swiglu(first, weights.gate_up), weights.down, first, eps)
+    mixed = first_token_attention(q, kv, context.rotary, context.num_heads)
+    first = linear_residual_rms(mixed, weights.o, first, context.eps)
+    return linear_residual_rms(linear_swiglu(first, weights.gate_up), weights.down, first, context.eps)

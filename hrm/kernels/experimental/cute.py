@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hrm.kernels import attention
-from hrm.kernels.naive import BlockWeights, RotaryTables, first_token_block
+from hrm.kernels.context import KernelContext
+from hrm.kernels.naive import BlockWeights, first_token_block
 
 if TYPE_CHECKING:
     from hrm.kernels import Place
@@ -104,9 +105,7 @@ def reasoning_module(
     state: Tensor,
     injection: Tensor,
     blocks: Sequence[BlockWeights],
-    rotary: RotaryTables | None,
-    num_heads: int,
-    eps: float,
+    context: KernelContext,
 ) -> Tensor:
     """As `hrm.kernels.naive.reasoning_module`."""
     shape = state.shape
@@ -114,8 +113,8 @@ def reasoning_module(
     x = state + injection
     for weights in blocks:
         save = torch.is_grad_enabled() and (x.requires_grad or weights.gate_up.requires_grad)
-        mixed = attend(F.linear(x, weights.qkv), rotary, num_heads)
-        rows = _LinearResidualRMS.apply(mixed.flatten(0, 1), weights.o, x.flatten(0, 1), eps)  # type: ignore[no-untyped-call]
-        rows = _SwiGLUResidualRMS.apply(rows, weights.gate_up, weights.down, eps, save)  # type: ignore[no-untyped-call]
+        mixed = attend(F.linear(x, weights.qkv), context.rotary, context.num_heads)
+        rows = _LinearResidualRMS.apply(mixed.flatten(0, 1), weights.o, x.flatten(0, 1), context.eps)  # type: ignore[no-untyped-call]
+        rows = _SwiGLUResidualRMS.apply(rows, weights.gate_up, weights.down, context.eps, save)  # type: ignore[no-untyped-call]
         x = rows.view(shape)
     return x

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hrm.kernels.backends.triton import first_token_block
+from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import BlockWeights, RotaryTables
 from hrm.kernels.ops.triton.attention import attention
 from hrm.kernels.ops.triton.attention.common import LOG2_E, check_projection, load_angles, pair, unpair
@@ -170,16 +171,14 @@ def reasoning_module(
     state: Tensor,
     injection: Tensor,
     blocks: Sequence[BlockWeights],
-    rotary: RotaryTables | None,
-    num_heads: int,
-    eps: float,
+    context: KernelContext,
 ) -> Tensor:
     """As `hrm.kernels.naive.reasoning_module`."""
     shape = state.shape
     x = (state + injection).view(-1, shape[-1])
     for weights in blocks:
-        mixed = project_and_attend(x.view(shape), weights.qkv, rotary, num_heads).view(-1, shape[-1])
-        x = linear_residual_rms(mixed, weights.o, x, eps)
+        mixed = project_and_attend(x.view(shape), weights.qkv, context.rotary, context.num_heads).view(-1, shape[-1])
+        x = linear_residual_rms(mixed, weights.o, x, context.eps)
         inner, x = linear_swiglu_and_input(x, weights.gate_up)
-        x = linear_residual_rms(inner, weights.down, x, eps)
+        x = linear_residual_rms(inner, weights.down, x, context.eps)
     return x.view(shape)

@@ -1,4 +1,4 @@
-"""The recurrence of the two modules without gradient for small models: a program per sequence, all of it on chip.
+"""A recurrence of two states without gradient for small models: a program per sequence, all of it on chip.
 
 The state of a sequence stays in registers through all blocks of an update, and weights stream by from the L2 cache:
 there is one launch, and programs never wait for one another.
@@ -8,11 +8,14 @@ Shapes: B sequences, T tokens, D hidden size, N heads of size K, F inner width o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hrm.kernels.naive import BlockWeights, RotaryTables
+from hrm.kernels.context import KernelContext
+from hrm.kernels.naive import BlockWeights
 from hrm.kernels.ops.triton.attention.common import LOG2_E, load_angles
 from hrm.kernels.ops.triton.common import stages, tile_rows
 
@@ -56,21 +59,21 @@ def _add_and_norm(x: tl.tensor, acc: tl.tensor, eps: tl.tensor) -> tl.tensor:
     return (total * tl.rsqrt(tl.sum(total * total, 1) / x.shape[1] + eps)[:, None]).to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["H_updates", "num_updates"])
+@triton.jit(do_not_specialize=["slow_updates", "num_updates"])
 def _on_chip_kernel(
     state: tl.tensor,
-    embeddings: tl.tensor,
+    constant: tl.tensor,
     qkv_weights: tl.tuple,
     o_weights: tl.tuple,
     gate_up_weights: tl.tuple,
     down_weights: tl.tuple,
     cos: tl.tensor,
     sin: tl.tensor,
-    H_updates: tl.tensor,
+    slow_updates: tl.tensor,
     num_updates: tl.tensor,
     eps: tl.tensor,
-    L_LAYERS: tl.constexpr,
-    H_LAYERS: tl.constexpr,
+    FAST_LAYERS: tl.constexpr,
+    SLOW_LAYERS: tl.constexpr,
     T: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -78,26 +81,26 @@ def _on_chip_kernel(
     ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ) -> None:
-    """Bit i of `H_updates` says that update i is of H; `state` [2, B, T, D] is z_L, z_H."""
+    """Bit i of `slow_updates` says that update i is of the slow state; `state` is [2, B, T, D], fast and slow."""
     D: tl.constexpr = N * K
     SCALE: tl.constexpr = LOG2_E * K**-0.5
     rows = tl.arange(0, ROWS)
     inside = (rows < T)[:, None]
     at = tl.program_id(0).to(tl.int64) * (T * D) + rows[:, None] * D + tl.arange(0, D)[None, :]
-    h_at = state + tl.num_programs(0).to(tl.int64) * (T * D) + at
+    slow_at = state + tl.num_programs(0).to(tl.int64) * (T * D) + at
     if cos is None:
         c, s = None, None
     else:
         c, s = load_angles(cos, sin, rows, T, K)
     update = 0
     while update < num_updates:
-        level = (H_updates >> update) & 1
-        z_L = tl.load(state + at, inside, 0.0)
-        z_H = tl.load(h_at, inside, 0.0)
-        injection = (z_H + tl.load(embeddings + at, inside, 0.0)).to(z_L.dtype)
-        x = tl.where(level == 0, z_L + injection, z_H + z_L)
-        block = level * L_LAYERS
-        end = block + L_LAYERS + level * (H_LAYERS - L_LAYERS)
+        is_slow = (slow_updates >> update) & 1
+        fast = tl.load(state + at, inside, 0.0)
+        slow = tl.load(slow_at, inside, 0.0)
+        injection = (slow + tl.load(constant + at, inside, 0.0)).to(fast.dtype)
+        x = tl.where(is_slow == 0, fast + injection, slow + fast)
+        block = is_slow * FAST_LAYERS
+        end = block + FAST_LAYERS + is_slow * (SLOW_LAYERS - FAST_LAYERS)
         while block < end:
             qkv = select(qkv_weights, block)
             o = select(o_weights, block)
@@ -124,7 +127,7 @@ def _on_chip_kernel(
                 acc = tl.dot(hidden, _matrix(down, 0, f, F, D, BLOCK_F), acc, input_precision="ieee")
             x = _add_and_norm(x, acc, eps)
             block += 1
-        tl.store(tl.where(level == 0, state + at, h_at), x, inside)
+        tl.store(tl.where(is_slow == 0, state + at, slow_at), x, inside)
         tl.debug_barrier()  # the next update's loads may give a thread what another one stored
         update += 1
 
@@ -143,31 +146,31 @@ def fits_on_chip(z: Tensor, inner: int, head_size: int) -> bool:
 
 def update_on_chip(
     state: Tensor,
-    embeddings: Tensor,
+    constant: Tensor,
     blocks: list[BlockWeights],
-    L_layers: int,
-    updates: str,
-    rotary: RotaryTables | None,
-    num_heads: int,
-    eps: float,
+    fast_layers: int,
+    slow_updates: Sequence[bool],
+    context: KernelContext,
 ) -> None:
-    """Apply `updates` to `state` [2, B, T, D], z_L and z_H, in place; `blocks` are L's, then H's."""
+    """Update `state` [2, B, T, D], the fast one and the slow one, in place; `blocks` are the fast module's, then the
+    slow one's, and `slow_updates` says of each update whether it is of the slow state.
+    """
     _, batch, tokens, width = state.shape
-    cos, sin = (None, None) if rotary is None else rotary
+    cos, sin = (None, None) if context.rotary is None else context.rotary
     _on_chip_kernel[(batch,)](
         state,
-        embeddings,
+        constant,
         *zip(*blocks, strict=True),
         cos,
         sin,
-        schedule(updates),
-        len(updates),
-        eps,
-        L_LAYERS=L_layers,
-        H_LAYERS=len(blocks) - L_layers,
+        as_bits(slow_updates),
+        len(slow_updates),
+        context.eps,
+        FAST_LAYERS=fast_layers,
+        SLOW_LAYERS=len(blocks) - fast_layers,
         T=tokens,
-        N=num_heads,
-        K=width // num_heads,
+        N=context.num_heads,
+        K=width // context.num_heads,
         F=blocks[0].down.shape[1],
         ROWS=tile_rows(tokens, 128),
         BLOCK_F=_BLOCK_F,
@@ -176,6 +179,6 @@ def update_on_chip(
     )
 
 
-def schedule(updates: str) -> int:
-    """Bit i is set where update i is of H."""
-    return sum(1 << i for i, level in enumerate(updates) if level == "H")
+def as_bits(flags: Sequence[bool]) -> int:
+    """Bit i is flag i."""
+    return sum(1 << i for i, flag in enumerate(flags) if flag)

@@ -1,4 +1,4 @@
-"""The recurrence of the two modules without gradient, in one launch.
+"""A recurrence of two states without gradient, in one launch: a slow one, and a fast one that takes a constant too.
 
 Where few rows leave most of a GPU idle, a step is bound by the latency of its launches. Here a program on each
 multiprocessor stays for all updates, and the phases of a block
@@ -18,7 +18,8 @@ Shapes: B sequences, T tokens, M = B T rows, D hidden size, N heads of size K, F
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,10 +28,12 @@ from torch import Tensor
 
 from hrm.errors import UserError
 from hrm.kernels.backends import triton as triton_module
-from hrm.kernels.experimental.on_chip import fits_on_chip, schedule, select, update_on_chip
-from hrm.kernels.naive import BlockWeights, RotaryTables
+from hrm.kernels.context import KernelContext
+from hrm.kernels.experimental.on_chip import as_bits, fits_on_chip, select, update_on_chip
+from hrm.kernels.naive import BlockWeights
 from hrm.kernels.ops.triton.attention.common import HEAD_SIZES, LOG2_E, load_head, load_rotated
 from hrm.kernels.ops.triton.common import DTYPES, multiprocessor_count, tile_rows
+from hrm.kernels.schedule import Schedule, States
 
 
 @triton.jit
@@ -50,34 +53,34 @@ def _wait(arrived: tl.tensor, phase: tl.tensor) -> None:
 def _inject(
     x: tl.tensor,
     state: tl.tensor,
-    embeddings: tl.tensor,
+    constant: tl.tensor,
     finished: tl.tensor,
-    level: tl.tensor,
+    is_slow: tl.tensor,
     M: tl.tensor,
     eps: tl.tensor,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """End the update of level `finished` (0 is L, 1 is H, -1 is none), then put the next one's input into `x`."""
+    """End the update of state `finished` (0 fast, 1 slow, -1 none), then put the next one's input into `x`."""
     columns = tl.arange(0, COLUMNS)[None, :]
     start = tl.program_id(0) * ROWS
     while start < M:
         rows = start + tl.arange(0, ROWS)
         inside = (rows < M)[:, None] & (columns < D)
         at = rows[:, None].to(tl.int64) * D + columns
-        h_at = state + M.to(tl.int64) * D + at
-        z_L = tl.load(state + at, inside, 0.0)
-        z_H = tl.load(h_at, inside, 0.0)
+        slow_at = state + M.to(tl.int64) * D + at
+        fast = tl.load(state + at, inside, 0.0)
+        slow = tl.load(slow_at, inside, 0.0)
         if finished >= 0:
             last = tl.load(x + at, inside, 0.0).to(tl.float32)
-            normed = (last * tl.rsqrt(tl.sum(last * last, 1) / D + eps)[:, None]).to(z_L.dtype)
-            z_L = tl.where(finished == 0, normed, z_L)
-            z_H = tl.where(finished == 1, normed, z_H)
-            tl.store(state + at, z_L, inside)
-            tl.store(h_at, z_H, inside)
-        injection = (z_H + tl.load(embeddings + at, inside, 0.0)).to(z_L.dtype)
-        tl.store(x + at, tl.where(level == 0, z_L + injection, z_H + z_L), inside)
+            normed = (last * tl.rsqrt(tl.sum(last * last, 1) / D + eps)[:, None]).to(fast.dtype)
+            fast = tl.where(finished == 0, normed, fast)
+            slow = tl.where(finished == 1, normed, slow)
+            tl.store(state + at, fast, inside)
+            tl.store(slow_at, slow, inside)
+        injection = (slow + tl.load(constant + at, inside, 0.0)).to(fast.dtype)
+        tl.store(x + at, tl.where(is_slow == 0, fast + injection, slow + fast), inside)
         start += tl.num_programs(0) * ROWS
 
 
@@ -242,10 +245,10 @@ def _attention(
         tile += tl.num_programs(0)
 
 
-@triton.jit(do_not_specialize=["H_updates", "num_updates", "B"])
+@triton.jit(do_not_specialize=["slow_updates", "num_updates", "B"])
 def _persistent_kernel(
     state: tl.tensor,
-    embeddings: tl.tensor,
+    constant: tl.tensor,
     qkv_weights: tl.tuple,
     o_weights: tl.tuple,
     gate_up_weights: tl.tuple,
@@ -259,12 +262,12 @@ def _persistent_kernel(
     hidden: tl.tensor,
     rstd: tl.tensor,
     arrived: tl.tensor,
-    H_updates: tl.tensor,
+    slow_updates: tl.tensor,
     num_updates: tl.tensor,
     B: tl.tensor,
     eps: tl.tensor,
-    L_LAYERS: tl.constexpr,
-    H_LAYERS: tl.constexpr,
+    FAST_LAYERS: tl.constexpr,
+    SLOW_LAYERS: tl.constexpr,
     T: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -278,25 +281,26 @@ def _persistent_kernel(
     GATE_UP: tl.constexpr,
     DOWN: tl.constexpr,
 ) -> None:
-    """Bit i of `H_updates` says that update i is of H; `state` [2, M, D] is z_L, z_H. The rest are work buffers.
+    """Bit i of `slow_updates` says that update i is of the slow state; `state` is [2, M, D], fast and slow. The rest
+    are work buffers.
 
     QKV, O, GATE_UP and DOWN: BLOCK_M, BLOCK_N, BLOCK_K and AHEAD of `_linear`.
     """
     D: tl.constexpr = N * K
     M = B * T
     phase = 0
-    level = -1
+    is_slow = -1
     update = 0
     while update <= num_updates:
-        finished = level
-        level = (H_updates >> update) & 1
+        finished = is_slow
+        is_slow = (slow_updates >> update) & 1
         _wait(arrived, phase)
-        _inject(x, state, embeddings, finished, level, M, eps, D, INJECT_ROWS, INJECT_COLUMNS)
+        _inject(x, state, constant, finished, is_slow, M, eps, D, INJECT_ROWS, INJECT_COLUMNS)
         _arrive(arrived)
         phase += 1
-        block = level * L_LAYERS
+        block = is_slow * FAST_LAYERS
         first = block
-        end = first + L_LAYERS + level * (H_LAYERS - L_LAYERS)
+        end = first + FAST_LAYERS + is_slow * (SLOW_LAYERS - FAST_LAYERS)
         # After the last update there is one more round, up to here, for its norm.
         while (block < end) & (update < num_updates):
             _linear(
@@ -358,25 +362,23 @@ def _tile(rows: int, outputs: int, inputs: int, matrices: int, itemsize: int, pr
 
 def _update_persistently(
     state: Tensor,
-    embeddings: Tensor,
+    constant: Tensor,
     blocks: list[BlockWeights],
-    L_layers: int,
-    updates: str,
-    rotary: RotaryTables | None,
-    num_heads: int,
-    eps: float,
+    fast_layers: int,
+    slow_updates: Sequence[bool],
+    context: KernelContext,
 ) -> None:
-    """As `on_chip.update_on_chip`, for any width."""
+    """As `hrm.kernels.experimental.on_chip.update_on_chip`, for any width."""
     _, batch, tokens, width = state.shape
     inner = blocks[0].down.shape[1]
     rows = batch * tokens
-    cos, sin = (None, None) if rotary is None else rotary
+    cos, sin = (None, None) if context.rotary is None else context.rotary
     programs = multiprocessor_count(state.device)
     itemsize = state.element_size()
-    queries = 32 if itemsize == 4 else _queries(batch * num_heads, tokens, programs)
+    queries = 32 if itemsize == 4 else _queries(batch * context.num_heads, tokens, programs)
     _persistent_kernel[(programs,)](
         state,
-        embeddings,
+        constant,
         *zip(*blocks, strict=True),
         cos,
         sin,
@@ -384,15 +386,15 @@ def _update_persistently(
         state.new_empty(rows, dtype=torch.float32),
         # Zeroed for every call, in a CUDA graph at every replay: no launch sees what another one counted.
         state.new_zeros(1, dtype=torch.int32),
-        schedule(updates),
-        len(updates),
+        as_bits(slow_updates),
+        len(slow_updates),
         batch,
-        eps,
-        L_LAYERS=L_layers,
-        H_LAYERS=len(blocks) - L_layers,
+        context.eps,
+        FAST_LAYERS=fast_layers,
+        SLOW_LAYERS=len(blocks) - fast_layers,
         T=tokens,
-        N=num_heads,
-        K=width // num_heads,
+        N=context.num_heads,
+        K=width // context.num_heads,
         F=inner,
         INJECT_ROWS=max(1, 1024 // triton.next_power_of_2(width)),
         INJECT_COLUMNS=triton.next_power_of_2(width),
@@ -416,71 +418,90 @@ def _queries(heads: int, tokens: int, programs: int) -> int:
     return 32 if tokens > 16 and heads * triton.cdiv(tokens, 32) >= programs else 16
 
 
-def cycles(
-    z_H: Tensor,
-    z_L: Tensor,
-    embeddings: Tensor,
-    H_blocks: Sequence[BlockWeights],
-    L_blocks: Sequence[BlockWeights],
-    updates: str,
-    rotary: RotaryTables | None,
-    num_heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """As `hrm.kernels.cycles.Cycles`, on the blocks of `naive`. There is no gradient.
+class _Roles(NamedTuple):
+    """Which states and modules of a schedule are the kernels'."""
 
-    Args:
-        z_H, z_L, embeddings: [B, T, D] of one dtype: bfloat16, float16 or float32.
-        H_blocks, L_blocks: weights of each block, in that dtype; all have one inner width.
-        updates: 1 to 31 letters L and H, in the order in which they are applied.
-        rotary: position tables for T tokens, or None where positions are learned.
-        num_heads: heads of 16, 32, 64 or 128 features.
+    fast: str  # fast = fast_module(fast, slow + constant)
+    slow: str  # slow = slow_module(slow, fast)
+    constant: str
+    fast_module: str | None  # None where the schedule has no such update
+    slow_module: str | None
 
-    Returns:
-        The new z_H and z_L.
+
+def _roles(schedule: Schedule) -> _Roles | None:
+    """Those of a schedule of at most 31 updates that fit the kernels, or None."""
+    kinds = set(schedule)
+    fast_ones, slow_ones = [u for u in kinds if len(u.inputs) == 2], [u for u in kinds if len(u.inputs) == 1]
+    if not 1 <= len(schedule) <= 31 or len(kinds) != len(fast_ones[:1]) + len(slow_ones[:1]):
+        return None
+    if not fast_ones:
+        (slow,) = slow_ones
+        return _Roles(slow.inputs[0], slow.state, slow.inputs[0], None, slow.module)
+    (fast,) = fast_ones
+    slow_name, constant = fast.inputs
+    roles = _Roles(fast.state, slow_name, constant, fast.module, None)
+    if slow_ones:
+        (slow,) = slow_ones
+        if slow.state == roles.constant:
+            roles = roles._replace(slow=roles.constant, constant=roles.slow)
+        if (slow.state, slow.inputs) != (roles.slow, (roles.fast,)):
+            return None
+        roles = roles._replace(slow_module=slow.module)
+    return roles if len({roles.fast, roles.slow, roles.constant}) == 3 else None
+
+
+def run(
+    states: States, schedule: Schedule, modules: Mapping[str, Sequence[BlockWeights]], context: KernelContext
+) -> dict[str, Tensor]:
+    """As `hrm.kernels.schedule.Run`, on the blocks of `naive`, all of one inner width. There is no gradient.
+
+    States are of one shape and dtype: bfloat16, float16 or float32, in heads of 16, 32, 64 or 128 features. Schedules
+    that the kernels are not made for, and batches for which they do not pay, take the launches of `backends.triton`.
 
     Raises:
-        UserError: a shape, dtype or text that the kernels are not made for.
+        UserError: a shape or dtype that the kernels are not made for.
     """
-    _check(z_H, z_L, embeddings, updates, rotary, num_heads)
-    if _pays_on_chip(z_H, L_blocks[0].down.shape[1], num_heads):
-        update = update_on_chip
-    elif z_H.shape[0] * z_H.shape[1] <= _MOST_ROWS:
-        update = _update_persistently
-    else:
-        return triton_module.cycles(z_H, z_L, embeddings, H_blocks, L_blocks, updates, rotary, num_heads, eps)
-    blocks = [BlockWeights(*(matrix.contiguous() for matrix in block)) for block in (*L_blocks, *H_blocks)]
-    state = torch.stack((z_L, z_H))
-    update(state, embeddings.contiguous(), blocks, len(L_blocks), updates, rotary, num_heads, eps)
-    return state[1], state[0]
+    _check(states, context)
+    roles = _roles(schedule)
+    fast_blocks = modules[roles.fast_module] if roles and roles.fast_module else []
+    slow_blocks = modules[roles.slow_module] if roles and roles.slow_module else []
+    blocks = [BlockWeights(*(matrix.contiguous() for matrix in block)) for block in (*fast_blocks, *slow_blocks)]
+    has_all = roles is not None and all(modules[update.module] for update in schedule)
+    if roles is None or not has_all or (kernel := _choose(states[roles.fast], blocks, context)) is None:
+        return triton_module.run(states, schedule, modules, context)
+    state = torch.stack((states[roles.fast], states[roles.slow]))
+    slow_updates = [update.state == roles.slow for update in schedule]
+    kernel(state, states[roles.constant].contiguous(), blocks, len(fast_blocks), slow_updates, context)
+    return {**states, roles.fast: state[0], roles.slow: state[1]}
 
 
-def _pays_on_chip(z: Tensor, inner: int, num_heads: int) -> bool:
+def _choose(z: Tensor, blocks: Sequence[BlockWeights], context: KernelContext) -> Callable[..., None] | None:
+    """The faster kernel, or None where neither pays."""
     # A program per sequence has to make up for the multiprocessors that get none.
-    return 4 * len(z) >= multiprocessor_count(z.device) and fits_on_chip(z, inner, z.shape[-1] // num_heads)
+    many = 4 * len(z) >= multiprocessor_count(z.device)
+    if many and fits_on_chip(z, blocks[0].down.shape[1], z.shape[-1] // context.num_heads):
+        return update_on_chip
+    return _update_persistently if z.shape[0] * z.shape[1] <= _MOST_ROWS else None
 
 
-def _check(
-    z_H: Tensor, z_L: Tensor, embeddings: Tensor, updates: str, rotary: RotaryTables | None, num_heads: int
-) -> None:
-    if z_H.dtype not in DTYPES:
-        raise UserError(f"the unrolled recurrence has no {z_H.dtype} kernel; take bfloat16, float16 or float32.")
-    for name, tensor in (("z_L", z_L), ("embeddings", embeddings)):
-        if tensor.shape != z_H.shape or tensor.dtype != z_H.dtype:
+def _check(states: States, context: KernelContext) -> None:
+    (first_name, first), *others = states.items()
+    if first.dtype not in DTYPES:
+        raise UserError(f"the unrolled recurrence has no {first.dtype} kernel; take bfloat16, float16 or float32.")
+    for name, tensor in others:
+        if tensor.shape != first.shape or tensor.dtype != first.dtype:
             raise UserError(
                 f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
-                f"it must be like z_H, {z_H.dtype} of shape {tuple(z_H.shape)}."
+                f"it must be like {first_name}, {first.dtype} of shape {tuple(first.shape)}."
             )
-    tokens, width = z_H.shape[1:]
+    (tokens, width), num_heads = first.shape[1:], context.num_heads
     if width % num_heads or width // num_heads not in HEAD_SIZES:
         raise UserError(
             f"the unrolled recurrence has no kernel for {num_heads} heads of {width} features together; "
             "choose hidden_size / num_heads among 16, 32, 64 and 128, or kernels=naive."
         )
-    if not 1 <= len(updates) <= 31 or set(updates) - {"L", "H"}:
-        raise UserError(f"updates={updates!r} is not a text of 1 to 31 letters L and H.")
-    if rotary is not None and rotary.cos.shape != (tokens, width // num_heads):
+    if context.rotary is not None and context.rotary.cos.shape != (tokens, width // num_heads):
         raise UserError(
-            f"rotary tables have shape {tuple(rotary.cos.shape)}; "
-            f"z_H needs (T, head size) = {(tokens, width // num_heads)}."
+            f"rotary tables have shape {tuple(context.rotary.cos.shape)}; "
+            f"{first_name} needs (T, head size) = {(tokens, width // num_heads)}."
         )

@@ -25,7 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hrm.kernels.naive import BlockWeights, RotaryTables
+from hrm.kernels.context import KernelContext
+from hrm.kernels.naive import BlockWeights
 from hrm.kernels.ops.e4m3 import E4M3, WEIGHT_SCALE, Fp8BlockWeights
 from hrm.kernels.ops.hopper.common import (
     LOAD_REGISTERS,
@@ -340,17 +341,15 @@ def reasoning_module(
     state: Tensor,
     injection: Tensor,
     blocks: Sequence[Fp8BlockWeights],
-    rotary: RotaryTables | None,
-    num_heads: int,
-    eps: float,
+    context: KernelContext,
 ) -> Tensor:
     """As `hrm.kernels.backends.fp8.reasoning_module`, for operands that it `fits`."""
     batch, tokens, width = state.shape
     x, rounded = add(state.contiguous().view(-1, width), injection.contiguous().view(-1, width))
     for i, weights in enumerate(blocks):
         qkv = linear(rounded, weights.qkv, x.dtype).view(batch, tokens, 3 * width)
-        mixed = attention_in_e4m3(qkv, rotary, num_heads).view(-1, width)
-        x, rounded = linear_residual_rms(mixed, weights.o, x, eps)
+        mixed = attention_in_e4m3(qkv, context.rotary, context.num_heads).view(-1, width)
+        x, rounded = linear_residual_rms(mixed, weights.o, x, context.eps)
         inner = linear_swiglu(rounded, weights.gate_up)
-        x, rounded = linear_residual_rms(inner, weights.down, x, eps, only_y=i + 1 == len(blocks))
+        x, rounded = linear_residual_rms(inner, weights.down, x, context.eps, only_y=i + 1 == len(blocks))
     return x.view(batch, tokens, width)

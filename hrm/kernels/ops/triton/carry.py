@@ -5,7 +5,7 @@ Shapes: B sequences, T tokens with the puzzle prefix, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -27,18 +27,15 @@ def _copy_row(row: tl.tensor, sources: tl.tuple, targets: tl.tuple, widths: tl.c
 
 
 @triton.jit
-def _restart_kernel(
-    z_H: tl.tensor,
-    z_L: tl.tensor,
+def _reset_carry_kernel(
+    states: tl.tuple,
     steps: tl.tensor,
     data: tl.tuple,
-    new_z_H: tl.tensor,
-    new_z_L: tl.tensor,
+    new_states: tl.tuple,
     new_steps: tl.tensor,
     new_data: tl.tuple,
     fresh: tl.tuple,
-    H_init: tl.tensor,
-    L_init: tl.tensor,
+    initial: tl.tuple,
     halted: tl.tensor,
     widths: tl.constexpr,
     SIZE: tl.constexpr,
@@ -50,49 +47,38 @@ def _restart_kernel(
     inside = within < SIZE
     at = sequence.to(tl.int64) * SIZE + within
     if tl.load(halted + sequence) != 0:
-        tl.store(new_z_H + at, tl.load(H_init + within % D), inside)
-        tl.store(new_z_L + at, tl.load(L_init + within % D), inside)
+        for i in tl.static_range(len(states)):
+            tl.store(new_states[i] + at, tl.load(initial[i] + within % D), inside)
         if piece == 0:
             tl.store(new_steps + sequence, 1)
             _copy_row(sequence, fresh, new_data, widths, 1024)
     else:
-        tl.store(new_z_H + at, tl.load(z_H + at, inside), inside)
-        tl.store(new_z_L + at, tl.load(z_L + at, inside), inside)
+        for i in tl.static_range(len(states)):
+            tl.store(new_states[i] + at, tl.load(states[i] + at, inside), inside)
         if piece == 0:
             tl.store(new_steps + sequence, tl.load(steps + sequence) + 1)
             _copy_row(sequence, data, new_data, widths, 1024)
 
 
-def restart(
-    z_H: Tensor,
-    z_L: Tensor,
-    H_init: Tensor,
-    L_init: Tensor,
+def reset_carry(
+    states: Mapping[str, Tensor],
+    initial: Mapping[str, Tensor],
     halted: Tensor,
     steps: Tensor,
-    data: Sequence[Tensor],
-    fresh: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Give halted places their initial state and new data, and count the step.
-
-    Args:
-        z_H, z_L: [B, T, D], contiguous.
-        H_init, L_init: [D].
-        halted: [B] bool.
-        steps: [B] integers.
-        data, fresh: fields [B, ...] of the sequences in hand and of the batch to take from, contiguous, of one dtype
-            each.
-
-    Returns:
-        The new `(z_H, z_L, steps, data)`.
-    """
-    B = len(halted)
-    size, D = z_H[0].numel(), len(H_init)
-    old = [z_H, z_L, steps, *data]
-    new = [torch.empty_like(tensor) for tensor in old]
-    widths = tuple(field[0].numel() for field in data)
-    _restart_kernel[(B, triton.cdiv(size, _BLOCK))](
-        *old[:3], tuple(data), *new[:3], tuple(new[3:]), tuple(fresh), H_init, L_init, halted,
+    data: Mapping[str, Tensor],
+    fresh: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """As `hrm.kernels.naive.reset_carry`, for contiguous states of one shape and fields of the same dtypes."""
+    first = next(iter(states.values()))
+    size, D = first[0].numel(), first.shape[-1]
+    new_states = {name: torch.empty_like(state) for name, state in states.items()}
+    new_steps = torch.empty_like(steps)
+    new_data = {name: torch.empty_like(data[name]) for name in fresh}
+    widths = tuple(field[0].numel() for field in fresh.values())
+    _reset_carry_kernel[(len(halted), triton.cdiv(size, _BLOCK))](
+        tuple(states.values()), steps, tuple(data[name] for name in fresh),
+        tuple(new_states.values()), new_steps, tuple(new_data.values()),
+        tuple(fresh.values()), tuple(initial[name] for name in states), halted,
         widths, size, D, _BLOCK,
     )  # fmt: skip
-    return new[0], new[1], new[2], new[3:]
+    return new_states, new_steps, new_data
