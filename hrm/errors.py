@@ -1,6 +1,8 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and how text of unknown origin is shown."""
 
+import os
 import re
+import unicodedata
 
 
 class UserError(Exception):
@@ -15,3 +17,32 @@ def first_sentence(error: BaseException) -> str:
     """The start of a library's error text, fit to stand in a sentence of ours."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.split(r"[.?!](?=\s|$)", lines[0])[0]
+
+
+# Control characters, formatting ones (which can reverse the order of what is read), halves of surrogate pairs,
+# characters for private use, and separators of lines.
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+
+
+def printable(text: str) -> str:
+    """Text of unknown origin as a terminal may show it, on one line: what could steer the terminal is written out.
+
+    Names of puzzles, sources and paths come from files of others, and an escape sequence in them would be obeyed.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode("ascii") if unicodedata.category(character) in _HIDDEN else character
+        for character in text
+    )
+
+
+def printable_lines(text: str) -> str:
+    """`printable` of each line of a text that has several."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def shortened(value: object, most: int = 120) -> str:
+    """A value as a sentence can hold it: paths and text as they are, others as Python writes them, cut where long."""
+    text = value if isinstance(value, str) else str(value) if isinstance(value, os.PathLike) else repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -8,10 +8,13 @@ go on is in `hrm.checkpoint.states`.
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +27,18 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from hrm.checkpoint.run_folder import CONFIG_FILE, replacing
-from hrm.errors import UserError, first_sentence
+from hrm.errors import UserError, first_sentence, shortened
+from hrm.reading import read_yaml_text
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 _COMPILED_PREFIX = "_orig_mod."
+_WRAPPERS = ("_orig_mod", "module")  # torch.compile's, and DistributedDataParallel's
+_CONTAINERS = ("model", "state_dict")  # of weights among other things
+_OF_THE_MODEL = "model.inner."
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_WEIGHTS = "checkpoint"
 _SAFETENSORS = ".safetensors"
+_OPTION_REFERENCE = re.compile(r"\$\{\.*\w+(\.\w+)*\}")
 _WEIGHTS_NAME = re.compile(r"step_(\d+)(_ema)?(\.safetensors)?")
 
 
@@ -81,18 +89,19 @@ def find_checkpoint(where: str) -> Checkpoint:
         UserError: nothing is there, or the options beside the weights are missing or unreadable.
     """
     path = Path(where)
-    if path.is_dir():
+    # os.path, for pathlib raises errors about names that are too long or hold a NUL.
+    if os.path.isdir(path):
         weights_file = _last_weights(path)
-    elif path.is_file():
+    elif os.path.isfile(path):
         weights_file = path
-    elif _HUB_ID.fullmatch(where) and not path.parent.is_dir():
+    elif _HUB_ID.fullmatch(where) and not os.path.isdir(path.parent):
         weights_file = _last_weights(_download(where))
     elif where in pretrained():
         weights_file = _last_weights(PRETRAINED / where)
     else:
         raise UserError(
-            f"checkpoint={where} does not exist; give a weights file, a run folder, a hub id, or a model that comes "
-            f"with this package: {', '.join(pretrained())}."
+            f"checkpoint={shortened(where)} does not exist; give a weights file, a run folder, a hub id, or a model "
+            f"that comes with this package: {', '.join(pretrained())}."
         )
     return Checkpoint(weights_file, _read_config(weights_file.parent / CONFIG_FILE))
 
@@ -103,26 +112,44 @@ def pretrained() -> list[str]:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Tensors of a weights file by their names without prefix, on the CPU.
+    """Tensors of a weights file by their names in a plain model, on the CPU.
+
+    The file is a `state_dict()`, or holds one as `model` or `state_dict`, as whole training states and Lightning's
+    checkpoints do. What torch.compile, DistributedDataParallel and a module around the model add to names is left out.
 
     Raises:
-        UserError: the file is torn, or holds anything but named tensors (such a file is not executed).
+        UserError: the file is torn, or holds anything but named tensors (such a file is not executed), or asks for more
+            memory than it has bytes.
     """
     try:
         if file.suffix == _SAFETENSORS:
             loaded = load_file(file)
         else:
+            _check_unpacked_size(file)
             with warnings.catch_warnings(action="ignore"):  # about pickle protocols: whether it loads is what counts
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{file} holds more than tensors, or is no checkpoint, and was not loaded; save its state_dict() alone."
         ) from error
     except Exception as error:  # what loading raises over damaged files shares no base class
         raise UserError(f"{file} is torn or no checkpoint ({first_sentence(error)}); copy it anew.") from error
-    if not isinstance(loaded, Mapping) or not all(_is_weight(tensor) for tensor in loaded.values()):
+    held = _state_dict_in(loaded)
+    if held is None:
         raise UserError(f"{file} does not hold a state_dict (names and tensors); save model.state_dict().")
-    return {str(name).removeprefix(_COMPILED_PREFIX): tensor for name, tensor in loaded.items()}
+    for name, tensor in held.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(
+                f"{file} has {shortened(str(name))} of shape {tuple(tensor.shape)}, but fewer numbers are stored for "
+                "it: save a contiguous copy."
+            )
+    plain = _plain_names([str(name) for name in held])
+    if len(set(plain)) < len(plain):
+        twice = next(name for name in plain if plain.count(name) > 1)
+        raise UserError(f"{file} has {shortened(twice)} several times, under prefixes: keep one of them.")
+    return dict(zip(plain, held.values(), strict=True))
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
@@ -146,7 +173,39 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], file: Path) ->
 
 
 def _is_weight(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and value.is_floating_point()
+    return (
+        type(value) in (Tensor, nn.Parameter)
+        and value.layout is torch.strided
+        and not value.is_nested
+        and value.device.type == "cpu"  # not meta, which holds no numbers
+        and value.is_floating_point()
+    )
+
+
+def _state_dict_in(loaded: object) -> Mapping[object, Tensor] | None:
+    """The names and tensors in what was loaded, which may hold them as one of its parts."""
+    for part in (loaded, *(loaded.get(key) for key in _CONTAINERS if isinstance(loaded, Mapping))):
+        if isinstance(part, Mapping) and all(map(_is_weight, part.values())):
+            return part
+    return None
+
+
+def _check_unpacked_size(file: Path) -> None:
+    """UserError for an archive whose parts are larger than it: unpacked, they could take all memory."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            claimed, size = sum(part.file_size for part in archive.infolist()), file.stat().st_size
+        if claimed > size:
+            raise UserError(f"{file} has {size:,} bytes but unpacks to {claimed:,}, and was not loaded: save it anew.")
+
+
+def _plain_names(names: Sequence[str]) -> list[str]:
+    """Names of weights without what wrappers put into them: `module.model.inner.x` is `model.inner.x`."""
+    plain = [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names]
+    around = {name.partition(_OF_THE_MODEL)[0] if _OF_THE_MODEL in name else None for name in plain}
+    if len(around) == 1 and (prefix := around.pop()):  # what all stand below, such as a LightningModule's attribute
+        return [name.removeprefix(prefix) for name in plain]
+    return plain
 
 
 def _last_weights(folder: Path) -> Path:
@@ -178,12 +237,29 @@ def _download(hub_id: str) -> Path:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"{file} is missing: put the run's {CONFIG_FILE} beside its weights.")
     try:
-        config = OmegaConf.to_container(OmegaConf.load(file))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        config = OmegaConf.to_container(OmegaConf.load(io.StringIO(read_yaml_text(file))))
+    # What a YAML library makes of a date, of 10,000 digits or of a key that is a list shares no base class.
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{file} is not readable as YAML ({first_sentence(error)}); restore it.") from error
+    if reference := _reference(config):
+        raise UserError(
+            f"{file} has {reference}, which stands for something outside of the file, such as a variable of this "
+            "machine, and is not looked up: write the value itself."
+        )
     if not isinstance(config, dict) or not isinstance(config.get("arch"), dict):
         raise UserError(f"{file} has no section arch: it is not the config of an HRM run; restore it.")
     return {str(name): value for name, value in config.items()}
+
+
+def _reference(value: object, name: str = "") -> str | None:
+    """The first option, as name: value, that OmegaConf would look up elsewhere than among the options beside it."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        found = (_reference(inner, f"{name}.{key}" if name else str(key)) for key, inner in items)
+        return next(filter(None, found), None)
+    if isinstance(value, str) and "${" in _OPTION_REFERENCE.sub("", value):
+        return f"{name}: {shortened(value)}"
+    return None

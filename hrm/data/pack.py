@@ -11,24 +11,28 @@ one row of inputs and labels. A pack is checked whole when it is opened, so that
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.format import open_memmap
 
 from hrm import __version__
-from hrm.errors import UserError
+from hrm.errors import UserError, shortened
+from hrm.reading import open_regular, parse_json, read_array, read_json, read_text
 
 IntArray = npt.NDArray[np.integer[Any]]
 
 SPLITS = ("train", "test")
+
+# Of dataset.json and provenance.json, which names each file that a pack was made from.
+_MOST_METADATA_BYTES = 1 << 24
 
 # Elements read at once when tokens are checked: enough to hide Python's share, little enough to stay in cache.
 _SCAN_ELEMENTS = 1 << 20
@@ -102,7 +106,7 @@ def read_identifiers(folder: Path, count: int) -> list[str]:
     """
     file = folder / "identifiers.json"
     try:
-        names = json.loads(file.read_text(encoding="utf-8"))
+        names = read_json(file)
     except (OSError, ValueError) as error:
         raise _broken(file, f"cannot be read ({error})") from error
     if not _is_name_list(names) or len(names) < count:
@@ -181,10 +185,11 @@ def open_pack(data_path: Path | str, split: str) -> Pack:
     """
     path = Path(data_path)
     folder = path / split
-    if path.is_file():
+    # os.path, for pathlib raises errors about names that are too long or hold a NUL.
+    if os.path.isfile(path):
         raise UserError(f"{path} is a file, not the folder of a data pack; correct data_path.")
-    if not path.is_dir():
-        raise UserError(f"Data pack {path} does not exist; build it, or correct data_path.")
+    if not os.path.isdir(path):
+        raise UserError(f"Data pack {shortened(path)} does not exist; build it, or correct data_path.")
     if not (folder / "dataset.json").is_file():
         found = ", ".join(_splits_in(path)) or "none"
         raise UserError(
@@ -192,9 +197,10 @@ def open_pack(data_path: Path | str, split: str) -> Pack:
             "build the pack again, or correct data_path."
         )
     metadata = _read_metadata(folder / "dataset.json")
-    pack = _map_pack(path, split, metadata)
-    for name, data in pack.sets.items():
+    mapped = {name: _map_set(folder, name) for name in metadata.sets}
+    for name, data in mapped.items():
         _check_set(folder, name, data, metadata)
+    pack = Pack(path, split, metadata, {name: _in_memory(data) for name, data in mapped.items()})
     _check_totals(folder / "dataset.json", pack)
     return pack
 
@@ -204,7 +210,8 @@ def _splits_in(path: Path) -> list[str]:
 
 
 def sha256_of(file: Path) -> str:
-    with file.open("rb") as stream:
+    """Of a regular file; an OSError for pipes and devices."""
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -246,15 +253,15 @@ def _is_name_list(value: object) -> bool:
 _JSON_KINDS: dict[object, tuple[str, Callable[[object], bool]]] = {
     int: ("an integer", _is_integer),
     int | None: ("an integer or null", lambda value: value is None or _is_integer(value)),
-    float: ("a number", lambda value: isinstance(value, float) or _is_integer(value)),
+    float: ("a number", lambda value: isinstance(value, float) or (_is_integer(value) and abs(value) < 2**63)),
     tuple[str, ...]: ("a list of at least one set name, none of them twice", _is_name_list),
 }
 
 
 def _read_object(file: Path, wanted: str) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = parse_json(read_text(file, _MOST_METADATA_BYTES))
+    except (OSError, ValueError) as error:
         raise _broken(file, f"is not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise _broken(file, f"holds a {type(content).__name__} where {wanted} belongs")
@@ -268,12 +275,15 @@ def _read_metadata(file: Path) -> PackMetadata:
             raise _broken(file, f"lacks the field {field.name}")
         wanted, accepts = _JSON_KINDS[field.type]
         if not accepts(content[field.name]):
-            raise _broken(file, f"has {field.name} {content[field.name]!r}, which is not {wanted}")
+            raise _broken(file, f"has {field.name} {shortened(repr(content[field.name]))}, which is not {wanted}")
     values = {field.name: content[field.name] for field in fields(PackMetadata)}
     metadata = PackMetadata(**(values | {"sets": tuple(values["sets"])}))
 
     if metadata.seq_len < 1:
         raise _broken(file, f"has seq_len {metadata.seq_len}, which is not positive")
+    for name in ("vocab_size", "num_puzzle_identifiers"):
+        if values[name] > np.iinfo(np.int32).max:
+            raise _broken(file, f"has {name} {values[name]}, more than tokens and identifiers of 32 bits can count")
     for name, limit_name in (("pad_id", "vocab_size"), ("blank_identifier_id", "num_puzzle_identifiers")):
         value, limit = values[name], values[limit_name]
         if not 0 <= value < limit:
@@ -282,28 +292,28 @@ def _read_metadata(file: Path) -> PackMetadata:
 
 
 def _map_pack(path: Path, split: str, metadata: PackMetadata) -> Pack:
-    folder = path / split
-    return Pack(path, split, metadata, {name: _map_set(folder, name) for name in metadata.sets})
+    sets = {name: _in_memory(_map_set(path / split, name)) for name in metadata.sets}
+    return Pack(path, split, metadata, sets)
 
 
 def _map_set(folder: Path, name: str) -> PackSet:
-    arrays = {field.name: _map_array(_array_file(folder, name, field.name)) for field in fields(PackSet)}
-    # Offsets and identifiers are few beside the tokens. As int64 they add and subtract without wrapping around.
-    small = {key: np.array(array, np.int64) for key, array in arrays.items() if key not in ("inputs", "labels")}
-    return PackSet(**(arrays | small))
+    return PackSet(**{field.name: _map_array(_array_file(folder, name, field.name)) for field in fields(PackSet)})
 
 
 def _map_array(file: Path) -> IntArray:
     try:
-        # A plain view of the map: np.memmap's own indexing adds a cost to every gather.
-        array = np.asarray(open_memmap(file, mode="r"))
+        return read_array(file, "iu", "integers")
     except FileNotFoundError as error:
         raise _broken(file, "is missing") from error
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise _broken(file, f"is torn or is not a plain .npy file ({error})") from error
-    if not np.issubdtype(array.dtype, np.integer):
-        raise _broken(file, f"holds {array.dtype}, not integers")
-    return array
+
+
+def _in_memory(data: PackSet) -> PackSet:
+    """With offsets and identifiers, which are few beside the tokens, as int64: they add and subtract without wrapping
+    around."""
+    small = ("puzzle_identifiers", "puzzle_indices", "group_indices")
+    return replace(data, **{name: np.array(getattr(data, name), np.int64) for name in small})
 
 
 def _check_set(folder: Path, name: str, data: PackSet, metadata: PackMetadata) -> None:
@@ -339,11 +349,14 @@ def _check_offsets(file: Path, offsets: IntArray, owner: str, end: int, parts: s
         raise _broken(file, f"has {len(offsets)} offset{'s' * (len(offsets) != 1)}, too few for a single {owner}")
     if offsets[0] != 0:
         raise _broken(file, f"starts at {offsets[0]}, not at 0")
-    steps = np.diff(offsets)
-    if steps.min() < 1:
-        at = int(np.argmax(steps < 1))
-        problem = f"leaves {owner} {at} empty" if steps[at] == 0 else f"runs backwards at {owner} {at}"
-        raise _broken(file, f"{problem} (from {offsets[at]} to {offsets[at + 1]})")
+    for start in range(0, len(offsets) - 1, _SCAN_ELEMENTS):
+        part = offsets[start : start + _SCAN_ELEMENTS + 1].astype(np.int64)
+        steps = np.diff(part)
+        if steps.min() < 1:
+            at = int(np.argmax(steps < 1))
+            problem = "leaves {} empty" if steps[at] == 0 else "runs backwards at {}"
+            problem = problem.format(f"{owner} {start + at}")
+            raise _broken(file, f"{problem} (from {part[at]} to {part[at + 1]})")
     if offsets[-1] != end:
         raise _broken(file, f"ends at {offsets[-1]}, but there are {end} {parts}")
 

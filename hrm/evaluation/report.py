@@ -11,7 +11,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.batch import IGNORE_LABEL_ID
-from hrm.data.pack import Pack
+from hrm.data.pack import Pack, read_provenance
 from hrm.errors import UserError
 from hrm.evaluation.arc import Answer, ArcScorer
 from hrm.evaluation.trajectory import Recording, Scores, Trajectories, kinds
+from hrm.reading import read_array, read_json
 from hrm.tasks.arc import GRID_SIDE, NUM_COLORS, SEQ_LEN, Grid, Pair, Task, decode, split_name
 from hrm.tasks.arc import VOCAB_SIZE as ARC_VOCAB_SIZE
 from hrm.tasks.maze import CHARSET, FREE, PATH, is_shortest_path
@@ -91,11 +92,10 @@ class View:
 def _columns(pack: Pack) -> int | None:
     """Of the grids in a pack of your own data, by the shape (such as 9x9) that its builder put on record."""
     try:
-        provenance = json.loads((pack.path / "provenance.json").read_text(encoding="utf-8"))
-        _, columns = provenance["arguments"]["shape"].split("x")
-        return int(columns)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # lists of symbols, or no record
+        rows, columns = map(int, read_provenance(pack.path)["arguments"]["shape"].split("x"))
+    except (UserError, ValueError, KeyError, TypeError, AttributeError):  # lists of symbols, or no record
         return None
+    return columns if min(rows, columns) > 0 and rows * columns == pack.metadata.seq_len else None
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,18 @@ class Rating:
         return rating if len(np.unique(rating.values)) > 1 else None
 
 
-# What a builder may tell of each puzzle, in files beside the inputs, and the kind of array that holds it.
-_STORED = {"ratings": ("numbers", np.number), "sources": ("text", np.str_)}
+def _is_text(column: NDArray[Any]) -> bool:
+    """Whether every code in an array of text is a character's; of others Python makes no string."""
+    codes = np.ascontiguousarray(column.astype(column.dtype.newbyteorder("="))).view(np.uint32)
+    return bool(((codes < 0xD800) | ((codes > 0xDFFF) & (codes < 0x110000))).all())
+
+
+# What a builder may tell of each puzzle, in files beside the inputs: what it is, the kinds of arrays that hold it, and
+# whether the values are such.
+_STORED: dict[str, tuple[str, str, Callable[[NDArray[Any]], bool]]] = {
+    "ratings": ("numbers", "iuf", lambda column: bool(np.isfinite(column).all())),
+    "sources": ("text", "U", _is_text),
+}
 
 
 def stored(pack: Pack, column: str) -> NDArray[Any] | None:
@@ -141,7 +151,7 @@ def stored(pack: Pack, column: str) -> NDArray[Any] | None:
     Raises:
         UserError: such an array cannot be read, or has another length than its set.
     """
-    kind, dtype = _STORED[column]
+    kind, letters, is_sound = _STORED[column]
     files = {name: pack.path / pack.split / f"{name}__{column}.npy" for name in pack.sets}
     if not all(file.is_file() for file in files.values()):
         return None
@@ -149,14 +159,16 @@ def stored(pack: Pack, column: str) -> NDArray[Any] | None:
     for name, file in files.items():
         count = len(pack.sets[name].inputs)
         try:
-            part: NDArray[Any] = np.load(file)
-        except (ValueError, EOFError, OSError) as error:
+            part = read_array(file, letters, kind)
+        except (ValueError, OSError) as error:
             raise UserError(f"{file} is torn or is not a plain .npy file ({error}); build the pack again.") from error
-        if part.shape != (count,) or not np.issubdtype(part.dtype, dtype):
+        if part.shape != (count,):
             raise UserError(
-                f"{file} has shape {part.shape} of {part.dtype}, but its set has {count} examples; write {kind}, "
-                "one for each."
+                f"{file} has shape {part.shape} of {part.dtype}, but its set has {count} examples; write {kind}, one "
+                "for each."
             )
+        if not is_sound(part):
+            raise UserError(f"{file} holds values that are not {kind}; build the pack again.")
         parts.append(part)
     values = np.concatenate(parts)
     return values if len(np.unique(values)) > 1 else None
@@ -185,11 +197,16 @@ def originals(names: Sequence[str]) -> NDArray[np.bool_]:
 
 def arc_demonstrations(pack: Pack) -> dict[str, list[Pair]]:
     """By task name, from the pack's test_puzzles.json; packs of the published builder have none."""
+    file = pack.path / "test_puzzles.json"
     try:
-        content = json.loads((pack.path / "test_puzzles.json").read_text(encoding="utf-8"))
+        content = read_json(file)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not tasks by name")
+        return {name: Task.parse(name, task, evaluated=True).train for name, task in content.items()}
     except FileNotFoundError:
         return {}
-    return {name: Task.parse(name, task, evaluated=True).train for name, task in content.items()}
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"{file} cannot be read ({str(error).rstrip('.')}): build the pack again.") from error
 
 
 def arc_tasks(

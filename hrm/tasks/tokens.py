@@ -14,7 +14,8 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from hrm.errors import UserError
+from hrm.errors import UserError, shortened
+from hrm.reading import parse_json, read_text
 
 Symbol = int | float | str
 
@@ -64,8 +65,8 @@ def read_vocabulary(file: Path) -> Vocabulary:
         UserError: the file cannot be read or holds something else.
     """
     try:
-        return parse_vocabulary(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
+        return parse_vocabulary(read_text(file), str(file))
+    except (OSError, ValueError) as error:
         raise UserError(f"Vocabulary {file} cannot be read ({error}); give a JSON list of symbols.") from error
 
 
@@ -76,7 +77,7 @@ def parse_vocabulary(text: str, where: str) -> Vocabulary:
         UserError: for anything that is not such a list.
     """
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         raise UserError(f"Vocabulary {where} is not valid JSON ({error}); give a list of symbols.") from error
     if not isinstance(content, list):
@@ -84,7 +85,8 @@ def parse_vocabulary(text: str, where: str) -> Vocabulary:
     symbols = content[1:] if content[:1] == [None] else content
     for symbol in symbols:
         if not is_symbol(symbol):
-            raise UserError(f"Vocabulary {where} holds {json.dumps(symbol)}; a symbol is a string or a number.")
+            shown = shortened(json.dumps(symbol))
+            raise UserError(f"Vocabulary {where} holds {shown}; a symbol is a string or a number.")
     if not symbols or len(set(symbols)) < len(symbols):
         raise UserError(f"Vocabulary {where} names {'a symbol twice' if symbols else 'no symbol'}; name each once.")
     return Vocabulary(tuple(symbols))

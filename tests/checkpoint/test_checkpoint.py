@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import string
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -383,13 +384,91 @@ def test_damaged_files_end_in_a_sentence(kind: str, tmp_path: Path, model: ACTLo
 
 @pytest.mark.parametrize(
     "content",
-    [torch.zeros(2), [torch.zeros(2)], {"model": {"weight": torch.zeros(2)}}, {"step": 3}],
-    ids=["tensor", "list", "nested", "number"],
+    [
+        torch.zeros(2),
+        [torch.zeros(2)],
+        {"step": 3},
+        {"model": {"weight": 1.0}},
+        {"optimizer": {"weight": torch.zeros(2)}},
+        {"weight": torch.zeros(2, device="meta")},
+        {"weight": torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)])},
+        {"weight": torch.zeros(2).to_sparse()},
+        {"weight": torch.zeros(2, dtype=torch.complex64)},
+    ],
+    ids=["tensor", "list", "number", "no tensor", "other container", "meta", "nested", "sparse", "complex"],
 )
 def test_only_named_tensors_are_weights(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "step_1")
     with pytest.raises(UserError, match=r"step_1 does not hold a state_dict"):
         read_weights(tmp_path / "step_1")
+
+
+@pytest.mark.parametrize("container", [None, "model", "state_dict"])
+@pytest.mark.parametrize(
+    "prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "net.", "model."]
+)
+def test_containers_and_prefixes_of_weights(
+    container: str | None, prefix: str, tmp_path: Path, model: ACTLossHead
+) -> None:
+    weights = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    whole = {container: weights, "optimizers": [], "step": 1} if container else weights
+    torch.save(whole, tmp_path / "step_1")
+    found = read_weights(tmp_path / "step_1")
+    assert list(found) == list(model.state_dict())
+    load_weights(model, found, tmp_path / "step_1")
+
+
+def test_one_weight_under_two_prefixes_is_an_error(tmp_path: Path) -> None:
+    torch.save({"module.a": torch.zeros(2), "_orig_mod.a": torch.ones(2)}, tmp_path / "step_1")
+    with pytest.raises(UserError, match="step_1 has a several times"):
+        read_weights(tmp_path / "step_1")
+
+
+def test_weights_that_ask_for_more_memory_than_they_have_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "step_1"
+    torch.save({"wide": torch.zeros(1, 1).expand(10**6, 10**6)}, file)
+    with pytest.raises(UserError, match=r"has wide of shape \(1000000, 1000000\), but fewer numbers are stored"):
+        read_weights(file)
+    torch.save({"zeros": torch.zeros(1 << 22)}, file)
+    with zipfile.ZipFile(file) as whole, zipfile.ZipFile(tmp_path / "step_2", "w", zipfile.ZIP_DEFLATED) as packed:
+        for part in whole.infolist():
+            packed.writestr(part.filename, whole.read(part))
+    with pytest.raises(UserError, match=r"step_2 has [\d,]+ bytes but unpacks to 16,\d+,\d+, and was not loaded"):
+        read_weights(tmp_path / "step_2")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    {
+        "itself": ("arch: &a {x: *a}", "within what it refers to"),
+        "deep": ("arch: " + "{a: " * 3000 + "1" + "}" * 3000, "nested deeper than 64"),
+        "10,000 digits": ("arch: {hidden_size: " + "9" * 10_000 + "}", "not readable"),
+        "a list as key": ("arch: {[1, 2]: 3}", "not readable"),
+        "Python": ("arch: !!python/object/apply:os.system [id]", "not readable"),
+        "a variable": (
+            "arch: {name: '${oc.env:HOME}'}",
+            r"arch.name: \${oc.env:HOME}, which stands for something outside",
+        ),
+        "a default": ("arch: {loss: {loss_type: '${oc.env:X,softmax}'}}", "arch.loss.loss_type: .* is not looked up"),
+        "in a list": ("arch: {x: [1, '${oc.decode:y}']}", "arch.x.1: .* is not looked up"),
+        "a name of names": ("arch: {x: '${${y}:HOME}', y: oc.env}", "arch.x: .* is not looked up"),
+        "elsewhere": ("arch: {}\ndata_path: ${oc.env:HOME}/data", "data_path: .* is not looked up"),
+    }.values(),
+)
+def test_options_that_are_no_options_end_in_a_sentence(options: str, said: str, run_folder: Path) -> None:
+    (run_folder / "step_1").touch()
+    (run_folder / "all_config.yaml").write_text(options)
+    with pytest.raises(UserError, match=said) as told:
+        find_checkpoint(str(run_folder))
+    assert str(told.value).startswith(f"{run_folder / 'all_config.yaml'} ")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("where", ["x" * 300, "a/" + "x" * 300, "a\0b", "x" * 5000])
+def test_impossible_paths_do_not_exist(where: str) -> None:
+    with pytest.raises(UserError, match=r"does not exist") as told:
+        find_checkpoint(where)
+    assert len(str(told.value)) < 400
 
 
 def _change(weights: dict[str, Tensor], change: str) -> str:

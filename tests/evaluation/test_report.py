@@ -416,7 +416,9 @@ def test_ratings_come_with_the_pack_or_from_the_puzzles(tmp_path: Path) -> None:
     ("sources", "said"),
     [
         (np.array(["a"] * 4), r"has shape \(4,\) of <U1, but its set has 5 examples; write text, one for each."),
-        (np.arange(5), r"has shape \(5,\) of int64, but its set has 5 examples; write text, one for each."),
+        (np.arange(5), r"is torn or is not a plain .npy file \(it holds int64, not text\); build the pack again."),
+        (np.array(["\ud800"] * 5), r"holds values that are not text; build the pack again."),
+        (np.full(5, 0x110000, np.uint32).view("U1"), r"holds values that are not text; build the pack again."),
         (np.array(list("abcde"), dtype=object), r"is torn or is not a plain .npy file \(.*\); build the pack again."),
     ],
 )
@@ -432,6 +434,31 @@ def test_sources_that_do_not_fit(sources: NDArray[Any], said: str, tmp_path: Pat
     with pytest.raises(UserError, match=f"all__sources.npy {said}") as told:
         stored(pack, "sources")
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("ratings", "said"),
+    [
+        (np.ones(5, "c16"), "holds complex128, not numbers"),
+        (np.ones(5, "m8[s]"), r"holds timedelta64\[s\], not numbers"),
+        (np.array([1, np.nan, 3, 4, 5]), "holds values that are not numbers"),
+        (np.array([1, np.inf, 3, 4, 5]), "holds values that are not numbers"),
+        (np.array([1, 2, 3, 4, 2**70], dtype=object), "holds object, not numbers"),
+    ],
+)
+def test_ratings_that_are_no_numbers(ratings: NDArray[Any], said: str, tmp_path: Path) -> None:
+    make_pack(tmp_path, test_size=5, givens=7)
+    np.save(tmp_path / "test" / "all__ratings.npy", ratings)
+    with pytest.raises(UserError, match=f"all__ratings.npy .*{said}.*build the pack again"):
+        stored(open_pack(tmp_path, "test"), "ratings")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", '{"gravity": {"train": []}}', '{"gravity": '])
+def test_demonstrations_that_cannot_be_read(content: str, tmp_path: Path) -> None:
+    make_pack(tmp_path, test_size=5, givens=7)
+    (tmp_path / "test_puzzles.json").write_text(content)
+    with pytest.raises(UserError, match=r"test_puzzles.json cannot be read .*: build the pack again"):
+        arc_demonstrations(open_pack(tmp_path, "test"))
 
 
 def test_arc_examples_get_their_tasks_votes_and_demonstrations(tmp_path: Path) -> None:

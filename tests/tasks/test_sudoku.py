@@ -632,6 +632,11 @@ GOOD = "1234341221434321"
         (["s", "2" + "." * 15, GOOD, 1], "line 4: the answer contradicts the question; correct or remove the line."),
         (["s", GOOD], "line 4: its 2 fields are too few; correct or remove the line."),
         (["s", GOOD, GOOD, "easy"], "line 4: rating 'easy' is no whole number; correct or remove the line."),
+        (["s", GOOD, GOOD, 2**63], f"line 4: rating {2**63} is beyond 64 bits; correct or remove the line."),
+        (["s", GOOD, GOOD, -(2**63) - 1], f"line 4: rating {-(2**63) - 1} is beyond 64 bits"),
+        (["s", GOOD, GOOD, "9" * 5000], f"line 4: rating '{'9' * 117}...' is no whole number"),
+        (["x" * 257, GOOD, GOOD, 1], "line 4: its source has 257 characters; give a name of at most 256."),
+        (["x" * 100_000, GOOD, GOOD, 1], "line 4: its source has 100,000 characters"),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "test"])

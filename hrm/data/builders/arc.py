@@ -6,7 +6,6 @@ python dataset/build_arc_dataset.py --dataset-dirs dataset/raw-data/ARC-AGI-2/da
 """
 
 import argparse
-import gzip
 import itertools
 import json
 import os
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from hrm.data.builders.common import check_at_least, option, recorded, run_command
 from hrm.data.pack import SPLITS, PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
 from hrm.errors import UserError
+from hrm.reading import parse_json, read_text
 from hrm.tasks.arc import (
     GRID_SIDE,
     NUM_COLORS,
@@ -124,8 +124,7 @@ def read_tasks(path: Path) -> list[Task]:
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as stream:
-            content = json.load(stream)
+        content = parse_json(read_text(file))
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{file} cannot be read as JSON ({error}); give a complete file.") from error
     if not isinstance(content, dict):

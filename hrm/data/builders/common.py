@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hrm.data.pack import SPLITS
-from hrm.errors import UserError
+from hrm.errors import UserError, printable
+from hrm.reading import open_lines
+
+MOST_SOURCE = 256
+"""Characters of a source's name."""
 
 
 def run_command(work: Callable[[argparse.Namespace], str], parse: Callable[[], argparse.Namespace]) -> int:
@@ -17,7 +23,7 @@ def run_command(work: Callable[[argparse.Namespace], str], parse: Callable[[], a
     try:
         print(work(parse()))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 
@@ -81,6 +87,33 @@ def source_files(arguments: argparse.Namespace) -> tuple[dict[str, Path], str]:
         return {split: local_file(arguments.source_dir, split) for split in SPLITS}, f"folder {arguments.source_dir}"
     files = {split: hub_file(arguments.source_repo, split) for split in SPLITS}
     return files, f"hub dataset {arguments.source_repo}"
+
+
+@contextmanager
+def csv_lines(path: Path) -> Iterator[Iterator[str]]:
+    """The lines of a CSV file (gzipped if its name ends so), for `csv.reader`.
+
+    Raises:
+        UserError: the file, or what the body reads of it, is torn or not CSV.
+    """
+    try:
+        with open_lines(path) as lines:
+            yield lines
+    except (OSError, EOFError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as CSV ({error}); give a complete UTF-8 file.") from error
+
+
+def source_name(text: str, path: Path, line: int) -> str:
+    """Where a puzzle is from, as a CSV file says in a line; one string for all that are equal.
+
+    Raises:
+        UserError: it is longer than a name, which the pack's text of fixed width would pay for in every row.
+    """
+    if len(text) > MOST_SOURCE:
+        raise UserError(
+            f"{path}, line {line}: its source has {len(text):,} characters; give a name of at most {MOST_SOURCE}."
+        )
+    return sys.intern(text)
 
 
 def local_file(folder: Path, split: str) -> Path:

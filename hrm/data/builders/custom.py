@@ -36,6 +36,7 @@ from hrm.data.pack import (
     write_split,
 )
 from hrm.errors import UserError
+from hrm.reading import open_lines, parse_json
 from hrm.tasks.tokens import PAD_TOKEN, Symbol, Vocabulary, is_symbol, parse_vocabulary, read_vocabulary
 
 COMMAND = "custom"  # `hrm data custom`
@@ -76,12 +77,12 @@ class Reader:
         """
         examples = []
         try:
-            with path.open(encoding="utf-8-sig") as stream:
+            with open_lines(path) as stream:
                 lines = tqdm(stream, desc=f"Reading {path.name}", unit=" lines", delay=2, leave=False)
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
                         examples.append(self._example(line, f"{path}, line {number}"))
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}); give a UTF-8 file of JSON lines.") from error
         if not examples:
             raise UserError(f"{path} holds no example; add lines to it.")
@@ -95,7 +96,7 @@ class Reader:
 
     def _example(self, line: str, place: str) -> Example:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise UserError(f"{place}: this is not valid JSON ({error}); correct or remove the line.") from error
         if not isinstance(record, dict):

@@ -11,7 +11,6 @@ far apart as the maze allows where the published ones are random cells far enoug
 
 import argparse
 import csv
-import gzip
 import re
 import sys
 import time
@@ -22,9 +21,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hrm.data.builders.common import check_at_least, fill_in, is_generated, recorded, run_command, source_files
+from hrm.data.builders.common import (
+    check_at_least,
+    csv_lines,
+    fill_in,
+    is_generated,
+    recorded,
+    run_command,
+    source_files,
+)
 from hrm.data.pack import PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
-from hrm.errors import UserError
+from hrm.errors import UserError, shortened
 from hrm.tasks.maze import (
     PAD_TOKEN,
     PATH,
@@ -71,16 +78,15 @@ def read_csv(path: Path) -> Puzzles:
     Raises:
         UserError: if the file cannot be read or a line is malformed; names the line.
     """
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            records = [(reader.line_num, record) for record in reader]
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as CSV ({error}); give a complete UTF-8 file.") from error
+    with csv_lines(path) as lines:
+        reader = csv.DictReader(lines)
+        records = [(reader.line_num, record) for record in reader]
     columns = list(reader.fieldnames or [])
     for column in ("question", "answer"):
         if column not in columns:
-            raise UserError(f"{path} has no column {column!r} (its first line names: {', '.join(columns)}); add it.")
+            raise UserError(
+                f"{path} has no column {column!r} (its first line names: {shortened(', '.join(columns))}); add it."
+            )
     if not records:
         raise UserError(f"{path} holds no maze; add lines to it.")
 

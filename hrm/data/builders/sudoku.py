@@ -7,7 +7,6 @@ python dataset/build_sudoku_dataset.py --generate 2x2 --train-size 5000 --test-s
 
 import argparse
 import csv
-import gzip
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,15 +14,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import comb
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from hrm.data.builders.common import check_at_least, fill_in, is_generated, recorded, run_command, source_files
+from hrm.data.builders.common import (
+    check_at_least,
+    csv_lines,
+    fill_in,
+    is_generated,
+    recorded,
+    run_command,
+    source_files,
+    source_name,
+)
 from hrm.data.pack import PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
-from hrm.errors import UserError
+from hrm.errors import UserError, shortened
 from hrm.tasks.sudoku import (
     PAD_TOKEN,
     BoxShape,
@@ -110,12 +117,12 @@ def read_csv(path: Path, min_difficulty: int | None) -> tuple[BoxShape, Puzzles]
     required = ["question", "answer"] + (["rating"] if min_difficulty is not None else [])
     blocks: list[Puzzles] = []
     shape: BoxShape | None = None
-    with _csv_text(path) as stream:
-        reader = csv.reader(stream)
+    with csv_lines(path) as lines_of_file:
+        reader = csv.reader(lines_of_file)
         header = next(reader, [])
         for column in required:
             if column not in header:
-                found = ", ".join(header) or "none"
+                found = shortened(", ".join(header)) or "none"
                 raise UserError(f"{path} has no column {column!r} (its first line names: {found}); add it.")
         wanted = [*required, "rating", "source"]
         columns = {name: header.index(name) for name in wanted if name in header}
@@ -145,15 +152,6 @@ def read_csv(path: Path, min_difficulty: int | None) -> tuple[BoxShape, Puzzles]
     )
 
 
-@contextmanager
-def _csv_text(path: Path) -> Iterator[TextIO]:
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            yield stream
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as CSV ({error}); give a complete UTF-8 file.") from error
-
-
 def _csv_chunks(
     rows: Iterator[tuple[int, list[str]]], columns: Mapping[str, int], path: Path, min_difficulty: int | None
 ) -> Iterator[_Lines]:
@@ -170,13 +168,15 @@ def _csv_chunks(
                 rating = int(text)
             except ValueError as error:
                 raise UserError(
-                    f"{path}, line {number}: rating {text!r} is no whole number; correct or remove the line."
+                    f"{path}, line {number}: rating {shortened(text)!r} is no whole number; correct or remove the line."
                 ) from error
+            if not -(2**63) <= rating < 2**63:
+                raise UserError(f"{path}, line {number}: rating {text} is beyond 64 bits; correct or remove the line.")
             if min_difficulty is not None and rating < min_difficulty:
                 continue
             lines.ratings.append(rating)
         if "source" in columns:
-            lines.sources.append(sys.intern(row[columns["source"]]))
+            lines.sources.append(source_name(row[columns["source"]], path, number))
         lines.numbers.append(number)
         lines.questions.append(row[columns["question"]])
         lines.answers.append(row[columns["answer"]])
