@@ -35,7 +35,7 @@ _COMPILED_PREFIX = "_orig_mod."
 _WRAPPERS = ("_orig_mod", "module")  # torch.compile's, and DistributedDataParallel's
 _CONTAINERS = ("model", "state_dict")  # of weights among other things
 _OF_THE_MODEL = "model.inner."
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"(?=.{3,96}$)[\w.-]+/[\w.-]+")
 _HUB_WEIGHTS = "checkpoint"
 _SAFETENSORS = ".safetensors"
 _OPTION_REFERENCE = re.compile(r"\$\{\.*\w+(\.\w+)*\}")
