@@ -9,22 +9,19 @@ import numpy as np
 import pytest
 
 from hrm.data.pack import open_pack
-
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-SCRIPTS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+from tests.helpers.entry_points import ROOT
+from tests.helpers.readme import README, python_block
 
 
 def test_pack_script(tmp_path: Path) -> None:
-    (script,) = (script for script in SCRIPTS if "write_split" in script)
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", python_block("write_split")], cwd=tmp_path, check=True)
     examples = open_pack(tmp_path / "data/sorting", "test").sets["all"]
     assert len(examples.inputs) == 500
     assert (np.sort(examples.inputs, axis=1) == examples.labels).all()
 
 
 def test_model_script(tmp_path: Path) -> None:
-    (script,) = (script for script in SCRIPTS if "build_model" in script)
+    script = python_block("build_model")
     check = "assert outputs['logits'].shape == (2, 81, 11) and carry.steps.tolist() == [1, 1] and loss.requires_grad"
     subprocess.run([sys.executable, "-c", f"{script}\n{check}"], cwd=tmp_path, check=True)
 
