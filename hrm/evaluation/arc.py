@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hrm.data.pack import Pack, read_identifiers
 from hrm.errors import UserError
-from hrm.tasks.arc import SEQ_LEN, VOCAB_SIZE, Grid, Pair, decode, split_name
+from hrm.tasks.arc import SEQ_LEN, VOCAB_SIZE, Augmentation, Grid, Pair, decode, split_name
 
 PASS_AT = (1, 2, 5, 10, 100, 1000)
 
@@ -19,8 +19,11 @@ _HALT_UNITS = 1 << 40
 Question = tuple[str, bytes]
 """A task's name and the key of a test input."""
 
-Votes = dict[Question, dict[bytes, tuple[int, int]]]
-"""By question and key of the answer: votes and their sum of sigmoid(q_halt), in units of 2^-40. Pickles compactly."""
+Tally = tuple[int, int, int]
+"""Of an answer: its votes, their sum of sigmoid(q_halt) in units of 2^-40, and the first puzzle that has it."""
+
+Votes = dict[Question, dict[bytes, Tally]]
+"""By question and key of the answer. Pickles compactly."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class ArcResult:
-    """`pass_at[K]`: the share of tasks with the truths of all test inputs among the first K answers. `submission`: the
-    first two answers to every test input, as the competition wants them in submission.json.
+    """How many tasks are solved with K answers allowed, counted in two ways, and what to submit.
+
+    `pass_at[K]` is the share of tasks with the truths of all test inputs among the first K answers, the paper's figure.
+    `share_at[K]` is the mean over tasks of the share of their test inputs of which this is true, TRM's figure; it is
+    the larger one where tasks have several test inputs. `submission` holds the first two answers to every test input,
+    as the competition wants them in submission.json.
     """
 
     pass_at: dict[int, float]
+    share_at: dict[int, float]
     submission: dict[str, list[dict[str, list[list[int]]]]]
 
 
@@ -65,10 +73,12 @@ class ArcScorer:
         self._blank = meta.blank_identifier_id
         self._names = read_identifiers(pack.path, meta.num_puzzle_identifiers)
         self.tests: dict[str, list[Pair]] = {}
+        self._places: dict[int, int] = {}  # of identifiers among the puzzles of the split
         for data in pack.sets.values():
             for puzzle, identifier in enumerate(data.puzzle_identifiers.tolist()):
                 name = self._names[identifier]
-                if split_name(name)[0] == name:
+                self._places.setdefault(identifier, len(self._places))
+                if self._split_name(name)[0] == name:
                     rows = slice(data.puzzle_indices[puzzle], data.puzzle_indices[puzzle + 1])
                     self.tests[name] = [*map(Pair, decode(data.inputs[rows]), decode(data.labels[rows]))]
         self.votes: Votes = {(task, _key(pair.input)): {} for task, pairs in self.tests.items() for pair in pairs}
@@ -98,35 +108,45 @@ class ArcScorer:
         grids = zip(decode(inputs[real]), decode(predictions[real]), strict=True)
         for identifier, (asked, answered), units in zip(identifiers, grids, halt.tolist(), strict=True):
             name = self._names[identifier]
-            task, augmentation = split_name(name)
+            task, augmentation = self._split_name(name)
             tallies = self.votes.get((task, _key(augmentation.undo(asked))))
             if tallies is None:
                 raise UserError(
                     f"{self._path}/identifiers.json calls a test example {name!r}, but it is none of {task}'s: the "
                     "file belongs to another pack; build this one again."
                 )
-            _count(tallies, _key(augmentation.undo(answered)), 1, units)
+            _count(tallies, _key(augmentation.undo(answered)), (1, units, self._places[identifier]))
 
     def merge(self, votes: Votes) -> None:
         """Add the `votes` of another scorer of the same pack."""
         for question, tallies in votes.items():
             for key, tally in tallies.items():
-                _count(self.votes[question], key, *tally)
+                _count(self.votes[question], key, tally)
 
     def ranking(self, task: str, test: int) -> list[Answer]:
         """All answers to a task's test input number `test`, by votes and then by mean sigmoid(q_halt), best first."""
         tallies = self.votes[task, _key(self.tests[task][test].input)]
-        return [Answer(_grid(key), votes, units / votes / _HALT_UNITS) for key, (votes, units) in _ranked(tallies)]
+        return [Answer(_grid(key), votes, units / votes / _HALT_UNITS) for key, (votes, units, _) in _ranked(tallies)]
+
+    def _split_name(self, identifier: str) -> tuple[str, Augmentation]:
+        try:
+            return split_name(identifier)
+        except UserError as error:
+            raise UserError(f"{self._path}/identifiers.json: {error}") from error
 
     def result(self) -> ArcResult:
         """The scores, and what to submit."""
-        needed = []  # by task, the first answers among which the truth of every test input is
+        needed = []  # by task and test input, the first answers among which the truth is
         submission = {}
         for task, pairs in self.tests.items():
             ranked = [[key for key, _ in _ranked(self.votes[task, _key(pair.input)])] for pair in pairs]
-            needed.append(max(_place(_key(pair.output), keys) for pair, keys in zip(pairs, ranked, strict=True)))
+            needed.append(np.array([_place(_key(pair.output), keys) for pair, keys in zip(pairs, ranked, strict=True)]))
             submission[task] = [_attempts(keys) for keys in ranked]
-        return ArcResult({k: float(np.mean(np.array(needed) <= k)) for k in PASS_AT}, submission)
+        return ArcResult(
+            {k: float(np.mean([(places <= k).all() for places in needed])) for k in PASS_AT},
+            {k: float(np.mean([(places <= k).mean() for places in needed])) for k in PASS_AT},
+            submission,
+        )
 
 
 def _key(grid: Grid) -> bytes:
@@ -137,14 +157,15 @@ def _grid(key: bytes) -> Grid:
     return np.frombuffer(key, dtype=np.uint8)[2:].reshape(key[0], key[1])
 
 
-def _count(tallies: dict[bytes, tuple[int, int]], key: bytes, votes: int, units: int) -> None:
-    known = tallies.get(key, (0, 0))
-    tallies[key] = (known[0] + votes, known[1] + units)
+def _count(tallies: dict[bytes, Tally], key: bytes, new: Tally) -> None:
+    known = tallies.get(key, (0, 0, new[2]))
+    tallies[key] = (known[0] + new[0], known[1] + new[1], min(known[2], new[2]))
 
 
-def _ranked(tallies: Mapping[bytes, tuple[int, int]]) -> list[tuple[bytes, tuple[int, int]]]:
-    """Best first. With equal votes the higher mean has the higher sum; what is left of a tie goes by the grids."""
-    return sorted(tallies.items(), key=lambda item: (-item[1][0], -item[1][1], item[0]))
+def _ranked(tallies: Mapping[bytes, Tally]) -> list[tuple[bytes, Tally]]:
+    """Best first. With equal votes the higher mean has the higher sum; a tie goes to the answer that came first in the
+    split, as in the published scoring; and where several models answered one puzzle, to the first grid."""
+    return sorted(tallies.items(), key=lambda item: (-item[1][0], -item[1][1], item[1][2], item[0]))
 
 
 def _place(truth: bytes, ranked: list[bytes]) -> float:

@@ -162,8 +162,15 @@ class ArcExaminer:
         result = self.scorer.result()
         file = folder / "submission.json"
         file.write_text(json.dumps(result.submission) + "\n")
-        passed = ", ".join(f"{100 * share:.2f} % at {count}" for count, share in result.pass_at.items())
-        return f"  Tasks solved, by answers allowed: {passed}.\n  Saved the first two answers in {file}."
+        passed, shares = (
+            ", ".join(f"{100 * share:.2f} % at {count}" for count, share in counted.items())
+            for counted in (result.pass_at, result.share_at)
+        )
+        return (
+            f"  Tasks solved, by answers allowed: {passed}.\n"
+            f"  Mean share of a task's test inputs solved (TRM's figure): {shares}.\n"
+            f"  Saved the first two answers in {file}."
+        )
 
 
 class BreakdownExaminer:

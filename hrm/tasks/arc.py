@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from hrm.errors import UserError
+from hrm.errors import UserError, shortened
 from hrm.tasks.dihedral import INVERSE, dihedral
 
 Grid = NDArray[np.uint8]
@@ -101,7 +101,9 @@ def parse_grid(value: object) -> Grid:
 
 # Augmentations.
 
-_AUGMENTED_NAME = re.compile(r"(.+)_t([0-7])_([0-9]{10})")
+# Ours and the published HRM's, and TRM's. What only looks like one of them would be scored as a task of its own.
+_AUGMENTED_NAMES = (re.compile(r"(.+)_t([0-7])_([0-9]{10})"), re.compile(r"(.+)\|\|\|t([0-7])\|\|\|([0-9]{10})"))
+_LIKE_AUGMENTED = re.compile(r".+_t[0-9]+_[0-9]{6,}|.*\|\|\|.*")
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,27 @@ class Augmentation:
 
 
 def split_name(identifier: str) -> tuple[str, Augmentation]:
-    """The task that an identifier names, and its augmentation: the identity if it names the task itself."""
-    match = _AUGMENTED_NAME.fullmatch(identifier)
-    if match is None or len(set(match[3])) < NUM_COLORS:
-        return identifier, Augmentation()
-    return match[1], Augmentation(int(match[2]), tuple(map(int, match[3])))
+    """The task that an identifier names, and its augmentation: the identity if it names the task itself.
+
+    Both spellings are read: `<task>_t<dihedral>_<10 colour digits>`, and TRM's `<task>|||t<dihedral>|||<digits>`.
+
+    Raises:
+        UserError: the name looks like that of an augmentation, but is none.
+    """
+    match = next(filter(None, (pattern.fullmatch(identifier) for pattern in _AUGMENTED_NAMES)), None)
+    if match is not None and len(set(match[3])) == NUM_COLORS:
+        return match[1], Augmentation(int(match[2]), tuple(map(int, match[3])))
+    if _LIKE_AUGMENTED.fullmatch(identifier):
+        raise UserError(
+            f"{shortened(identifier)!r} looks like the name of an augmentation, but is none: write "
+            f"<task>_t<0 to 7>_<the {NUM_COLORS} digits in any order>, or name the task otherwise."
+        )
+    return identifier, Augmentation()
+
+
+def is_augmented(identifier: str) -> bool:
+    """Whether an identifier names an augmentation of a task, or looks as if it did."""
+    return bool(_LIKE_AUGMENTED.fullmatch(identifier))
 
 
 # Tokens.

@@ -88,8 +88,23 @@ def test_names(task: str, augmentation: Augmentation) -> None:
 
 def test_published_names() -> None:
     assert Augmentation(3, (0, 9, 8, 7, 6, 5, 4, 3, 2, 1)).name("007bbfb7") == "007bbfb7_t3_0987654321"
-    for name in ("007bbfb7", "a_t8_0123456789", "a_t1_0123456788", "a_t1_012345678", "<blank>"):
+    assert arc.split_name("007bbfb7|||t3|||0987654321") == arc.split_name("007bbfb7_t3_0987654321")
+    for name in ("007bbfb7", "a_t1", "a_b", "a|b", "a_t1_12", "t3", "<blank>"):
         assert arc.split_name(name) == (name, Augmentation())
+        assert not arc.is_augmented(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a_t8_0123456789", "a_t1_0123456788", "a_t1_012345678", "a_t1_01234567890"),
+        *("a|||t8|||0123456789", "a|||t1|||0123456788", "a|||t1", "a|||t1|||", "|||t1|||0123456789", "a|||0123456789"),
+    ],
+)
+def test_names_that_only_look_like_augmentations(name: str) -> None:
+    assert arc.is_augmented(name)
+    with pytest.raises(UserError, match="looks like the name of an augmentation, but is none"):
+        arc.split_name(name)
 
 
 @pytest.mark.parametrize("bad", [[], [[]], [[1], [1, 2]], [1], [[1.0]], [["1"]], [[True]], [[10]], [[-1]], None, {}])

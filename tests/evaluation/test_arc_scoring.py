@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import re
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -151,6 +153,8 @@ def test_a_task_passes_with_all_of_its_test_inputs(pack: Pack) -> None:
 
     result = add(ArcScorer(pack), answering(pack, answer)).result()
     assert result.pass_at == dict.fromkeys(PASS_AT, 4 / NUM_TASKS)
+    # TRM counts a half of the tasks with two test inputs and two thirds of those with three.
+    assert result.share_at == pytest.approx(dict.fromkeys(PASS_AT, (4 + 4 / 2 + 4 * 2 / 3) / NUM_TASKS))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +191,7 @@ def test_votes_come_before_confidence(
 
 
 def plain_rankings(pack: Pack, rows: Batch) -> dict[tuple[str, int], list[tuple[int, float, str]]]:
-    """By task and test: (votes, mean confidence, grid) of all answers, in no particular order."""
+    """By task and test: (votes, mean confidence, grid) of all answers, ranked as the published notebook does it."""
     names = json.loads((pack.path / "identifiers.json").read_text())
     solved = truths(pack)
     answers: dict[tuple[str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -197,7 +201,11 @@ def plain_rankings(pack: Pack, rows: Batch) -> dict[tuple[str, int], list[tuple[
         test = [pair["input"] for pair in solved[task]["test"]].index(question)
         answers[task, test][repr(grid)].append(1 / (1 + np.exp(-float(q_halt))))
     return {
-        key: [(len(votes), float(np.mean(votes)), grid) for grid, votes in tallies.items()]
+        key: sorted(
+            [(len(votes), round(float(np.mean(votes)), 12), grid) for grid, votes in tallies.items()],
+            key=lambda answer: answer[:2],
+            reverse=True,  # which leaves those that tie in the order in which they came
+        )
         for key, tallies in answers.items()
     }
 
@@ -214,7 +222,7 @@ def test_against_a_plain_vote(seed: int, pack: Pack) -> None:
             ranking = scorer.ranking(task, test)
             found = [(answer.votes, round(answer.q_halt, 9), repr(answer.grid.tolist())) for answer in ranking]
             expected = [(votes, round(mean, 9), grid) for votes, mean, grid in plain[task, test]]
-            assert sorted(found) == sorted(expected)
+            assert found == expected
             standing = [(votes, mean) for votes, mean, _ in found]
             assert standing == sorted(standing, reverse=True)
             order = [grid for _, _, grid in found]
@@ -272,8 +280,33 @@ def test_padding_and_extreme_confidence(pack: Pack) -> None:
     )
     with np.errstate(all="raise"):
         scorer = add(ArcScorer(pack), padded)
-    assert sum(votes for tallies in scorer.votes.values() for votes, _ in tallies.values()) == len(inputs)
+    assert sum(votes for tallies in scorer.votes.values() for votes, *_ in tallies.values()) == len(inputs)
     assert scorer.result().pass_at[1] == 1.0
+
+
+def renamed(pack: Pack, folder: Path, rename: Callable[[str], str]) -> Pack:
+    """The same pack under other identifiers."""
+    shutil.copytree(pack.path, folder)
+    names = json.loads((folder / "identifiers.json").read_text())
+    (folder / "identifiers.json").write_text(json.dumps([rename(name) for name in names]))
+    return open_pack(folder, "test")
+
+
+def test_packs_with_the_names_of_trm_score_alike(pack: Pack, tmp_path: Path) -> None:
+    theirs = renamed(pack, tmp_path / "trm", lambda name: re.sub(r"_t(\d)_(\d{10})$", r"|||t\1|||\2", name))
+    assert "|||t" in (tmp_path / "trm/identifiers.json").read_text()
+    rows = guesses(pack, 4)
+    ours, scored = add(ArcScorer(pack), rows), add(ArcScorer(theirs), rows)
+    assert len(scored.tests) == NUM_TASKS
+    assert scored.votes == ours.votes
+    assert scored.result() == ours.result()
+
+
+@pytest.mark.parametrize("spelling", [r"|||t\1||\2", r"|||t9|||\2", r"_t9_\2", r"_t\1_\g<2>0"])
+def test_names_that_cannot_be_read_are_no_tasks(spelling: str, pack: Pack, tmp_path: Path) -> None:
+    odd = renamed(pack, tmp_path / "odd", lambda name: re.sub(r"_t(\d)_(\d{10})$", spelling, name))
+    with pytest.raises(UserError, match=r"odd/identifiers.json: .* looks like the name of an augmentation"):
+        ArcScorer(odd)
 
 
 # Bad input.

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from hrm.data.builders.common import check_at_least, option, recorded, run_command
 from hrm.data.pack import SPLITS, PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
-from hrm.errors import UserError
+from hrm.errors import UserError, shortened
 from hrm.reading import parse_json, read_text
 from hrm.tasks.arc import (
     GRID_SIDE,
@@ -40,6 +40,7 @@ from hrm.tasks.arc import (
     Task,
     Tokens,
     encode,
+    is_augmented,
 )
 from hrm.tasks.dihedral import NUM_DIHEDRAL, dihedral
 
@@ -181,6 +182,11 @@ def collect_tasks(arguments: argparse.Namespace) -> tuple[list[Task], str]:
                     "of them, scores would mean nothing; leave one out."
                 )
             found[task.name] = source
+            if is_augmented(task.name):
+                raise UserError(
+                    f"task {shortened(task.name)} of {source} is named as augmentations are, so its answers would "
+                    "count as votes on another task: rename it."
+                )
     # In an order of their own, so that the same tasks from another source make the same pack.
     tasks = sorted(itertools.chain(*sources.values()), key=lambda task: (task.evaluated, task.name))
     return tasks, " and ".join(sources)
