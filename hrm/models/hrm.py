@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrm.batch import Batch
-from hrm.config import HRMConfig, KernelsConfig
+from hrm.config import TRM, HRMConfig, KernelsConfig
 from hrm.errors import UserError
 from hrm.kernels import make_kernels
 from hrm.kernels.context import KernelContext, RotaryTables
@@ -186,8 +186,10 @@ class HierarchicalReasoningModel(nn.Module):
             self.H_level = Level(config, config.H_layers, num_tokens, generator)
         self.L_level = Level(config, config.L_layers, num_tokens, generator)
         self.kernels = make_kernels(kernels, tuple(self.levels))
-        self.register_buffer("H_init", truncated_normal((width,), 1.0, generator))
-        self.register_buffer("L_init", truncated_normal((width,), 1.0, generator))
+        # Not learned, and in the states' dtype as in the published checkpoints: wider ones would make the published
+        # code compute in theirs.
+        self.register_buffer("H_init", truncated_normal((width,), 1.0, generator).to(self.dtype))
+        self.register_buffer("L_init", truncated_normal((width,), 1.0, generator).to(self.dtype))
         self.lm_head = Linear(truncated_normal((vocab_size, width), width**-0.5, generator))
         # Q-learning starts from "both values are near 0" (sigmoid of -5), whatever the state.
         self.q_head = Linear(torch.zeros(2, width), torch.full((2,), -5.0))
@@ -196,6 +198,15 @@ class HierarchicalReasoningModel(nn.Module):
     def levels(self) -> dict[str, Level]:
         """The modules that have blocks, by their names in `state_dict()`."""
         return {name: getattr(self, name) for name in ("H_level", "L_level") if hasattr(self, name)}
+
+    @property
+    def averages_puzzle_table(self) -> bool:
+        """Whether an average of the weights (`ema_decay`) takes in the puzzle table.
+
+        TRM's code averages parameters, and the table is none: its average answers with the table as it is. HRM's code
+        has no average; there all that is learned is averaged.
+        """
+        return self.config.name != TRM
 
     def initial_carry(self, batch: Batch) -> InnerCarry:
         sequences, seq_len = batch["inputs"].shape

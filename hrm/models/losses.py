@@ -103,6 +103,10 @@ def act_loss(
     return lm_loss + 0.5 * q_loss, metrics
 
 
+# A logit of halting so sure that to be right, as an answer without labels is, costs exactly 0.
+_SURE = 1e4
+
+
 class ACTLossHead(nn.Module):
     """The model as it is trained and evaluated: one call is one ACT step of every sequence, with loss and metrics."""
 
@@ -148,13 +152,19 @@ class ACTLossHead(nn.Module):
 
         Returns:
             `(carry, loss, metrics, outputs, all_halted)`. The loss is summed over the batch. Metrics are sums without
-            gradient, over the sequences that halted in this call and have a label; the losses' over all sequences.
+            gradient, over the sequences that halted in this call and have a label; the losses' over all sequences in
+            training, and over those that have a label in evaluation. There the published code also counts the
+            `q_halt_loss` of rows that only pad the last batch, so that its figure depends on the batch size.
             `all_halted` is a boolean tensor: reading it waits for the device.
         """
         carry, outputs = self.model(carry, batch)
+        q_halt = outputs["q_halt_logits"]
+        if not self.training:
+            has_label = (carry.current_data["labels"] != IGNORE_LABEL_ID).any(-1)
+            q_halt = torch.where(has_label, q_halt, _SURE)
         loss, metrics = self.act_loss(
             outputs["logits"],
-            outputs["q_halt_logits"],
+            q_halt,
             outputs["q_continue_logits"],
             outputs.get("target_q_continue"),
             carry.current_data["labels"],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hrm.models import ACTLossHead
+from hrm.models.layers import SparseEmbedding
 
 
 class WeightAverage:
@@ -15,14 +16,26 @@ class WeightAverage:
 
     It starts at the weights as they are. `update` reads and writes tensors that stay in place and does not wait for the
     device, so it may be part of a CUDA graph.
+
+    What is not learned, and the puzzle table where the architecture's published code leaves it out (its
+    `averages_puzzle_table`), is not averaged but shared: `shared` names it as `state_dict()` does.
     """
 
     def __init__(self, model: ACTLossHead, decay: float) -> None:
-        kernels = model.model.inner.kernels
-        self.model = copy.deepcopy(model, {id(kernels): kernels}).eval().requires_grad_(False)
+        inner, weights = model.model.inner, model.state_dict()
+        averaged = dict(model.named_parameters()).keys()
+        if inner.averages_puzzle_table:
+            averaged |= {
+                f"{name}.weights" for name, module in model.named_modules() if isinstance(module, SparseEmbedding)
+            }
+        self.shared = frozenset(weights.keys() - averaged)
+        buffers = dict(model.named_buffers())
+        kept = (inner.kernels, *(buffers[name] for name in self.shared))
+        self.model = copy.deepcopy(model, {id(part): part for part in kept}).eval().requires_grad_(False)
         self._decay = decay
-        self._weights = list(model.state_dict().values())
-        self._averages = list(self.model.state_dict().values())
+        averages = self.model.state_dict()
+        self._weights = [tensor for name, tensor in weights.items() if name not in self.shared]
+        self._averages = [tensor for name, tensor in averages.items() if name not in self.shared]
 
     @torch.no_grad()
     def update(self, found_inf: Tensor | None = None) -> None:

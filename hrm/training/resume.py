@@ -90,7 +90,10 @@ def restore(saved: SavedState, state: TrainState, world: World, config: Pretrain
     tensors = read_tensors(saved.folder)
     _fill(state, state.model, dict(_below("weights.", tensors)), saved.folder)
     if state.average is not None:  # if it was off before, it starts now
-        average = dict(_below("average.", tensors)) or dict(_below("weights.", tensors))
+        weights = dict(_below("weights.", tensors))
+        average = dict(_below("average.", tensors)) or weights
+        # What the average shares with the model is the model's, also if the state is of a time when it was averaged.
+        average |= {name: weights[name] for name in state.average.shared}
         _fill(state, state.average.model, average, saved.folder)
     values: list[dict[str, Tensor]] = [{} for _ in state.shared.weights]
     for key, counts in _below("counts.", tensors):

@@ -87,6 +87,25 @@ def test_state_dict(tiny_arch: Arch, pos_encodings: str, puzzle_emb_ndim: int, p
     assert dict(model.named_parameters()).keys() == state.keys() - buffers
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_initial_states_have_the_dtype_of_the_states(tiny_arch: Arch, dtype: str, random_batch: RandomBatch) -> None:
+    """As in the published checkpoints; and wider ones, of older checkpoints, give the same numbers."""
+    batch = random_batch()
+    model = build(tiny_arch | {"forward_dtype": dtype}).eval()
+    state = model.state_dict()
+    initial = {name for name in state if name.endswith("_init")}
+    assert {state[name].dtype for name in initial} == {getattr(torch, dtype)}
+    assert {tensor.dtype for name, tensor in state.items() if name not in initial} == {torch.float32}
+    wide = {name: torch.randn_like(state[name], dtype=torch.float32) for name in initial}
+    other = build(tiny_arch | {"forward_dtype": dtype}).eval()
+    model.load_state_dict(state | wide)
+    other.load_state_dict(state | wide)
+    for name in ("H_init", "L_init"):  # as they were until now
+        other.model.inner.register_buffer(name, wide[f"model.inner.{name}"])
+    outputs = [each(carry=each.initial_carry(batch), batch=batch, return_keys=["logits"])[3] for each in (model, other)]
+    assert torch.equal(outputs[0]["logits"], outputs[1]["logits"])
+
+
 @pytest.mark.parametrize(
     ("hidden_size", "expansion", "inner"),
     [
