@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from hrm.errors import UserError
+from hrm.version import __version__
 
 if TYPE_CHECKING:
     from hrm.models import build_model
 
-__all__ = ["UserError", "build_model"]
-__version__ = "0.1.0"
+__all__ = ["UserError", "__version__", "build_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks: style, types, tests. Arguments go to pytest, e.g. scripts/test.sh tests/test_golden.py -k eval.
+# All checks: style, types, imports, tests. Arguments go to pytest, e.g. scripts/test.sh tests/test_golden.py -k eval.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/venv.sh test
@@ -7,4 +7,5 @@ cd "$(dirname "$0")/.."
 ruff check
 ruff format --check --quiet
 mypy
+lint-imports --no-cache --no-logo
 pytest "$@"

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from hrm import __version__
 from hrm.config import PROJECT_DIR
 from hrm.distributed.world import World
+from hrm.version import __version__
 
 FORMAT = 1
 METADATA_FILE = "state.json"

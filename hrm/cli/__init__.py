@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pkgutil import iter_modules
 
-from hrm import __version__
 from hrm.config.checks import neighbours
 from hrm.config.paths import DISTRIBUTION
 from hrm.errors import UserError
+from hrm.version import __version__
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

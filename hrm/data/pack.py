@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hrm import __version__
 from hrm.errors import UserError, shortened
 from hrm.reading import open_regular, parse_json, read_array, read_json, read_text
+from hrm.version import __version__
 
 IntArray = npt.NDArray[np.integer[Any]]
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hrm.config import PretrainConfig
-from hrm.distributed.world import World
 from hrm.models import ACTLossHead
 from hrm.optim.adam_atan2 import AdamATan2
 from hrm.optim.muon import Muon
@@ -26,18 +26,26 @@ class Weights(Protocol):
 
 
 def build_optimizers(
-    config: PretrainConfig, shared: Weights, model: ACTLossHead, world: World, *, graphed: bool, masks: bool
+    config: PretrainConfig,
+    shared: Weights,
+    model: ACTLossHead,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    *,
+    graphed: bool,
+    masks: bool,
 ) -> list[tuple[torch.optim.Optimizer, float]]:
     """The optimizer of the dense weights, then that of the puzzle table if there is one, each with its base rate.
 
     Args:
+        group: the processes with the same part of the model, which share a batch; None: all there are.
         graphed: their steps are recorded as a CUDA graph, so what changes between steps lies in tensors.
         masks: they run at every step and mask what they write, so that the host need not know whether one is skipped.
     """
-    fused, on_cuda = model.kernels.fused_step, world.device.type == "cuda"
+    fused, on_cuda = model.kernels.fused_step, device.type == "cuda"
 
     def rate(value: float, dtype: torch.dtype = torch.float64) -> float | Tensor:
-        return torch.tensor(value, device=world.device, dtype=dtype) if graphed else value
+        return torch.tensor(value, device=device, dtype=dtype) if graphed else value
 
     betas = (config.beta1, config.beta2)
     dense: torch.optim.Optimizer
@@ -72,7 +80,7 @@ def build_optimizers(
     if model.model.inner.prefix_len:
         table = model.model.inner.puzzle_emb
         sparse = SparseSignSGD(
-            table, rate(config.puzzle_emb_lr), config.puzzle_emb_weight_decay, fused=fused, group=world.group
+            table, rate(config.puzzle_emb_lr), config.puzzle_emb_weight_decay, fused=fused, group=group
         )
         optimizers.append((sparse, config.puzzle_emb_lr))
     return optimizers

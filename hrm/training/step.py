@@ -75,7 +75,7 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
         guard = NonFiniteGuard(config.abort_after, world.device, masks=on_cuda)
 
     masks = guard is not None and guard.masks
-    optimizers = build_optimizers(config, shared, model, world, graphed=graphed, masks=masks)
+    optimizers = build_optimizers(config, shared, model, world.device, world.group, graphed=graphed, masks=masks)
     average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
     return TrainState(model, shared, optimizers, total_steps, average=average, guard=guard)
 

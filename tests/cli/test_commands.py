@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hrm import __version__, cli
+from hrm import cli
 from hrm.cli.train import DEMO, with_recipe
 from hrm.data.builders import find_builders
+from hrm.version import __version__
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
