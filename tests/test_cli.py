@@ -142,7 +142,7 @@ BAD_EVALUATION = [
     Bad("empty weights", "checkpoint=weights_empty", ("weights_empty/step_6", "torn")),
     Bad("config as weights", "checkpoint=run/all_config.yaml", ("run/all_config.yaml", "no checkpoint")),
     Bad("weights that run code", "checkpoint=weights_code", ("weights_code/step_6", "not loaded")),
-    Bad("a whole training state", "checkpoint=weights_nested", ("weights_nested/step_6", "state_dict")),
+    Bad("weights at an unknown place", "checkpoint=weights_nested", ("weights_nested/step_6", "state_dict")),
     Bad(
         "other tensors",
         "checkpoint=weights_strange puzzle=1...............",
@@ -215,7 +215,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save({"weight": Exploit()}, _copy_of_run("weights_code") / "step_6")
         (_copy_of_run("weights_pickle") / "step_6").write_bytes(pickle.dumps(Exploit()))
         weights = torch.load("run/step_6", weights_only=True)
-        torch.save({"model": weights, "step": 6}, _copy_of_run("weights_nested") / "step_6")
+        torch.save({"net": weights, "step": 6}, _copy_of_run("weights_nested") / "step_6")
         torch.save({"weight": torch.zeros(2)}, _copy_of_run("weights_strange") / "step_6")
         (_copy_of_run("config_missing") / "all_config.yaml").unlink()
         (_copy_of_run("config_torn") / "all_config.yaml").write_text("arch: {name: [")

@@ -17,6 +17,7 @@ from pkgutil import iter_modules
 from hrm.config.checks import neighbours
 from hrm.config.paths import DISTRIBUTION
 from hrm.errors import UserError
+from hrm.unforeseen import tell
 from hrm.version import __version__
 
 EXIT_USER_ERROR = 2
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = importlib.import_module(f"{__name__}.{name}").main(arguments)
         return status
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(str(error))
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -27,6 +27,8 @@ from hrm.config.training import PretrainConfig
 from hrm.config.typed import option_names
 from hrm.config.yaml_files import read_old_names
 from hrm.errors import UserError, first_sentence
+from hrm.unforeseen import EXIT_UNFORESEEN, unforeseen
+from hrm.unforeseen import tell as tell_error
 
 T = TypeVar("T")
 
@@ -75,6 +77,9 @@ def run(
             task(_typed(schema, composed))
         except UserError as error:
             fail(str(error))
+        except Exception as error:
+            tell_error(unforeseen(error))
+            sys.exit(EXIT_UNFORESEEN)
 
     _register()
     try:
@@ -111,7 +116,7 @@ def compose(schema: type[T], config_name: str, overrides: Sequence[str] = ()) ->
 
 def fail(sentence: str) -> NoReturn:
     """End the process with one sentence on stderr and status 2."""
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    tell_error(sentence)
     sys.exit(EXIT_USER_ERROR)
 
 

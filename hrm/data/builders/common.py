@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hrm.data.pack import SPLITS
-from hrm.errors import UserError, printable
+from hrm.errors import UserError, printable_lines
 from hrm.reading import open_lines
+from hrm.unforeseen import EXIT_UNFORESEEN, tell, unforeseen
 
 MOST_SOURCE = 256
 """Characters of a source's name."""
@@ -21,10 +22,13 @@ MOST_SOURCE = 256
 def run_command(work: Callable[[argparse.Namespace], str], parse: Callable[[], argparse.Namespace]) -> int:
     """Print what `work` says of the arguments that `parse` returns, or what is wrong; returns the exit status."""
     try:
-        print(work(parse()))
+        print(printable_lines(work(parse())))
     except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        tell(str(error))
         return 2
+    except Exception as error:
+        tell(unforeseen(error))
+        return EXIT_UNFORESEEN
     return 0
 
 
