@@ -18,7 +18,7 @@ from hrm.errors import UserError
 class KernelsConfig:
     """How reasoning modules are computed: which backend, and execution choices that leave the maths alone."""
 
-    backend: str = "naive"  # a name in hrm.kernels.BACKENDS, or auto: the fastest that runs here, and its switches
+    backend: str = "naive"  # a file of hrm/kernels/backends or experimental, or auto: the fastest, and its switches
     attention: str = "auto"  # a name in hrm.kernels.attention.PROVIDERS, or auto: the fastest measured
     compile: bool = False  # pass the backend through torch.compile
     cuda_graphs: bool = False  # launch whole training and evaluation steps at once (NVIDIA); see parallel.cuda_graphs

@@ -25,7 +25,7 @@ from hrm.distributed import pipeline
 from hrm.distributed import tensor as tensor_parallel
 from hrm.distributed.world import World, sum_over_ranks
 from hrm.errors import UserError
-from hrm.kernels import attention
+from hrm.kernels import attention, tensor_parallel_backends
 from hrm.kernels.schedule import chunked, looped
 from hrm.models import ACTLossHead
 from hrm.optim.clip import clip_gradients
@@ -217,9 +217,10 @@ class SharedModel:
             raise UserError("kernels.chunk does not go with parallel.pipeline: choose parallel.micro_batches instead.")
         module, first_token_block, run = kernels.module, kernels.first_token_block, kernels.run
         if world.tensor.size > 1:
-            if config.backend != "naive" or config.compile:
+            if not kernels.tensor_parallel:
+                able = " or ".join(tensor_parallel_backends())
                 raise UserError(
-                    f"parallel.tensor={world.tensor.size} needs kernels.backend=naive without kernels.compile, not "
+                    f"parallel.tensor={world.tensor.size} needs kernels.backend={able} without kernels.compile, not "
                     f"{config.backend}: take kernels=naive."
                 )
             module, first_token_block = tensor_parallel.make(world.tensor, attention.get(config.attention))

@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,16 +20,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hrm.config import neighbours
 from hrm.errors import UserError
 from hrm.kernels import naive
+from hrm.kernels.backend import KernelRequest, runs_anywhere
 from hrm.kernels.naive import Attend, RotaryTables
 from hrm.kernels.ops.hopper import device as hopper
-
-if TYPE_CHECKING:
-    from hrm.kernels import Place
+from hrm.kernels.requirements import why_not_triton_attention
 
 
 class Provider(NamedTuple):
     load: Callable[[], Attend]
-    why_not: Callable[[Place], str | None]  # the reason why it cannot run there, or None
+    why_not: Callable[[KernelRequest], str | None]  # the reason why it cannot run there, or None
     compiles: bool = True  # whether torch.compile can take it into a graph
 
 
@@ -44,30 +43,26 @@ def _restricted_to(backend: SDPBackend) -> Attend:
     return attend
 
 
-def _anywhere(place: Place) -> str | None:
-    return None
-
-
-def _why_not_flash(place: Place) -> str | None:
-    if place.device.type == "cpu":
+def _why_not_flash(request: KernelRequest) -> str | None:
+    if request.device.type == "cpu":
         return None
-    return _why_not_on_cuda(place, can_use_flash_attention)
+    return _why_not_on_cuda(request, can_use_flash_attention)
 
 
-def _why_not_cudnn(place: Place) -> str | None:
-    return _why_not_on_cuda(place, can_use_cudnn_attention)
+def _why_not_cudnn(request: KernelRequest) -> str | None:
+    return _why_not_on_cuda(request, can_use_cudnn_attention)
 
 
-def _why_not_on_cuda(place: Place, can_use: Callable[[SDPAParams], bool]) -> str | None:
-    if place.device.type != "cuda":
-        return f"it needs an NVIDIA GPU, not {place.device.type}"
+def _why_not_on_cuda(request: KernelRequest, can_use: Callable[[SDPAParams], bool]) -> str | None:
+    if request.device.type != "cuda":
+        return f"it needs an NVIDIA GPU, not {request.device.type}"
     heads = torch.empty(
-        1, 1, place.num_tokens, place.head_size, dtype=place.dtype, device=place.device, requires_grad=True
+        1, 1, request.num_tokens, request.head_size, dtype=request.dtype, device=request.device, requires_grad=True
     )
     if can_use(SDPAParams(heads, heads, heads, None, 0.0, False, False)):
         return None
-    device = torch.cuda.get_device_name(place.device)
-    return f"PyTorch has no such kernel on {device} for heads of {place.head_size} in {_name(place.dtype)}"
+    device = torch.cuda.get_device_name(request.device)
+    return f"PyTorch has no such kernel on {device} for heads of {request.head_size} in {_name(request.dtype)}"
 
 
 # ---- the packages'
@@ -91,16 +86,16 @@ class _Package(NamedTuple):
 
         return attend
 
-    def why_not(self, place: Place) -> str | None:
-        if place.device.type != "cuda":
-            return f"it needs an NVIDIA GPU, not {place.device.type}"
+    def why_not(self, request: KernelRequest) -> str | None:
+        if request.device.type != "cuda":
+            return f"it needs an NVIDIA GPU, not {request.device.type}"
         if not is_installed(self.module):
             return f"{self.module} is not installed ({self.install})"
-        if place.dtype not in (torch.bfloat16, torch.float16):
-            return f"it computes in bfloat16 and float16, not {_name(place.dtype)}"
-        if place.head_size % 8 or place.head_size > self.largest_head:
-            return f"it has kernels for heads of 8, 16 and so on to {self.largest_head}, not {place.head_size}"
-        major, minor = torch.cuda.get_device_capability(place.device)
+        if request.dtype not in (torch.bfloat16, torch.float16):
+            return f"it computes in bfloat16 and float16, not {_name(request.dtype)}"
+        if request.head_size % 8 or request.head_size > self.largest_head:
+            return f"it has kernels for heads of 8, 16 and so on to {self.largest_head}, not {request.head_size}"
+        major, minor = torch.cuda.get_device_capability(request.device)
         if major not in self.capabilities:
             return f"it has no kernels for compute capability {major}.{minor}"
         return None
@@ -140,20 +135,14 @@ def _load_triton() -> Attend:
     return attention
 
 
-def _why_not_triton(place: Place) -> str | None:
-    from hrm.kernels import BACKENDS
-
-    return BACKENDS["triton"].why_not(place)
-
-
 def _load_gluon() -> Attend:
     from hrm.kernels.ops.triton.attention import attention
 
     return functools.partial(attention, gluon=True)
 
 
-def _why_not_gluon(place: Place) -> str | None:
-    return _why_not_triton(place) or hopper.why_not(place.device)
+def _why_not_gluon(request: KernelRequest) -> str | None:
+    return why_not_triton_attention(request) or hopper.why_not(request.device)
 
 
 # ---- the choice
@@ -164,14 +153,14 @@ _FA3 = _Package("flash_attn_interface", "from the folder hopper of FlashAttentio
 _FA4 = _Package("flash_attn.cute", "pip install 'hrm[cute]'", range(9, 13), 128)
 
 PROVIDERS = {
-    "sdpa": Provider(lambda: naive.sdpa, _anywhere),
+    "sdpa": Provider(lambda: naive.sdpa, runs_anywhere),
     "flash": Provider(lambda: _restricted_to(SDPBackend.FLASH_ATTENTION), _why_not_flash),
     "cudnn": Provider(lambda: _restricted_to(SDPBackend.CUDNN_ATTENTION), _why_not_cudnn),
-    "math": Provider(lambda: _restricted_to(SDPBackend.MATH), _anywhere),
+    "math": Provider(lambda: _restricted_to(SDPBackend.MATH), runs_anywhere),
     "fa2": Provider(_FA2.load, _FA2.why_not, compiles=False),
     "fa3": Provider(_FA3.load, _FA3.why_not, compiles=False),
     "fa4": Provider(_load_fa4, _FA4.why_not, compiles=False),
-    "triton": Provider(_load_triton, _why_not_triton),
+    "triton": Provider(_load_triton, why_not_triton_attention),
     "gluon": Provider(_load_gluon, _why_not_gluon),  # as triton, but long sequences forward by kernels for Hopper
 }
 
@@ -180,8 +169,8 @@ PROVIDERS = {
 _FASTEST = {(9, 0): ("gluon", "triton")}
 
 
-def choose(name: str, place: Place, *, compiled: bool = False) -> str:
-    """The provider that `name` stands for, with `auto` replaced by the fastest that runs at `place`.
+def choose(name: str, request: KernelRequest, *, compiled: bool = False) -> str:
+    """The provider that `name` stands for, with `auto` replaced by the fastest that runs.
 
     Args:
         compiled: whether torch.compile is to take it into its graph.
@@ -190,12 +179,12 @@ def choose(name: str, place: Place, *, compiled: bool = False) -> str:
         UserError: there is no such provider or it cannot run there; the sentence gives the reason.
     """
     if name == "auto":
-        if place.device.type != "cuda":
+        if request.device.type != "cuda":
             return "sdpa"
-        fastest = _FASTEST.get(torch.cuda.get_device_capability(place.device), ())
-        return next((name for name in fastest if not _why_not(name, place, compiled)), "sdpa")
+        fastest = _FASTEST.get(torch.cuda.get_device_capability(request.device), ())
+        return next((name for name in fastest if not _why_not(name, request, compiled)), "sdpa")
     check_name(name)
-    if reason := _why_not(name, place, compiled):
+    if reason := _why_not(name, request, compiled):
         raise UserError(f"kernels.attention={name} cannot run: {reason}; take kernels.attention=auto.")
     return name
 
@@ -212,11 +201,11 @@ def get(name: str) -> Attend:
     return PROVIDERS[name].load()
 
 
-def _why_not(name: str, place: Place, compiled: bool) -> str | None:
+def _why_not(name: str, request: KernelRequest, compiled: bool) -> str | None:
     provider = PROVIDERS[name]
     if compiled and not provider.compiles:
         return "torch.compile cannot take it into its graph (kernels.compile=true)"
-    return provider.why_not(place)
+    return provider.why_not(request)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -9,7 +9,8 @@ import torch
 
 from hrm.config import HRMConfig, KernelsConfig, arch_config, kernels_config
 from hrm.errors import UserError
-from hrm.kernels import Place, resolve
+from hrm.kernels import KernelRequest, resolve
+from hrm.kernels.naive import BlockWeights, MixerWeights
 from hrm.models.hrm import AdaptiveComputation, HierarchicalReasoningModel
 from hrm.models.losses import ACTLossHead
 
@@ -58,7 +59,7 @@ def build_model(
             raise UserError(f"{name}={size} is too small: give at least 1.")
     device = torch.device(device)
     config = arch if isinstance(arch, HRMConfig) else arch_config(arch, from_data)
-    place = Place(
+    request = KernelRequest(
         device,
         getattr(torch, config.forward_dtype),
         config.hidden_size // config.num_heads,
@@ -66,7 +67,7 @@ def build_model(
         num_tokens=config.prefix_len + seq_len,
         batch_size=batch_size,
         width=config.hidden_size,
-        mlp_t=config.mlp_t,
+        block_types=(MixerWeights if config.mlp_t else BlockWeights,),
         modules=("H_level", "L_level") if config.H_layers else ("L_level",),
     )
     inner = HierarchicalReasoningModel(
@@ -74,7 +75,7 @@ def build_model(
         seq_len=seq_len,
         vocab_size=vocab_size,
         num_puzzle_identifiers=num_puzzle_identifiers,
-        kernels=resolve(kernels_config(kernels), place),
+        kernels=resolve(kernels_config(kernels), request),
         generator=torch.Generator().manual_seed(seed),
     )
     model = AdaptiveComputation(inner, seed)

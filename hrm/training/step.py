@@ -17,6 +17,7 @@ from hrm.distributed.partition import SharedModel
 from hrm.distributed.world import World, broadcast_tensors
 from hrm.errors import UserError
 from hrm.evaluation.tasks import cell_permutations
+from hrm.kernels import tensor_parallel_backends
 from hrm.models import ACTLossHead, build_model
 from hrm.models.hrm import Carry, InnerCarry
 from hrm.optim import AdamATan2, SparseSignSGD, learning_rate, set_lr
@@ -114,7 +115,7 @@ def current_lr(config: PretrainConfig, state: TrainState, base_lr: float) -> flo
 
 def _kernels(config: PretrainConfig) -> KernelsConfig:
     if config.parallel.tensor > 1 and config.kernels.backend == "auto":
-        return replace(config.kernels, backend="naive")  # others fuse what tensor parallelism cuts apart
+        return replace(config.kernels, backend=tensor_parallel_backends()[0])  # others fuse what it cuts apart
     return config.kernels
 
 

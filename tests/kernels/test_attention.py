@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hrm.errors import UserError
-from hrm.kernels import Place, attention, naive
+from hrm.kernels import KernelRequest, attention, naive
 from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import Attend, BlockWeights, RotaryTables, rotary_tables
 from hrm.kernels.ops.hopper import device as hopper
@@ -20,10 +20,10 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 HEADS = 2
 
 
-def place(
+def request_for(
     dtype: torch.dtype = torch.float32, head_size: int = 16, device: torch.device = DEVICE, num_tokens: int = 20
-) -> Place:
-    return Place(device, dtype, head_size, num_tokens=num_tokens)
+) -> KernelRequest:
+    return KernelRequest(device, dtype, head_size, num_tokens=num_tokens)
 
 
 def draw(
@@ -99,7 +99,7 @@ def test_attention_on_cpu(name: str, batch: int, tokens: int, rotate: bool) -> N
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 82), (5, 82), (1, 901)])
 @pytest.mark.parametrize("name", attention.PROVIDERS)
 def test_attention_on_gpu(name: str, batch: int, tokens: int, dtype: torch.dtype) -> None:
-    if reason := attention.PROVIDERS[name].why_not(place(dtype, 64, num_tokens=tokens)):
+    if reason := attention.PROVIDERS[name].why_not(request_for(dtype, 64, num_tokens=tokens)):
         pytest.skip(reason)
     check(name, batch, tokens, 64, dtype)
 
@@ -125,7 +125,7 @@ def test_the_packages_are_called_as_they_ask(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("name", ["sdpa", "flash", "math", "triton", pytest.param("cudnn", marks=pytest.mark.gpu)])
 def test_a_compiled_module_has_one_graph(name: str) -> None:
     dtype = torch.bfloat16 if ON_GPU else torch.float32
-    if attention.PROVIDERS[name].why_not(place(dtype)):
+    if attention.PROVIDERS[name].why_not(request_for(dtype)):
         pytest.skip("does not run here")
     if name == "triton":
         pytest.importorskip("triton")
@@ -163,10 +163,10 @@ def test_restricting_pytorch_restricts_it(monkeypatch: pytest.MonkeyPatch) -> No
 def test_auto_is_a_provider_that_runs() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for compiled in (False, True):
-            name = attention.choose("auto", place(dtype, 64), compiled=compiled)
-            assert attention.choose(name, place(dtype, 64), compiled=compiled) == name
-    assert attention.choose("auto", place(device=torch.device("cpu"))) == "sdpa"
-    assert attention.choose("auto", place(device=torch.device("mps"))) == "sdpa"
+            name = attention.choose("auto", request_for(dtype, 64), compiled=compiled)
+            assert attention.choose(name, request_for(dtype, 64), compiled=compiled) == name
+    assert attention.choose("auto", request_for(device=torch.device("cpu"))) == "sdpa"
+    assert attention.choose("auto", request_for(device=torch.device("mps"))) == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -184,26 +184,26 @@ def test_auto_takes_what_was_measured_where_it_runs(
     pytest.importorskip("triton")
     monkeypatch.setattr(hopper, "why_not", lambda device: no_gluon)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    on_cuda = place(torch.bfloat16, head_size, torch.device("cuda"))
+    on_cuda = request_for(torch.bfloat16, head_size, torch.device("cuda"))
     assert attention.choose("auto", on_cuda) == chosen
 
 
 @pytest.mark.parametrize(
-    ("name", "where", "said"),
+    ("name", "request_", "said"),
     [
-        ("flsh", place(), r"is not one; did you mean flash\?"),
-        ("cudnn", place(device=torch.device("cpu")), "it needs an NVIDIA GPU, not cpu"),
-        ("flash", place(device=torch.device("mps")), "it needs an NVIDIA GPU, not mps"),
-        ("fa2", place(device=torch.device("cpu")), "it needs an NVIDIA GPU, not cpu"),
-        ("fa4", place(device=torch.device("cpu")), "it needs an NVIDIA GPU, not cpu"),
-        ("triton", place(head_size=48), "heads of 16, 32, 64 and 128, not 48"),
-        ("triton", place(torch.float64), "no kernels for float64"),
+        ("flsh", request_for(), r"is not one; did you mean flash\?"),
+        ("cudnn", request_for(device=torch.device("cpu")), "it needs an NVIDIA GPU, not cpu"),
+        ("flash", request_for(device=torch.device("mps")), "it needs an NVIDIA GPU, not mps"),
+        ("fa2", request_for(device=torch.device("cpu")), "it needs an NVIDIA GPU, not cpu"),
+        ("fa4", request_for(device=torch.device("cpu")), "it needs an NVIDIA GPU, not cpu"),
+        ("triton", request_for(head_size=48), "heads of 16, 32, 64 and 128, not 48"),
+        ("triton", request_for(torch.float64), "no kernels for float64"),
     ],
 )
-def test_what_cannot_run_is_refused_with_the_reason(name: str, where: Place, said: str) -> None:
+def test_what_cannot_run_is_refused_with_the_reason(name: str, request_: KernelRequest, said: str) -> None:
     pytest.importorskip("triton")
     with pytest.raises(UserError, match=rf"^kernels\.attention={name} .*{said}"):
-        attention.choose(name, where)
+        attention.choose(name, request_)
 
 
 @pytest.mark.parametrize(
@@ -227,9 +227,9 @@ def test_packages_say_what_they_lack(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(attention, "is_installed", lambda module: installed)
     with pytest.raises(UserError, match=said):
-        attention.choose("fa4", place(dtype, head_size, torch.device("cuda")))
+        attention.choose("fa4", request_for(dtype, head_size, torch.device("cuda")))
     if installed:
-        good = place(torch.bfloat16, 64, torch.device("cuda"))
+        good = request_for(torch.bfloat16, 64, torch.device("cuda"))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         assert attention.choose("fa4", good) == "fa4"
         with pytest.raises(UserError, match=r"torch\.compile"):

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hrm.kernels import Place, attention, naive
+from hrm.kernels import KernelRequest, attention, naive
 from hrm.kernels.context import KernelContext
 from hrm.kernels.experimental import cute as cute_module
 from hrm.kernels.naive import BlockWeights, RotaryTables, rotary_tables
 
 EPS = 1e-5
-ON_CUDA = Place(torch.device("cuda"), torch.bfloat16, 64)
+ON_CUDA = KernelRequest(torch.device("cuda"), torch.bfloat16, 64)
 LACKING = "no NVIDIA GPU" if not torch.cuda.is_available() else cute_module.why_not(ON_CUDA)
 
 
@@ -138,7 +138,7 @@ def test_projections_are_kept_for_a_backward_only(monkeypatch: pytest.MonkeyPatc
 
 
 def test_it_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_cpu = Place(torch.device("cpu"), torch.bfloat16, 64)
+    on_cpu = KernelRequest(torch.device("cpu"), torch.bfloat16, 64)
     assert cute_module.why_not(on_cpu) == "it needs an NVIDIA GPU, not cpu"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention, "is_installed", lambda module: False)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hrm.kernels import naive
-from hrm.kernels.backends import fp8
+from hrm.kernels import fp8, naive
 from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import BlockWeights, RotaryTables
 from hrm.kernels.ops.e4m3 import E4M3, WEIGHT_SCALE, Fp8BlockWeights, to_e4m3

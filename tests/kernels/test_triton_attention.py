@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from hrm.errors import UserError
-from hrm.kernels import Place, naive
+from hrm.kernels import KernelRequest, naive
 from hrm.kernels.attention import PROVIDERS
 from hrm.kernels.naive import BlockWeights, RotaryTables, rotary_tables
 from hrm.kernels.ops.triton.attention import attention, first_token_attention
@@ -283,8 +283,8 @@ def test_on_the_gpu_without_rotation(tokens: int, dtype: torch.dtype) -> None:
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernels_for_hopper_and_their_gradient(dtype: torch.dtype) -> None:
-    place = Place(torch.device("cuda"), dtype, 64, num_tokens=901)
-    if reason := PROVIDERS["gluon"].why_not(place):
+    request = KernelRequest(torch.device("cuda"), dtype, 64, num_tokens=901)
+    if reason := PROVIDERS["gluon"].why_not(request):
         pytest.skip(reason)
     check(45, 901, 3, 64, dtype, attend=functools.partial(attention, gluon=True))
 

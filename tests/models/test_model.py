@@ -16,7 +16,8 @@ from torch import Tensor
 from hrm.batch import Batch
 from hrm.config import CONFIG_DIR, KernelsConfig, kernels_config
 from hrm.errors import UserError
-from hrm.kernels import BACKENDS, Kernels, Place, ReasoningModule, make_kernels, naive, resolve
+from hrm.kernels import KernelRequest, Kernels, backend_names, make_kernels, naive, resolve
+from hrm.kernels.backend import ReasoningModule
 from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import BlockWeights, RotaryTables, rotate
 from hrm.kernels.schedule import Schedule, States, Update, chunked, looped
@@ -36,7 +37,7 @@ from tests.helpers.reference import EPS, reference_module, reference_step
 
 Arch = dict[str, Any]
 MODULES = ("H_level", "L_level")
-ON_CPU = Place(torch.device("cpu"), torch.float32, 64)
+ON_CPU = KernelRequest(torch.device("cpu"), torch.float32, 64)
 RandomBatch = Callable[..., Batch]
 
 
@@ -303,8 +304,8 @@ def test_compiled_module_on_cpu() -> None:
 @pytest.mark.parametrize("batch", [1, 5, 8])
 def test_module_on_gpu(preset: str, tokens: int, batch: int) -> None:
     case = reference_case(batch, tokens, theta=10000.0, width=256, num_heads=4, inner=768)
-    place = Place(torch.device("cuda"), torch.bfloat16, 64, num_tokens=tokens, batch_size=batch, width=256)
-    module = make_kernels(resolve(kernels_config(preset), place), MODULES).module
+    request = KernelRequest(torch.device("cuda"), torch.bfloat16, 64, num_tokens=tokens, batch_size=batch, width=256)
+    module = make_kernels(resolve(kernels_config(preset), request), MODULES).module
     torch._dynamo.reset()
     # Without it, shapes beyond the limit would silently run uncompiled.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -646,21 +647,24 @@ def test_impossible_data(tiny_arch: Arch, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("request_", "said"),
     [
-        (Place(torch.device("cpu"), torch.bfloat16, 64), "Triton needs an NVIDIA GPU, not cpu"),
-        (Place(torch.device("cuda"), torch.float64, 64), "it has no kernels for float64"),
-        (Place(torch.device("cuda"), torch.float32, 48), "it has kernels for heads of 16, 32, 64 and 128, not 48"),
+        (KernelRequest(torch.device("cpu"), torch.bfloat16, 64), "Triton needs an NVIDIA GPU, not cpu"),
+        (KernelRequest(torch.device("cuda"), torch.float64, 64), "it has no kernels for float64"),
+        (
+            KernelRequest(torch.device("cuda"), torch.float32, 48),
+            "it has kernels for heads of 16, 32, 64 and 128, not 48",
+        ),
     ],
 )
-def test_triton_names_what_it_lacks(place: Place, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_names_what_it_lacks(request_: KernelRequest, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError) as raised:
-        resolve(KernelsConfig("triton"), place)
+        resolve(KernelsConfig("triton"), request_)
     assert str(raised.value) == f"kernels.backend=triton cannot run: {said}; take kernels=naive."
-    assert resolve(KernelsConfig("auto"), place).backend == "naive"
+    assert resolve(KernelsConfig("auto"), request_).backend == "naive"
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (CONFIG_DIR / "kernels").glob("*.yaml")))
@@ -671,7 +675,7 @@ def test_presets_load(preset: str) -> None:
         with pytest.raises(UserError, match=r"needs an NVIDIA GPU, not cpu; take kernels=naive\.$"):
             resolve(config, ON_CPU)
     elif not config.compile or shutil.which("c++") or shutil.which("g++"):
-        assert resolve(config, ON_CPU).backend in BACKENDS
+        assert resolve(config, ON_CPU).backend in backend_names()
         assert callable(make_kernels(resolve(config, ON_CPU), MODULES).module)
 
 

@@ -14,7 +14,7 @@ from hrm.config import CONFIG_DIR, HRMConfig, KernelsConfig, ParallelConfig, arc
 from hrm.distributed.partition import SharedModel
 from hrm.distributed.world import Axis, World
 from hrm.errors import UserError
-from hrm.kernels import Place, describe, make_kernels, naive, resolve
+from hrm.kernels import KernelRequest, describe, make_kernels, naive, resolve
 from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import MixerWeights
 from hrm.models.flops import act_step_blocks, block_flops, train_step_blocks
@@ -114,8 +114,8 @@ def test_naive_module(batch: int, tokens: int, dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 82), (5, 88), (8, 97), (3, 901)])
 def test_module_on_gpu(batch: int, tokens: int) -> None:
-    place = Place(torch.device("cuda"), torch.bfloat16, 64, False, tokens, batch, 256, mlp_t=True)
-    kernels = resolve(kernels_config("auto"), place)
+    request = KernelRequest(torch.device("cuda"), torch.bfloat16, 64, False, tokens, batch, 256, (naive.MixerWeights,))
+    kernels = resolve(kernels_config("auto"), request)
     assert kernels.compile
     assert_right(make_kernels(kernels, ("L_level",)).module, batch, tokens, 256, torch.bfloat16)
 
@@ -228,25 +228,28 @@ def test_work_of_a_step() -> None:
 @pytest.mark.parametrize(
     ("kernels", "said"),
     [
-        (KernelsConfig("triton"), "its kernels mix tokens by attention, not by arch.mlp_t's MLP; take kernels=naive."),
-        (KernelsConfig("head_parallel"), "its kernels mix tokens by attention"),
-        (KernelsConfig("triton_unrolled"), "its kernels mix tokens by attention"),
-        (KernelsConfig(fp8="both"), "kernels.fp8=all does not go with arch.mlp_t=true: drop it."),
+        (
+            KernelsConfig("triton"),
+            "it has kernels for BlockWeights, not for blocks of MixerWeights; take kernels=naive.",
+        ),
+        (KernelsConfig("head_parallel"), "it has kernels for BlockWeights, not for blocks of MixerWeights"),
+        (KernelsConfig("triton_unrolled"), "it has kernels for BlockWeights, not for blocks of MixerWeights"),
+        (KernelsConfig(fp8="both"), "kernels.fp8=all cannot compute blocks of MixerWeights: drop it."),
         (KernelsConfig("naive", attention="spda"), "kernels.attention=spda is not one"),
     ],
 )
 def test_kernels_made_for_attention(kernels: KernelsConfig, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    place = Place(torch.device("cuda"), torch.bfloat16, 64, rotary=False, mlp_t=True)
+    request = KernelRequest(torch.device("cuda"), torch.bfloat16, 64, rotary=False, block_types=(naive.MixerWeights,))
     with pytest.raises(UserError) as raised:
-        resolve(kernels, place)
+        resolve(kernels, request)
     assert said in str(raised.value)
 
 
 @pytest.mark.parametrize("preset", ["auto", "naive"])
 def test_no_attention_is_named(preset: str) -> None:
-    place = Place(torch.device("cpu"), torch.float32, 64, rotary=False, mlp_t=True)
-    assert describe(resolve(kernels_config(preset), place)) == "naive"
+    request = KernelRequest(torch.device("cpu"), torch.float32, 64, rotary=False, block_types=(naive.MixerWeights,))
+    assert describe(resolve(kernels_config(preset), request)) == "naive"
 
 
 @pytest.mark.parametrize(("capability", "fused"), [((9, 0), True), ((8, 0), False)])
@@ -254,7 +257,10 @@ def test_auto_compiles(capability: tuple[int, int], fused: bool, monkeypatch: py
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    config = resolve(KernelsConfig("auto"), Place(torch.device("cuda"), torch.bfloat16, 64, rotary=False, mlp_t=True))
+    config = resolve(
+        KernelsConfig("auto"),
+        KernelRequest(torch.device("cuda"), torch.bfloat16, 64, rotary=False, block_types=(naive.MixerWeights,)),
+    )
     assert (config.backend, config.compile, config.cuda_graphs, config.fused_step) == ("naive", True, True, fused)
 
 

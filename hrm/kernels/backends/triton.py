@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hrm.kernels.backend import Backend, KernelRequest
 from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import Attend, BlockWeights
 from hrm.kernels.ops.triton.attention import attention, first_token_attention
@@ -31,6 +32,7 @@ from hrm.kernels.ops.triton.residual_rms import (
     linear_residual_rms,
     linear_residual_rms_and_sums,
 )
+from hrm.kernels.requirements import is_measured, why_not_triton_attention
 from hrm.kernels.schedule import Schedule, States, Summed, Update
 
 
@@ -134,3 +136,20 @@ def first_token_block(x: Tensor, weights: BlockWeights, context: KernelContext) 
     mixed = first_token_attention(q, kv, context.rotary, context.num_heads)
     first = linear_residual_rms(mixed, weights.o, first, context.eps)
     return linear_residual_rms(linear_swiglu(first, weights.gate_up), weights.down, first, context.eps)
+
+
+def _default(request: KernelRequest) -> dict[str, bool] | None:
+    """On Hopper GPUs, whole steps recorded, where RoPE turns queries and keys: that is what was measured."""
+    if not (request.rotary and is_measured(request)):
+        return None
+    return {"cuda_graphs": True, "fused_step": True}
+
+
+BACKEND = Backend(
+    reasoning_module,
+    first_token_block,
+    run=run,
+    why_not=why_not_triton_attention,
+    default=_default,
+    takes_attention=True,
+)

@@ -12,7 +12,7 @@ Shapes: M = B T rows, D hidden size, F inner width of the gated MLP.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +20,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hrm.kernels import attention
+from hrm.kernels.backend import Backend, KernelRequest
 from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import BlockWeights, first_token_block
 
-if TYPE_CHECKING:
-    from hrm.kernels import Place
 
-__all__ = ["first_token_block", "reasoning_module", "why_not"]
-
-
-def why_not(place: Place) -> str | None:
-    """The reason why this backend cannot run at `place`, or None."""
-    if reason := attention.PROVIDERS["fa4"].why_not(place):
+def why_not(request: KernelRequest) -> str | None:
+    """The reason why this backend cannot run, or None."""
+    if reason := attention.PROVIDERS["fa4"].why_not(request):
         return reason
     if not attention.is_installed("quack.gemm_interface"):
         return "quack is not installed (pip install 'hrm[cute]')"
@@ -118,3 +114,6 @@ def reasoning_module(
         rows = _SwiGLUResidualRMS.apply(rows, weights.gate_up, weights.down, context.eps, save)  # type: ignore[no-untyped-call]
         x = rows.view(shape)
     return x
+
+
+BACKEND = Backend(reasoning_module, first_token_block, why_not=why_not, compiles=False)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hrm.kernels.backend import Backend
 from hrm.kernels.backends.triton import first_token_block
 from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import BlockWeights, RotaryTables
@@ -29,8 +30,7 @@ from hrm.kernels.ops.triton.attention.short import holds_head, short_backward
 from hrm.kernels.ops.triton.common import tile_rows
 from hrm.kernels.ops.triton.linear import linear_swiglu_and_input
 from hrm.kernels.ops.triton.residual_rms import linear_residual_rms
-
-__all__ = ["first_token_block", "reasoning_module"]
+from hrm.kernels.requirements import why_not_triton_attention
 
 
 @triton.jit
@@ -182,3 +182,6 @@ def reasoning_module(
         inner, x = linear_swiglu_and_input(x, weights.gate_up)
         x = linear_residual_rms(inner, weights.down, x, context.eps)
     return x.view(shape)
+
+
+BACKEND = Backend(reasoning_module, first_token_block, why_not=why_not_triton_attention)

@@ -237,7 +237,7 @@ def _add_kernel(a: tl.tensor, b: tl.tensor, x: tl.tensor, x8: tl.tensor, n: tl.t
 
 
 def quantize_block(weights: BlockWeights) -> Fp8BlockWeights:
-    """As `hrm.kernels.backends.fp8.quantize_blocks`, a block in one launch."""
+    """As `hrm.kernels.fp8.quantize_blocks`, a block in one launch."""
     sources = tuple(matrix.contiguous() for matrix in weights)
     targets = tuple(torch.empty_like(matrix, dtype=E4M3) for matrix in sources)
     sizes = tuple(matrix.numel() for matrix in sources)
@@ -343,7 +343,7 @@ def reasoning_module(
     blocks: Sequence[Fp8BlockWeights],
     context: KernelContext,
 ) -> Tensor:
-    """As `hrm.kernels.backends.fp8.reasoning_module`, for operands that it `fits`."""
+    """As `hrm.kernels.fp8.reasoning_module`, for operands that it `fits`."""
     batch, tokens, width = state.shape
     x, rounded = add(state.contiguous().view(-1, width), injection.contiguous().view(-1, width))
     for i, weights in enumerate(blocks):

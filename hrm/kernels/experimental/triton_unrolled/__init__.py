@@ -27,12 +27,14 @@ import triton.language as tl
 from torch import Tensor
 
 from hrm.errors import UserError
+from hrm.kernels.backend import Backend
 from hrm.kernels.backends import triton as triton_module
 from hrm.kernels.context import KernelContext
-from hrm.kernels.experimental.on_chip import as_bits, fits_on_chip, select, update_on_chip
+from hrm.kernels.experimental.triton_unrolled.on_chip import as_bits, fits_on_chip, select, update_on_chip
 from hrm.kernels.naive import BlockWeights
 from hrm.kernels.ops.triton.attention.common import HEAD_SIZES, LOG2_E, load_head, load_rotated
 from hrm.kernels.ops.triton.common import DTYPES, multiprocessor_count, tile_rows
+from hrm.kernels.requirements import why_not_triton_attention
 from hrm.kernels.schedule import Schedule, States
 
 
@@ -368,7 +370,7 @@ def _update_persistently(
     slow_updates: Sequence[bool],
     context: KernelContext,
 ) -> None:
-    """As `hrm.kernels.experimental.on_chip.update_on_chip`, for any width."""
+    """As `on_chip.update_on_chip`, for any width."""
     _, batch, tokens, width = state.shape
     inner = blocks[0].down.shape[1]
     rows = batch * tokens
@@ -505,3 +507,12 @@ def _check(states: States, context: KernelContext) -> None:
             f"rotary tables have shape {tuple(context.rotary.cos.shape)}; "
             f"{first_name} needs (T, head size) = {(tokens, width // num_heads)}."
         )
+
+
+BACKEND = Backend(
+    triton_module.reasoning_module,
+    triton_module.first_token_block,
+    run=run,
+    why_not=why_not_triton_attention,
+    fp8=False,
+)

@@ -31,6 +31,8 @@ from hrm.kernels.ops.hopper import device as hopper
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
 
+BLOCK_TYPES = (BlockWeights,)  # of weights that it computes
+
 
 def quantize_blocks(blocks: Sequence[BlockWeights]) -> list[Fp8BlockWeights]:
     """Round weights to e4m3 on their device, without waiting for it; what lies beyond ±14 becomes ±14."""

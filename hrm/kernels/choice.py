@@ -1,0 +1,200 @@
+"""The choice of what computes a model: `auto` resolved, switches checked, and the functions behind them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hrm.config import KernelsConfig, neighbours
+from hrm.errors import UserError
+from hrm.kernels import attention, naive
+from hrm.kernels.backend import Backend, FirstTokenBlock, KernelRequest, ReasoningModule
+from hrm.kernels.registry import BACKENDS, backend_names, load_backend
+from hrm.kernels.requirements import why_not_compiled, why_not_triton
+from hrm.kernels.schedule import Run, chunked, looped
+
+
+class ResetCarry(Protocol):
+    """See `hrm.kernels.naive.reset_carry`."""
+
+    def __call__(
+        self,
+        states: Mapping[str, Tensor],
+        initial: Mapping[str, Tensor],
+        halted: Tensor,
+        steps: Tensor,
+        data: Mapping[str, Tensor],
+        fresh: Mapping[str, Tensor],
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What computes a model."""
+
+    config: KernelsConfig  # resolved: no `auto` in it
+    module: ReasoningModule  # differentiable
+    run: Run  # whole schedules without gradient
+    first_token_block: FirstTokenBlock
+    reset_carry: ResetCarry
+    fp8_modules: frozenset[str] = frozenset()  # by name, those that `run` computes in 8 bit
+    tensor_parallel: bool = False  # whether `parallel.tensor` can divide the blocks over processes
+
+    def prepare(self, module: str, blocks: Sequence[Any]) -> Sequence[Any]:
+        """The blocks of the module of that name as `run` wants them."""
+        if module not in self.fp8_modules:
+            return blocks
+        from hrm.kernels import fp8
+
+        return fp8.quantize_blocks(blocks)
+
+
+def resolve(config: KernelsConfig, request: KernelRequest) -> KernelsConfig:
+    """The choice with every `auto` replaced by the fastest that computes what is asked for.
+
+    Raises:
+        UserError: a backend or a switch does not exist or cannot run there; the sentence gives the reason.
+    """
+    if config.backend == "auto":
+        config = _fastest(config, request)
+    if config.backend not in backend_names():
+        raise UserError(f"kernels.backend={config.backend} is not one; {neighbours(config.backend, backend_names())}")
+    backend = load_backend(config.backend)
+    if reason := backend.reason_against(request):
+        raise UserError(f"kernels.backend={config.backend} cannot run: {reason}; take kernels=naive.")
+    if config.compile and not backend.compiles:
+        raise UserError(
+            f"kernels.compile=true cannot be combined with kernels.backend={config.backend}: drop one of them."
+        )
+    if config.compile and (reason := why_not_compiled(request)):
+        raise UserError(f"kernels.compile=true cannot run on {request.device.type}: {reason}; take kernels=naive.")
+    if config.cuda_graphs and request.device.type != "cuda":
+        raise UserError(f"kernels.cuda_graphs=true needs an NVIDIA GPU, not {request.device.type}; take kernels=naive.")
+    if config.fused_step and (reason := why_not_triton(request)):
+        raise UserError(f"kernels.fused_step=true cannot run: {reason}; take kernels=naive.")
+    _check_fp8(config, backend, request)
+    return replace(config, attention=_resolve_attention(config, backend, request))
+
+
+def _fastest(config: KernelsConfig, request: KernelRequest) -> KernelsConfig:
+    """`kernels.backend=auto` replaced by the first backend that says of itself that it is the fastest."""
+    if config.compile or config.cuda_graphs:
+        raise UserError(
+            "kernels.backend=auto chooses compile and cuda_graphs itself: name a backend too, or drop the switch."
+        )
+    backends = {name: load_backend(name) for name in backend_names(BACKENDS)}
+    for name in sorted(backends, key=lambda name: -backends[name].priority):
+        if backends[name].reason_against(request) is None:
+            switches = backends[name].default(request)
+            if switches is not None:
+                return replace(config, backend=name, **switches)
+    blocks = " and ".join(block.__name__ for block in request.block_types)
+    raise UserError(f"no backend computes blocks of {blocks}: see docs/add-a-backend.md.")
+
+
+def _check_fp8(config: KernelsConfig, backend: Backend, request: KernelRequest) -> None:
+    _fp8_modules(config.fp8, request.modules)  # refuses names that are none
+    if config.fp8 == "none":
+        return
+    from hrm.kernels import fp8
+
+    if unknown := [block.__name__ for block in request.block_types if block not in fp8.BLOCK_TYPES]:
+        raise UserError(f"kernels.fp8={config.fp8} cannot compute blocks of {' and '.join(unknown)}: drop it.")
+    if not backend.fp8:
+        raise UserError(
+            f"kernels.fp8={config.fp8} cannot be combined with kernels.backend={config.backend}: "
+            f"take kernels.backend={' or '.join(name for name in backend_names(BACKENDS) if load_backend(name).fp8)}."
+        )
+
+
+def _fp8_modules(fp8: str, modules: tuple[str, ...]) -> tuple[str, ...]:
+    """The modules that `kernels.fp8` names: `all`, or one by its name or the first part of that."""
+    if fp8 == "none":
+        return ()
+    if fp8 == "all":
+        return modules
+    named = tuple(name for name in modules if fp8 in (name, name.partition("_")[0]))
+    if not named:
+        raise UserError(f"kernels.fp8={fp8} is not a choice; {neighbours(fp8, ['none', 'all', *modules])}")
+    return named
+
+
+def _resolve_attention(config: KernelsConfig, backend: Backend, request: KernelRequest) -> str:
+    if not request.has_attention:
+        if config.attention != "own":
+            attention.check_name(config.attention)  # presets name one, which is of no use here
+        return "own"
+    if backend.takes_attention:
+        return attention.choose(config.attention, request, compiled=config.compile)
+    if config.attention not in ("auto", "own"):
+        raise UserError(f"kernels.backend={config.backend} has an attention of its own: drop kernels.attention.")
+    return "own"
+
+
+def describe(config: KernelsConfig) -> str:
+    """A resolved choice in a few words."""
+    attend = [] if config.attention == "own" else [f"attention {config.attention}"]
+    switches = [name for name in ("compile", "cuda_graphs", "fused_step") if getattr(config, name)]
+    chunk = [f"chunks of {config.chunk}"] if config.chunk else []
+    fp8 = [f"fp8 in {config.fp8}"] if config.fp8 != "none" else []
+    return ", ".join([config.backend, *attend, *switches, *chunk, *fp8])
+
+
+def make_kernels(config: KernelsConfig, modules: Sequence[str]) -> Kernels:
+    """The functions behind a choice that `resolve` returned, for a model whose modules have these names."""
+    backend = load_backend(config.backend)
+    module, first_token_block = _functions(config.backend, config.attention, config.compile)
+    fp8_modules = _fp8_modules(config.fp8, tuple(modules))
+    run: Run
+    if fp8_modules:
+        from hrm.kernels import fp8
+
+        run = looped(module, dict.fromkeys(fp8_modules, fp8.reasoning_module))
+    elif backend.run and not config.compile:
+        run = functools.partial(backend.run, **_attend(config.attention))
+    else:
+        run = looped(module)
+    if config.chunk or (backend.chunks_on_cpu and not config.compile):
+        run = chunked(run, config.chunk or None)
+    reset_carry: ResetCarry = naive.reset_carry
+    if config.fused_step:
+        from hrm.kernels.ops.triton import carry  # imported here: Triton is not everywhere
+
+        reset_carry = carry.reset_carry
+    return Kernels(
+        config,
+        module,
+        run,
+        first_token_block,
+        reset_carry,
+        frozenset(fp8_modules),
+        tensor_parallel=backend.tensor_parallel and not config.compile,
+    )
+
+
+def tensor_parallel_backends() -> list[str]:
+    """The names of the backends whose blocks `parallel.tensor` can divide over processes."""
+    return [name for name in backend_names(BACKENDS) if load_backend(name).tensor_parallel]
+
+
+def _attend(name: str) -> dict[str, Any]:
+    """The argument that gives a backend's functions the attention of that resolved name; none where it is their own."""
+    return {} if name == "own" else {"attend": attention.get(name)}
+
+
+@functools.cache
+def _functions(backend: str, attend: str, compiled: bool) -> tuple[ReasoningModule, FirstTokenBlock]:
+    reasoning_module: ReasoningModule = load_backend(backend).reasoning_module
+    first_token_block = load_backend(backend).first_token_block
+    reasoning_module = functools.partial(reasoning_module, **_attend(attend))
+    if compiled:
+        # Shapes are static within a run, so each gets code of its own. With fullgraph, too many of them (PyTorch's
+        # limit is 8) are an error instead of a silent fall back to uncompiled code.
+        reasoning_module = torch.compile(reasoning_module, dynamic=False, fullgraph=True)
+        first_token_block = torch.compile(first_token_block, dynamic=False, fullgraph=True)
+    return reasoning_module, first_token_block
