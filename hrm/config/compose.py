@@ -85,7 +85,7 @@ def run(
     try:
         arguments = _Arguments.parse(config_name, list(sys.argv[1:] if argv is None else argv))
         if arguments.wants_help:
-            composed = _composed(config_name, arguments.overrides, arguments.folders, with_hydra=True)
+            composed = compose_untyped(config_name, arguments.overrides, arguments.folders, with_hydra=True)
             print(help_page(composed, program, arguments.folders))
             return
     except UserError as error:
@@ -111,7 +111,7 @@ def compose(schema: type[T], config_name: str, overrides: Sequence[str] = ()) ->
     """
     _register()
     arguments = _Arguments.parse(config_name, list(overrides))
-    return _typed(schema, _composed(config_name, arguments.overrides, arguments.folders))
+    return _typed(schema, compose_untyped(config_name, arguments.overrides, arguments.folders))
 
 
 def fail(sentence: str) -> NoReturn:
@@ -223,10 +223,19 @@ def _register() -> None:
     read_old_names(list(_SCHEMAS.values()))
 
 
-def _composed(
-    config_name: str, overrides: Sequence[str], folders: tuple[Path, ...], with_hydra: bool = False
+def compose_untyped(
+    config_name: str, overrides: Sequence[str] = (), folders: tuple[Path, ...] = (), *, with_hydra: bool = False
 ) -> DictConfig:
-    """What Hydra makes of the overrides; `UserError` where it makes nothing of them."""
+    """What Hydra makes of the overrides, before values are checked.
+
+    Args:
+        folders: with YAML files beside those of the package.
+        with_hydra: keep Hydra's own part, which says what was chosen of each group.
+
+    Raises:
+        UserError: it makes nothing of them.
+    """
+    _register()
     more = [f"hydra.searchpath=[{','.join(map(str, folders))}]"] if folders else []
     GlobalHydra.instance().clear()
     try:
@@ -294,7 +303,7 @@ def _composition_error(
 
 def _known_options(config_name: str) -> set[str]:
     """Options and groups that the command line of `config/<config_name>.yaml` may set."""
-    composed = _composed(config_name, (), (), with_hydra=True)
+    composed = compose_untyped(config_name, (), (), with_hydra=True)
     groups = {group for group in map(str, composed.hydra.runtime.choices) if not group.startswith("hydra/")}
     options = {name for name in option_names(composed) if not name.startswith("hydra")}
     return options | groups

@@ -16,11 +16,11 @@ class DataConfig:
     name: str = MISSING  # what `data=` takes
     path: str = MISSING  # the folder of the pack
     build: str = MISSING  # builder and its arguments, as typed after `hrm data`, or a script; --output-dir is added
-    source: str = ""  # what the builder reads, or that it generates
-    version: str = ""  # of the source, or the seed
-    licence: str = ""  # of the source
-    augmentation: str = ""  # of a training puzzle
-    shape: str = ""  # of a puzzle, and the number of tokens
+    source: str = ""  # what the builder reads, or that it generates puzzles
+    version: str = ""  # version of the source, or the seed
+    licence: str = ""  # licence of the source
+    augmentation: str = ""  # how each training puzzle is augmented
+    shape: str = ""  # size of a puzzle, and the number of tokens
 
 
 def builder_of(build: str) -> list[str]:

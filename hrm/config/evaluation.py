@@ -15,11 +15,11 @@ ACT_MODES = ("full", "halt", "both")
 
 @dataclass
 class EnsembleConfig:
-    """Answers to one puzzle that are put to the vote."""
+    """Several answers to each puzzle, by augmented copies of it and by several models, of which a vote takes one."""
 
-    augmentations: int = 1  # images of each puzzle under the task's symmetries, itself included
-    checkpoints: list[str] = field(default_factory=list)  # models that answer beside `checkpoint`
-    check: bool = False  # answers that break the rules (Sudoku, mazes) do not count where others keep them
+    augmentations: int = 1  # augmented copies of each puzzle under the task's symmetries, the puzzle itself included
+    checkpoints: list[str] = field(default_factory=list)  # further models that vote, written as for `checkpoint`
+    check: bool = False  # ignore answers that break the task's rules wherever other answers keep them
 
     def __post_init__(self) -> None:
         at_least("ensemble.augmentations", self.augmentations, 1)
@@ -29,23 +29,27 @@ class EnsembleConfig:
 class EvaluateConfig:
     """Options of `evaluate.py`."""
 
-    checkpoint: str = MISSING  # a weights file, a run folder, a hub id such as owner/name, or sudoku, which is here
-    data_path: str | None = None  # the pack; default: where the run's own config says
-    save_outputs: list[str] = field(
-        default_factory=list
-    )  # any of inputs, labels, puzzle_identifiers, logits, q_halt_logits, q_continue_logits
-    output_dir: str | None = None  # of saved outputs and pictures; default: the checkpoint's folder
-    global_batch_size: int | None = None  # sequences at a time; default: the run's own
-    puzzle: str | None = None  # solve this one board (digits, 0 or . for blanks) instead of the test split
-    show: int = 0  # print this many test boards and draw them, and the training curves, as PNG
-    act: str = "full"  # full: all ACT steps; halt: until q_halt > q_continue; both: one after the other, compared
-    act_margin: float = 0.0  # act=halt needs q_halt > q_continue + this
-    act_max_steps: int | None = None  # last ACT step; default: training's
+    # The model: a weights file, a run folder (its last step is taken), a hub id such as owner/name, or sudoku, which
+    # comes with the package.
+    checkpoint: str = MISSING
+    data_path: str | None = None  # the pack whose test split is evaluated; null: the one that the run was trained on
+    # Tensors to save beside the metrics: any of inputs, labels, puzzle_identifiers, logits, q_halt_logits and
+    # q_continue_logits.
+    save_outputs: list[str] = field(default_factory=list)
+    output_dir: str | None = None  # folder of saved outputs and pictures; null: the checkpoint's folder
+    global_batch_size: int | None = None  # sequences evaluated at a time, over all ranks; null: as in training
+    puzzle: str | None = None  # solve this one board, row by row (digits, 0 or . for blanks), instead of the test split
+    show: int = 0  # number of test boards to print and draw, with the training curves, as PNG
+    # When sequences halt. full: after all ACT steps; halt: where q_halt > q_continue; both: one after the other,
+    # compared.
+    act: str = "full"
+    act_margin: float = 0.0  # with act=halt, sequences halt where q_halt > q_continue + act_margin
+    act_max_steps: int | None = None  # ACT steps at most, more or fewer than in training; null: as in training
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
-    report: str | None = None  # a folder for an HTML report: answers step by step, and how accuracy comes about
+    report: str | None = None  # folder for an HTML report: answers at every ACT step, and accuracy in its parts
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
-    device: str = "auto"  # cuda, mps or cpu; auto: the first of these there is
-    num_workers: int = 0  # loader processes
+    device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is available
+    num_workers: int = 0  # processes that load data; any number gives the same batches
 
     def __post_init__(self) -> None:
         choice("device", self.device, DEVICES)

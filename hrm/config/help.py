@@ -76,14 +76,15 @@ def value_text(composed: DictConfig, name: str) -> str:
     if OmegaConf.is_missing(composed, name):
         return "???"
     value = composed[name]
-    return _typed_text(OmegaConf.to_container(value) if isinstance(value, ListConfig) else value)
+    return typed_text(OmegaConf.to_container(value) if isinstance(value, ListConfig) else value)
 
 
-def _typed_text(value: Any) -> str:
+def typed_text(value: Any) -> str:
+    """A value as one would type it."""
     if isinstance(value, list):
-        return f"[{','.join(map(_typed_text, value))}]"
+        return f"[{','.join(map(typed_text, value))}]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{name}:{_typed_text(part)}" for name, part in value.items() if part is not None) + "}"
+        return "{" + ",".join(f"{name}:{typed_text(part)}" for name, part in value.items() if part is not None) + "}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

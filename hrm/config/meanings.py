@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import io
 import textwrap
@@ -11,7 +10,6 @@ import tokenize
 from dataclasses import fields, is_dataclass
 
 
-@functools.cache
 def meanings(schema: type) -> dict[str, str]:
     """The meaning of each option of a schema, in the order of its fields; empty for one without a comment.
 

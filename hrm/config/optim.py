@@ -13,10 +13,10 @@ OPTIMIZERS = ("adam_atan2", "adamw", "muon")
 class OptimConfig:
     """The optimizer of the dense weights; rates and betas are the top-level options of the published code."""
 
-    name: str = "adam_atan2"  # or adamw, muon
-    eps: float = 1e-8  # AdamW only: Adam-atan2 has none
-    momentum: float = 0.95  # Muon only: of the hidden matrices; `lr` and `weight_decay` are theirs
-    rest_lr_ratio: float = 0.1  # Muon only: rate of embeddings and heads, by Adam-atan2, as a multiple of `lr`
+    name: str = "adam_atan2"  # adam_atan2, adamw or muon
+    eps: float = 1e-8  # AdamW only: added to the denominator of its update; Adam-atan2 has none
+    momentum: float = 0.95  # Muon only: momentum of the hidden matrices, whose rate and decay are lr and weight_decay
+    rest_lr_ratio: float = 0.1  # Muon only: learning rate of embeddings and heads, by Adam-atan2, as a multiple of lr
     rest_weight_decay: float = 1.0  # Muon only: weight decay of embeddings and heads
 
     def __post_init__(self) -> None:

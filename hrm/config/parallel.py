@@ -15,12 +15,13 @@ class ParallelConfig:
     `tensor * pipeline` of them train together on one part of the batch; there are as many parts as that leaves.
     """
 
-    tensor: int = 1  # processes that share the heads and the MLP of every block
-    pipeline: int = 1  # processes that share the layers of each level, in stages
-    micro_batches: int = 4  # what a rank's batch is cut into on its way through the pipeline; at least its stages
-    fsdp: bool = False  # keep the levels' weights and their optimizer state in shards over the data ranks
-    bucket_mb: float = 0.0  # sum gradients in buckets of this many MB while backward goes on; 0: all at once after it
-    cuda_graphs: bool | None = None  # record the exchange between GPUs into kernels.cuda_graphs; null: where possible
+    tensor: int = 1  # tensor parallelism: processes that share the heads and the MLP of every block
+    pipeline: int = 1  # pipeline parallelism: processes that share the layers of each module, in stages
+    micro_batches: int = 4  # micro-batches of a rank's batch in the pipeline; at least `pipeline`
+    fsdp: bool = False  # shard the modules' weights and their optimizer state over the data-parallel ranks
+    bucket_mb: float = 0.0  # all-reduce gradients in buckets of this many MB during backward; 0: all at once after it
+    # Capture collective communication in the CUDA graphs of kernels.cuda_graphs; null: wherever that is possible.
+    cuda_graphs: bool | None = None
 
     @property
     def records_exchange(self) -> bool:
@@ -37,9 +38,9 @@ class ParallelConfig:
         at_least("parallel.micro_batches", self.micro_batches, self.pipeline)
         at_least("parallel.bucket_mb", self.bucket_mb, 0)
         if self.fsdp and self.pipeline > 1:
-            raise UserError("parallel.fsdp=true does not go with parallel.pipeline: drop one of them.")
+            raise UserError("parallel.fsdp=true cannot be combined with parallel.pipeline: drop one of them.")
         if self.cuda_graphs and not self._can_record:
             raise UserError(
-                "parallel.cuda_graphs=true goes with data and tensor parallelism only: drop it, parallel.fsdp or "
+                "parallel.cuda_graphs=true works under data and tensor parallelism only: drop it, parallel.fsdp or "
                 "parallel.pipeline."
             )
