@@ -26,7 +26,7 @@ from hrm.data.loader import TrainLoader
 from hrm.data.pack import Pack, PackMetadata, PackSet, open_pack, write_split
 from hrm.distributed.world import World, join_world
 from hrm.errors import UserError
-from hrm.evaluation.plots import pyplot
+from hrm.evaluation.report.plots import pyplot
 from hrm.models.flops import block_flops
 
 # The published code's way: the plain model through torch.compile, with the best attention PyTorch has.

@@ -24,20 +24,21 @@ from hrm.data.loader import EvalLoader
 from hrm.data.pack import Pack, PackSet, open_pack
 from hrm.distributed.world import World, join_world
 from hrm.errors import UserError
-from hrm.evaluation.ensemble import Rules, Symmetry, make_answering, vote
-from hrm.evaluation.entry import Sizes, load_model
-from hrm.evaluation.runner import Sums, judge, score
-from hrm.evaluation.tasks import known_rules, symmetries
+from hrm.evaluation.ensemble import DeviceSymmetry, keep_rules, make_member, symmetries_of, vote
+from hrm.evaluation.loading import ModelSizes, load_model
+from hrm.evaluation.metrics import MetricSums, accuracy_sums, compare
 from hrm.kernels import describe
 from hrm.models import ACTLossHead
+from hrm.tasks import task_of
+from hrm.tasks.base import PuzzleSize, Rules, Symmetry
 
 
 class Member(NamedTuple):
-    """What one checkpoint said to one image of every puzzle."""
+    """One checkpoint's answers under one symmetry of every puzzle."""
 
-    tokens: list[Tensor]  # [B, S] of each batch, turned back
+    tokens: list[Tensor]  # [B, S] of each batch, mapped back
     q_halt: list[Tensor]  # [B], logits
-    sound: list[Tensor] | None  # [B] bool, whether the answers keep to the rules of the task, if these are known
+    valid: list[Tensor] | None  # [B] bool, whether the answers keep the rules of the task, if these are known
     act_steps: int  # for each puzzle
     seconds: float
 
@@ -66,15 +67,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not isinstance(data_path, str):
         raise UserError(f"{checkpoints[0].config_file} does not say which data it was trained on: add --data.")
     pack = spread_out(open_pack(data_path, "test"), arguments.puzzles)
-    images, rules, meta = symmetries(pack, numbers[-1]), known_rules(pack), pack.metadata
-    sizes = Sizes(arguments.batch_size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
+    symmetries, rules = symmetries_of(pack, numbers[-1]), task_of(pack).rules(PuzzleSize.of(pack))
+    meta = pack.metadata
+    sizes = ModelSizes(arguments.batch_size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
     with join_world(arguments.device) as world:
         batches = [batch for _, batch, _ in EvalLoader(pack, arguments.batch_size)]
         said: list[list[Member]] = []
         for checkpoint in checkpoints:
             weights = read_weights(checkpoint.weights_file)
             model = load_model(checkpoint, weights, sizes, arguments.kernels, world, arguments.act_max_steps)
-            said.append(answer(model, images, batches, world, rules))
+            said.append(answer(model, symmetries, batches, world, rules))
         subsets = [(1, number) for number in numbers]
         if len(said) > 1:
             subsets += [(len(said), number) for number in sorted({1, numbers[-1]})]
@@ -103,28 +105,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def answer(
     model: ACTLossHead,
-    images: Sequence[Symmetry],
+    symmetries: Sequence[Symmetry],
     batches: Sequence[Batch],
     world: World,
     rules: Rules | None,
 ) -> list[Member]:
-    """A model's answers to each image of all puzzles, timed image by image."""
+    """A model's answers under each symmetry of all puzzles, timed one by one."""
     on_device = [{name: field.to(world.device) for name, field in batch.items()} for batch in batches]
-    voter = make_answering(model, world)
+    member = make_member(model, world)
+    mapped = [DeviceSymmetry.of(symmetry, world.device) for symmetry in symmetries]
     members = []
     with model.weights_at_hand():
         if world.device.type != "cpu" or model.kernels.compile:
             for _ in range(2):  # compile, tune and record before the clock runs
-                voter(on_device[0], images[0].to(world.device))
-        for image in images:
-            symmetry = image.to(world.device)
+                member(on_device[0], mapped[0])
+        for symmetry in mapped:
             started = _clock(world)
-            tokens, q_halt = zip(*(voter(batch, symmetry) for batch in on_device), strict=True)
+            tokens, q_halt = zip(*(member(batch, symmetry) for batch in on_device), strict=True)
             seconds = _clock(world) - started
-            sound = (
-                [rules(batch["inputs"], said) for batch, said in zip(batches, tokens, strict=True)] if rules else None
-            )
-            members.append(Member(list(tokens), list(q_halt), sound, model.halt_max_steps, seconds))
+            valid = None
+            if rules:
+                valid = [keep_rules(rules, batch["inputs"], said) for batch, said in zip(batches, tokens, strict=True)]
+            members.append(Member(list(tokens), list(q_halt), valid, model.halt_max_steps, seconds))
     return members
 
 
@@ -132,13 +134,13 @@ def exact_accuracy(
     members: Sequence[Member], batches: Sequence[Batch], world: World, *, checked: bool = False
 ) -> float:
     """Share of the puzzles that the members' vote answers exactly right; `checked` against the rules, if asked."""
-    sums = Sums(world)
+    sums = MetricSums(world)
     for index, batch in enumerate(batches):
         tokens = torch.stack([member.tokens[index] for member in members])
         q_halt = torch.stack([member.q_halt[index] for member in members])
-        sound = torch.stack([member.sound[index] for member in members if member.sound]) if checked else None
-        voted = vote(tokens, q_halt, sound)
-        sums.add("all", score(judge(batch["labels"].to(world.device), voted)))
+        valid = torch.stack([member.valid[index] for member in members if member.valid]) if checked else None
+        voted = vote(tokens, q_halt, valid)
+        sums.add("all", accuracy_sums(compare(batch["labels"].to(world.device), voted)))
     return sums.averages()["all"]["exact_accuracy"]
 
 

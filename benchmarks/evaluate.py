@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.common import Trial, compare_presets, median_ms, peak_gib
-from hrm.evaluation.runner import make_thinking
+from hrm.evaluation.runner import make_runner
 from hrm.models.flops import act_step_blocks
 from hrm.training.step import initial_state
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _measure(trial: Trial) -> dict[str, Any]:
     device, arch = trial.world.device, trial.config.arch
     model = initial_state(trial.config, trial.pack, trial.world).model.eval()
-    thinking = make_thinking(model, trial.world)
+    thinking = make_runner(model, trial.world)
 
     def answer() -> object:
         batch = next(trial.batches)

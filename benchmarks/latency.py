@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.common import Trial, compare_presets
-from hrm.evaluation.runner import make_thinking
+from hrm.evaluation.runner import make_runner
 from hrm.training.step import initial_state
 
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _measure(trial: Trial) -> dict[str, Any]:
     device = trial.world.device
     model = initial_state(trial.config, trial.pack, trial.world).model.eval()
-    thinking = make_thinking(model, trial.world, ["logits"])
+    thinking = make_runner(model, trial.world, ["logits"])
 
     def answer_ms() -> float:
         batch = next(trial.batches)

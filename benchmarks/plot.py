@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import BASELINE
-from hrm.evaluation.plots import pyplot
+from hrm.evaluation.report.plots import pyplot
 
 _SPEED_UP = f"x {BASELINE}"
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from benchmarks.common import picture_file
 from hrm.checkpoint.run_folder import CONFIG_FILE, METRICS_FILE
 from hrm.errors import UserError
-from hrm.evaluation.plots import Metric, Record, draw_panels, read_records, run_panel
+from hrm.evaluation.report.plots import Metric, Record, draw_panels, read_records, run_panel
 
 _METRICS = (
     Metric("training puzzles exactly right", "percent", "exact_accuracy", ["train"]),

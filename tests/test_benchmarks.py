@@ -13,7 +13,7 @@ from benchmarks.common import BASELINE, Shape, batches
 from hrm.batch import Batch
 from hrm.data.pack import Pack, PackMetadata, PackSet
 from hrm.errors import UserError
-from hrm.evaluation.plots import Metric, run_panel
+from hrm.evaluation.report.plots import Metric, run_panel
 from tests.helpers.entry_points import evaluated, make_pack
 
 TINY = ["arch=hrm_small", "arch.hidden_size=32", "arch.num_heads=2", "arch.halt_max_steps=2", "device=cpu"]

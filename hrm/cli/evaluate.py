@@ -9,7 +9,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command line and return the exit status."""
     from hrm.config import EvaluateConfig
     from hrm.config.compose import run
-    from hrm.evaluation.entry import evaluate_checkpoint
+    from hrm.evaluation.command import evaluate_checkpoint
 
     run(EvaluateConfig, "evaluate", evaluate_checkpoint, "hrm evaluate", argv)
     return 0

@@ -115,14 +115,22 @@ def read_identifiers(folder: Path, count: int) -> list[str]:
 
 
 def write_provenance(
-    folder: Path, builder: str, arguments: Mapping[str, object], source: str, files: Mapping[str, Path] | None = None
+    folder: Path,
+    builder: str,
+    arguments: Mapping[str, object],
+    source: str,
+    files: Mapping[str, Path] | None = None,
+    *,
+    task: str | None = None,
 ) -> None:
     """Write `<folder>/provenance.json`: where the puzzles came from, and what to run to build the same pack again.
 
     It names the SHA-256 of each of the `files` that the puzzles were read from and counts what the splits hold, so it
-    is written after them. It has no date, so that the same build gives the same bytes.
+    is written after them. It has no date, so that the same build gives the same bytes. `task` is the name of one of
+    `hrm.tasks`, which says what the tokens mean.
     """
-    provenance = {"builder": builder, "hrm_version": __version__, "source": source, "arguments": dict(arguments)}
+    provenance: dict[str, Any] = {} if task is None else {"task": task}
+    provenance |= {"builder": builder, "hrm_version": __version__, "source": source, "arguments": dict(arguments)}
     if files:
         provenance["sha256"] = {name: sha256_of(file) for name, file in files.items()}
     if splits := _splits_in(folder):

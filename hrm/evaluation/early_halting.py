@@ -1,4 +1,4 @@
-"""Evaluation that spends on a puzzle only the ACT steps it asks for: whoever halts makes room for the next puzzle."""
+"""Evaluation that spends on a puzzle only the ACT steps it asks for: one that halts makes room for the next."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hrm.batch import Batch
 from hrm.cuda_graphs import GraphedWork
-from hrm.evaluation.runner import Answers, Pace, Part, judge, score
+from hrm.evaluation.metrics import Throughput, accuracy_sums, compare
+from hrm.evaluation.runner import Part, Predictions
 from hrm.models import ACTLossHead
 from hrm.models.hrm import Carry
 
@@ -23,14 +24,14 @@ _STEPS_PER_LOOK = 4
 
 
 class _Slots:
-    """B puzzles in the making, refilled from a pool; all of it stays on the device."""
+    """B puzzles being worked on, refilled from a pool; all of it stays on the device."""
 
     def __init__(self, model: ACTLossHead, pool_size: int, slots: int, margin: float, device: torch.device) -> None:
         """`model` is in evaluation mode; the pool's last row stands for "none left"."""
         self._model = model
         self._margin = margin
         self._pool: Batch = {}
-        self.answers: Answers
+        self.predictions: Predictions
         self._pool_size, self._slots, self._device = pool_size, slots, device
         self._carry: Carry | None = None
         self._rows = torch.full((slots,), pool_size, dtype=torch.int64, device=device)  # which puzzle is in a slot
@@ -48,7 +49,7 @@ class _Slots:
         if self._carry is None:
             seq_len = puzzles["inputs"].shape[1]
             rows = self._pool_size + 1
-            self.answers = Answers(
+            self.predictions = Predictions(
                 torch.zeros(rows, seq_len, dtype=torch.int32, device=self._device),
                 torch.zeros(rows, device=self._device),
                 torch.zeros(rows, dtype=torch.int32, device=self._device),
@@ -72,9 +73,9 @@ class _Slots:
         halted = (q_halt > outputs["q_continue_logits"] + self._margin) | (carry.steps >= self._model.halt_max_steps)
         # Slots that go on, or are empty, write to the row that nobody reads.
         rows = torch.where(halted, self._rows, none_left)
-        said = Answers(outputs["logits"].argmax(-1).int(), q_halt.float(), carry.steps)
-        for kept_answer, answer in zip(self.answers, said, strict=True):
-            kept_answer.index_copy_(0, rows, answer)
+        new = Predictions(outputs["logits"].argmax(-1).int(), q_halt.float(), carry.steps)
+        for kept_field, field in zip(self.predictions, new, strict=True):
+            kept_field.index_copy_(0, rows, field)
         self.finished += (rows < none_left).sum()
         for before, after in zip(kept.tensors(), replace(carry, halted=halted).tensors(), strict=True):
             before.copy_(after)
@@ -95,16 +96,16 @@ class EarlyHalting:
         self._step = GraphedWork(self._state.step, device, eager_calls=2) if graphed else self._state.step
 
     @torch.no_grad()
-    def answer(self, parts: Iterable[Part], pace: Pace) -> Iterator[tuple[str, Batch, Answers]]:
+    def answer(self, parts: Iterable[Part], throughput: Throughput) -> Iterator[tuple[str, Batch, Predictions]]:
         """Answer this rank's `parts`, of at most `slots` puzzles each.
 
         Yields:
-            `(set name, puzzles, their answers)`, pool by pool and in order, on the CPU.
+            `(set name, puzzles, predictions)`, pool by pool and in order, on the CPU.
         """
         with self._model.weights_at_hand():
-            yield from self._answer(parts, pace)
+            yield from self._answer(parts, throughput)
 
-    def _answer(self, parts: Iterable[Part], pace: Pace) -> Iterator[tuple[str, Batch, Answers]]:
+    def _answer(self, parts: Iterable[Part], throughput: Throughput) -> Iterator[tuple[str, Batch, Predictions]]:
         warm = False
         for set_name, of_set in groupby(parts, lambda part: part.set_name):
             while pool := list(islice(of_set, _PARTS_PER_POOL)):
@@ -115,20 +116,20 @@ class EarlyHalting:
                     for _ in range(3):  # two eager steps compile and tune, the third is recorded
                         self._step({})
                     self._state.fill(puzzles)
-                    pace.start()
+                    throughput.start()
                     warm = True
                 while int(self._state.finished) < count:
                     for _ in range(_STEPS_PER_LOOK):
                         self._step({})
-                pace.count(count)
-                yield set_name, puzzles, Answers(*(field[:count].cpu() for field in self._state.answers))
+                throughput.count(count)
+                yield set_name, puzzles, Predictions(*(field[:count].cpu() for field in self._state.predictions))
 
 
-def halting_metrics(puzzles: Batch, answers: Answers) -> dict[str, Tensor]:
+def halting_metrics(puzzles: Batch, predictions: Predictions) -> dict[str, Tensor]:
     """Sums over a pool under the names of `ACTLossHead.forward`'s metrics, without the losses."""
-    judged = judge(puzzles["labels"], answers.tokens)
-    believes = answers.q_halt >= 0
-    return score(judged) | {
-        "q_halt_accuracy": (judged.counted & (believes == judged.exact)).sum(),
-        "steps": answers.steps[judged.counted].sum(),
+    comparison = compare(puzzles["labels"], predictions.tokens)
+    believes = predictions.q_halt >= 0
+    return accuracy_sums(comparison) | {
+        "q_halt_accuracy": (comparison.counted & (believes == comparison.exact)).sum(),
+        "steps": predictions.steps[comparison.counted].sum(),
     }

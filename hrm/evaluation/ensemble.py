@@ -1,7 +1,7 @@
-"""Many answers to one puzzle, from images of it and from several checkpoints, put to the vote.
+"""Several answers to one puzzle, from symmetric puzzles and from several checkpoints, put to the vote.
 
-A task's symmetries turn a puzzle into another one whose answer, turned back, answers the first. A recurrent model that
-is stuck on one image is often not stuck on the next (the analysis of HRM in arXiv 2601.10679).
+A task's symmetries turn a puzzle into another one whose answer, mapped back, answers the first. A recurrent model that
+is stuck on one of them is often not stuck on the next (the analysis of HRM in arXiv 2601.10679).
 """
 
 from __future__ import annotations
@@ -10,83 +10,93 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hrm.batch import Batch
+from hrm.data.pack import Pack
 from hrm.distributed.world import World
-from hrm.evaluation.runner import Answers, Examiner, Pace, Part, Sums, judge, make_thinking, score
+from hrm.errors import UserError
+from hrm.evaluation.metrics import MetricSums, Throughput, accuracy_sums, compare
+from hrm.evaluation.runner import Part, make_runner, show_predictions
 from hrm.models import ACTLossHead
-from hrm.tasks.maze import dihedral_images, is_shortest_path, side_of
-from hrm.tasks.sudoku import BoxShape, decode_tokens, is_solved, random_symmetries
-
-# Which answers [N, S] to puzzles [N, S] keep to the rules: [N] bool. It looks at no label.
-Rules = Callable[[Tensor, Tensor], Tensor]
+from hrm.tasks import task_of
+from hrm.tasks.base import Evaluator, PuzzleSize, Rules, Symmetry
 
 
-class Symmetry(NamedTuple):
-    """A map of puzzles of S tokens to others that have the same rules: image[i] = tokens[puzzle[cells[i]]]."""
+class DeviceSymmetry(NamedTuple):
+    """A `Symmetry` on a device, for integer tokens [N, S]."""
 
-    cells: Tensor  # [S] int64, a permutation
-    tokens: Tensor  # [V] int64, likewise
+    cells: Tensor  # [S] int64
+    tokens: Tensor  # [V] int64
+    cells_back: Tensor
+    tokens_back: Tensor
+
+    @classmethod
+    def of(cls, symmetry: Symmetry, device: torch.device) -> DeviceSymmetry:
+        cells, tokens = (torch.from_numpy(map_).to(device) for map_ in symmetry)
+        return cls(cells, tokens, cells.argsort(), tokens.argsort())
 
     def apply(self, puzzles: Tensor) -> Tensor:
-        """The images [N, S] of puzzles [N, S], of the same integer type."""
         return self.tokens[puzzles.long()[:, self.cells]].to(puzzles.dtype)
 
-    def undo(self, images: Tensor) -> Tensor:
-        """Inverse of `apply`."""
-        return self.tokens.argsort()[images.long()][:, self.cells.argsort()].to(images.dtype)
-
-    def to(self, device: torch.device) -> Symmetry:
-        return Symmetry(self.cells.to(device), self.tokens.to(device))
+    def undo(self, puzzles: Tensor) -> Tensor:
+        return self.tokens_back[puzzles.long()][:, self.cells_back].to(puzzles.dtype)
 
 
-def identity(seq_len: int, vocab_size: int) -> Symmetry:
-    return Symmetry(torch.arange(seq_len), torch.arange(vocab_size))
+def symmetries_of(pack: Pack, count: int) -> list[Symmetry]:
+    """`count` symmetries of the pack's task, the identity first.
+
+    Raises:
+        UserError: the task has fewer.
+    """
+    task, size = task_of(pack), PuzzleSize.of(pack)
+    if count > 1 and task.votes_over_pack:
+        raise UserError(
+            f"ensemble.augmentations={count} cannot be used with {pack.path}, which holds augmentations that vote "
+            "already: leave it out."
+        )
+    most = task.num_symmetries(size)
+    if count > 1 and most == 1:
+        raise UserError(
+            f"ensemble.augmentations={count} needs a task with known symmetries, and {pack.path} holds {task.name}, "
+            "which has none: leave it out."
+        )
+    if count > most:
+        raise UserError(
+            f"ensemble.augmentations={count} is too large: a puzzle of the task {task.name} has {most:.0f} symmetries."
+        )
+    return task.symmetries(size, count)
 
 
-def sudoku_symmetries(box: BoxShape, count: int, seed: int = 0) -> list[Symmetry]:
-    """The identity, and random permutations of digits, bands, rows, stacks and columns, and transpositions."""
-    drawn = random_symmetries(count - 1, box, np.random.default_rng(seed))
-    digits = torch.from_numpy(drawn.relabel.astype(np.int64)) + 1  # token 1 is a blank, 2 the digit 1
-    tokens = torch.cat([torch.zeros_like(digits[:, :1]), digits], dim=1)
-    cells = torch.from_numpy(drawn.source.astype(np.int64))
-    return [identity(box.cells, box.vocab_size), *map(Symmetry, cells, tokens)]
+def rules_of(pack: Pack) -> Rules:
+    """The rules of the pack's task.
+
+    Raises:
+        UserError: it has none that are known.
+    """
+    task = task_of(pack)
+    rules = task.rules(PuzzleSize.of(pack))
+    if rules is None:
+        raise UserError(
+            f"ensemble.check=true needs a task with known rules, and {pack.path} holds {task.name}, which has none: "
+            "leave it out."
+        )
+    return rules
 
 
-def maze_symmetries(seq_len: int, vocab_size: int, count: int) -> list[Symmetry]:
-    """The first `count` of the eight symmetries of the square, the identity first."""
-    side = side_of(seq_len)
-    square = np.arange(seq_len, dtype=np.int64).reshape(1, side, side)
-    images = dihedral_images(square).reshape(8, seq_len)
-    return [Symmetry(torch.from_numpy(image), torch.arange(vocab_size)) for image in images[:count]]
+def keep_rules(rules: Rules, inputs: Tensor, answers: Tensor) -> Tensor:
+    """Which answers [N, S] to inputs [N, S] keep the rules: [N] bool, on the device of the answers."""
+    return torch.from_numpy(rules.keeps(inputs.cpu().numpy(), answers.cpu().numpy())).to(answers.device)
 
 
-def sudoku_rules(box: BoxShape) -> Rules:
-    """Whether a board is complete, breaks no rule and keeps what was given."""
-
-    def kept(puzzles: Tensor, answers: Tensor) -> Tensor:
-        given, board = decode_tokens(puzzles.cpu().numpy()), decode_tokens(answers.cpu().numpy())
-        sound = is_solved(board, box) & ((given == 0) | (given == board)).all(-1)
-        return torch.from_numpy(sound).to(answers.device)
-
-    return kept
-
-
-def maze_rules(puzzles: Tensor, answers: Tensor) -> Tensor:
-    """Whether an answer marks a shortest path."""
-    return torch.from_numpy(is_shortest_path(puzzles.cpu().numpy(), answers.cpu().numpy())).to(answers.device)
-
-
-def vote(answers: Tensor, q_halt: Tensor, sound: Tensor | None = None) -> Tensor:
+def vote(answers: Tensor, q_halt: Tensor, valid: Tensor | None = None) -> Tensor:
     """The answers that most members give; of equally many, those whose mean sigmoid(q_halt) is highest.
 
     Args:
         answers: [K, N, S], of K members to N puzzles.
         q_halt: [K, N], logits.
-        sound: [K, N] bool; where some of a puzzle's answers are, the others do not count.
+        valid: [K, N] bool; where some of a puzzle's answers are, the others do not count.
 
     Returns:
         [N, S].
@@ -95,23 +105,23 @@ def vote(answers: Tensor, q_halt: Tensor, sound: Tensor | None = None) -> Tensor
     votes = same.sum(0)
     confidence = torch.where(same, q_halt.sigmoid(), 0).sum(1) / votes
     standing = votes + confidence / 2  # confidence / 2 < 1 only decides between equal votes
-    if sound is not None:
-        standing = standing + sound * (len(answers) + 1)
+    if valid is not None:
+        standing = standing + valid * (len(answers) + 1)
     best = standing.argmax(0)
     chosen: Tensor = answers.gather(0, best.view(1, -1, 1).expand(1, -1, answers.shape[-1]))[0]
     return chosen
 
 
-def make_answering(model: ACTLossHead, world: World) -> Callable[[Batch, Symmetry], tuple[Tensor, Tensor]]:
-    """A function that gives a model's answers to an image of each puzzle, after all ACT steps.
+def make_member(model: ACTLossHead, world: World) -> Callable[[Batch, DeviceSymmetry], tuple[Tensor, Tensor]]:
+    """A function that gives a model's answers to a symmetric puzzle of each, after all ACT steps.
 
-    It takes N puzzles and a symmetry, on the device, and returns the answers [N, S] int32, turned back, and q_halt [N],
-    logits. All batches must have one shape, as in `make_thinking`.
+    It takes N puzzles and a symmetry, on the device, and returns the answers [N, S] int32, mapped back, and q_halt [N],
+    logits. All batches must have one shape, as in `make_runner`.
     """
-    thinking = make_thinking(model, world, ["logits", "q_halt_logits"])
+    run = make_runner(model, world, ["logits", "q_halt_logits"])
 
-    def answer(batch: Batch, symmetry: Symmetry) -> tuple[Tensor, Tensor]:
-        _, outputs = thinking(batch | {"inputs": symmetry.apply(batch["inputs"])})
+    def answer(batch: Batch, symmetry: DeviceSymmetry) -> tuple[Tensor, Tensor]:
+        _, outputs = run(batch | {"inputs": symmetry.apply(batch["inputs"])})
         # Cloned because a graph's next call overwrites it.
         return symmetry.undo(outputs["logits"].argmax(-1).int()), outputs["q_halt_logits"].clone()
 
@@ -123,48 +133,47 @@ def evaluate_ensemble(
     symmetries: Sequence[Symmetry],
     parts: Iterable[Part],
     world: World,
-    examiners: Sequence[Examiner],
-    pace: Pace,
+    evaluators: Sequence[Evaluator],
+    throughput: Throughput,
     rules: Rules | None = None,
 ) -> dict[str, dict[str, float]]:
-    """How good the vote is of all models' answers to all images of a puzzle, and of the first 1, 2, 4, ... of them.
+    """How good the vote is of all models' answers to all symmetric puzzles, and of the first 1, 2, 4, ... of them.
 
     Args:
         models: in evaluation mode, for the same pack.
-        symmetries: one for each image.
+        symmetries: each is applied to every puzzle.
         parts: this rank's puzzles.
-        examiners: are shown what was voted for, or all answers if they count votes themselves.
+        evaluators: are shown what was voted for, or all answers if they count votes themselves.
         rules: answers that break them do not count, where others keep them.
 
     Returns:
         By set: `count`, and `exact_accuracy/of_<n>` and `accuracy/of_<n>` by the number n of answers voted on.
     """
-    voters = [make_answering(model, world) for model in models]
-    on_device = [symmetry.to(world.device) for symmetry in symmetries]
-    members = len(symmetries) * len(models)
-    sizes = [size for size in (2**power for power in range(members.bit_length())) if size < members] + [members]
-    sums = Sums(world)
+    members = [make_member(model, world) for model in models]
+    on_device = [DeviceSymmetry.of(symmetry, world.device) for symmetry in symmetries]
+    count = len(symmetries) * len(models)
+    sizes = [size for size in (2**power for power in range(count.bit_length())) if size < count] + [count]
+    sums = MetricSums(world)
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(model.weights_at_hand())
         for part in parts:
             batch = {name: field.to(world.device) for name, field in part.batch.items()}
-            answers = [voter(batch, symmetry) for symmetry in on_device for voter in voters]
+            answers = [member(batch, symmetry) for symmetry in on_device for member in members]
             tokens, q_halt = zip(*answers, strict=True)
-            sound = torch.stack([rules(batch["inputs"], answer) for answer in tokens]) if rules else None
+            valid = torch.stack([keep_rules(rules, batch["inputs"], answer) for answer in tokens]) if rules else None
             metrics: dict[str, Tensor] = {}
             for size in sizes:
-                counted = None if sound is None else sound[:size]
+                counted = None if valid is None else valid[:size]
                 voted = vote(torch.stack(tokens[:size]), torch.stack(q_halt[:size]), counted)
-                scores = score(judge(batch["labels"], voted))
+                scores = accuracy_sums(compare(batch["labels"], voted))
                 metrics["count"] = scores.pop("count")
                 metrics |= {f"{name}/of_{size}": value for name, value in scores.items()}
             sums.add(part.set_name, metrics)
-            pace.count(part.real)
-            puzzles = {name: field[: part.real] for name, field in part.batch.items()}
-            for examiner in examiners:
-                for answer, confidence in answers if examiner.counts_votes else [(voted, torch.stack(q_halt).mean(0))]:
-                    steps = torch.full_like(answer[:, 0], models[0].halt_max_steps)
-                    said = Answers(*(field[: part.real].cpu() for field in (answer, confidence, steps)))
-                    examiner(part.set_name, puzzles, said)
+            throughput.count(part.real)
+            for evaluator in evaluators:
+                shown = answers if evaluator.wants_all_votes else [(voted, torch.stack(q_halt).mean(0))]
+                for answer, confidence in shown:
+                    fields = (field[: part.real].cpu() for field in (answer, confidence))
+                    show_predictions([evaluator], part.set_name, part.puzzles(), *fields)
     return sums.averages()

@@ -1,32 +1,33 @@
-"""Run a model to its answers over a test split and count how good they are."""
+"""Run a model over a test split, all ACT steps for every puzzle, and measure its predictions."""
 
 from __future__ import annotations
 
-import re
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from hrm.batch import IGNORE_LABEL_ID, Batch
+from hrm.batch import Batch
 from hrm.cuda_graphs import GraphedWork
 from hrm.data.loader import EvalLoader
-from hrm.distributed.world import World, sum_over_ranks
-from hrm.evaluation.trajectory import Recorder, Steps, record
+from hrm.distributed.world import World
+from hrm.evaluation.metrics import MetricSums, Throughput
 from hrm.models import ACTLossHead
+from hrm.tasks.base import Evaluator
 
-Thinking = Callable[[Batch], tuple[dict[str, Tensor], dict[str, Tensor]]]
+Runner = Callable[[Batch], tuple[dict[str, Tensor], dict[str, Tensor]]]
+"""Takes a batch on the device; returns metrics and outputs of the last ACT step."""
 
 
 @torch.no_grad()  # not inference_mode: compiled no-gradient code of the training step serves here too
-def think(
+def run_act_steps(
     model: ACTLossHead, batch: Batch, return_keys: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Spend all ACT steps on a batch.
@@ -40,31 +41,63 @@ def think(
     """
     carry = model.initial_carry(batch)
     if model.halt_max_steps > 1:
-        carry = model.model.think(carry, batch, model.halt_max_steps - 1)  # nobody asks what these would say
+        carry = model.model.think(carry, batch, model.halt_max_steps - 1)  # nothing reads the outputs of these
     _, _, metrics, outputs, _ = model(carry=carry, batch=batch, return_keys=return_keys)
     return metrics, outputs
 
 
-def _think_aloud(
+class StepOutputs(NamedTuple):
+    """A model's outputs after each of T ACT steps on a batch of B sequences of S tokens."""
+
+    answers: Tensor  # [T, B, S] uint8
+    q_halt: Tensor  # [T, B] float32, logits
+    q_continue: Tensor  # [T, B] float32, logits
+
+
+@torch.no_grad()  # as in `run_act_steps`
+def record_act_steps(
+    model: ACTLossHead, batch: Batch, return_keys: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Tensor], StepOutputs]:
+    """Spend all ACT steps on a batch, as `run_act_steps` does, and keep the answer of each.
+
+    Only one step's logits are in memory at a time.
+
+    Args:
+        model: in evaluation mode, with a vocabulary of at most 256 tokens.
+        return_keys: as in `ACTLossHead.forward`.
+
+    Returns:
+        `(metrics, outputs, steps)`: of the last step as in `ACTLossHead.forward`, and the outputs of every step.
+    """
+    keys = ["logits", "q_halt_logits", "q_continue_logits"]
+    carry = model.initial_carry(batch)
+    steps = []
+    for _ in range(model.halt_max_steps):
+        carry, _, metrics, outputs, _ = model(carry=carry, batch=batch, return_keys=[*keys, *return_keys])
+        answer = outputs["logits"].argmax(-1).to(torch.uint8)
+        steps.append((answer, outputs["q_halt_logits"].float(), outputs["q_continue_logits"].float()))
+    stacked = StepOutputs(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
+    return metrics, {key: outputs[key] for key in return_keys}, stacked
+
+
+def _recorded_among_outputs(
     model: ACTLossHead, batch: Batch, return_keys: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """`think`, with what was said after every step among the outputs."""
-    metrics, outputs, steps = record(model, batch, return_keys)
+    """`record_act_steps`, the outputs of every step among the outputs."""
+    metrics, outputs, steps = record_act_steps(model, batch, return_keys)
     return metrics, outputs | steps._asdict()
 
 
-def make_thinking(
-    model: ACTLossHead, world: World, return_keys: Sequence[str] = (), *, aloud: bool = False
-) -> Thinking:
-    """`think` with a model in evaluation mode, run eagerly or as a CUDA graph as the model's kernels say.
+def make_runner(model: ACTLossHead, world: World, return_keys: Sequence[str] = (), *, record: bool = False) -> Runner:
+    """`run_act_steps` with a model in evaluation mode, run eagerly or as a CUDA graph as the model's kernels say.
 
     With a graph, all batches must have one shape, and a call overwrites the results of the one before.
 
     Args:
-        aloud: put the fields of `Steps`, what was said after every step, among the outputs.
+        record: put the fields of `StepOutputs` among the outputs.
     """
-    thinking: Thinking = partial(_think_aloud if aloud else think, model, return_keys=return_keys)
-    return GraphedWork(thinking, world.device, eager_calls=1) if model.kernels.cuda_graphs else thinking
+    run: Runner = partial(_recorded_among_outputs if record else run_act_steps, model, return_keys=return_keys)
+    return GraphedWork(run, world.device, eager_calls=1) if model.kernels.cuda_graphs else run
 
 
 class Part(NamedTuple):
@@ -72,31 +105,30 @@ class Part(NamedTuple):
 
     set_name: str
     batch: Batch  # on the host
-    first: int  # place in the split of its first puzzle
+    first: int  # index in the split of its first puzzle
     real: int  # puzzles in it; the rest is padding
 
+    def puzzles(self) -> Batch:
+        """The batch without padding."""
+        return {name: field[: self.real] for name, field in self.batch.items()}
 
-class Answers(NamedTuple):
-    """What a model said of N puzzles of S tokens when it had halted, on the CPU."""
+
+class Predictions(NamedTuple):
+    """A model's answers to N puzzles of S tokens when it had halted, on the CPU."""
 
     tokens: Tensor  # [N, S] int32
     q_halt: Tensor  # [N], logits
     steps: Tensor  # [N] int32, ACT steps spent
 
 
-class Examiner(Protocol):
-    """Sees this rank's answers and scores them in its own way."""
+class StepRecorder(Protocol):
+    """Takes the outputs of every ACT step, such as `hrm.evaluation.report.recorder.Recorder`."""
 
-    counts_votes: bool  # wants every answer of an ensemble, not what they voted for
-
-    def __call__(self, set_name: str, puzzles: Batch, answers: Answers) -> None:
-        """Take some puzzles of a set, on the host, and the answers to them."""
-
-    def verdict(self, world: World, folder: Path) -> str:
-        """What to print, from the answers of all ranks, empty on all but rank 0; may leave files in `folder`."""
+    def add(self, batch: Batch, steps: StepOutputs, index: NDArray[np.int64]) -> None:
+        """Take a batch's first `len(index)` sequences, which have these indices in the split."""
 
 
-def parts(loader: EvalLoader, world: World) -> Iterator[Part]:
+def parts_of(loader: EvalLoader, world: World) -> Iterator[Part]:
     """This rank's puzzles in order, under a progress bar."""
     set_start, in_set, previous = 0, 0, None
     for set_name, batch, count in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=not world.is_main):
@@ -107,22 +139,31 @@ def parts(loader: EvalLoader, world: World) -> Iterator[Part]:
         in_set += count
 
 
+def show_predictions(
+    evaluators: Sequence[Evaluator], set_name: str, puzzles: Batch, tokens: Tensor, q_halt: Tensor
+) -> None:
+    """Show evaluators the answers [N, S] to puzzles of a set, all on the CPU."""
+    arrays = {name: field.numpy() for name, field in puzzles.items()}
+    for evaluator in evaluators:
+        evaluator.add(set_name, arrays, tokens.numpy(), q_halt.float().numpy())
+
+
 def evaluate(
     model: ACTLossHead,
     loader: EvalLoader,
     world: World,
     keep: Sequence[str] = (),
-    examiners: Sequence[Examiner] = (),
-    recorder: Recorder | None = None,
-    pace: Pace | None = None,
+    evaluators: Sequence[Evaluator] = (),
+    recorder: StepRecorder | None = None,
+    throughput: Throughput | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
     """Metrics of every set of a test split.
 
     Args:
         keep: names of batch fields and outputs to keep, see `hrm.config.SAVEABLE_OUTPUTS`.
-        examiners: are shown all answers.
-        recorder: takes what was said after every step.
-        pace: takes the time.
+        evaluators: are shown all predictions.
+        recorder: takes the outputs of every ACT step.
+        throughput: counts the puzzles and takes the time.
 
     Returns:
         `(metrics, saved)`: `metrics[set][name]` averaged over the examples of all ranks, with `count`, how many they
@@ -131,120 +172,30 @@ def evaluate(
     keep = list(dict.fromkeys(keep))
     was_training = model.training
     model.eval()
-    wanted = [*keep, *(("logits", "q_halt_logits") if examiners else ())]
-    thinking = make_thinking(model, world, wanted, aloud=recorder is not None)
-    sums = Sums(world)
+    run = make_runner(
+        model, world, [*keep, *(("logits", "q_halt_logits") if evaluators else ())], record=recorder is not None
+    )
+    sums = MetricSums(world)
     saved: dict[str, list[Tensor]] = defaultdict(list)
     with model.weights_at_hand():
-        for number, part in enumerate(parts(loader, world)):
-            if pace and (number == 0 or (number == 2 and len(loader) > 4)):  # by then all is compiled and recorded
-                pace.start()
-            metrics, outputs = thinking({name: x.to(world.device, non_blocking=True) for name, x in part.batch.items()})
+        for number, part in enumerate(parts_of(loader, world)):
+            if throughput and (number == 0 or (number == 2 and len(loader) > 4)):  # by then all is compiled
+                throughput.start()
+            metrics, outputs = run({name: x.to(world.device, non_blocking=True) for name, x in part.batch.items()})
             sums.add(part.set_name, metrics)
             for name in keep:
                 saved[name].append({**part.batch, **outputs}[name][: part.real].cpu())
-            if examiners:
-                tokens = outputs["logits"].argmax(-1).int()
-                steps = torch.full_like(tokens[:, 0], model.halt_max_steps)
-                said = Answers(*(field[: part.real].cpu() for field in (tokens, outputs["q_halt_logits"], steps)))
-                for examiner in examiners:
-                    examiner(part.set_name, {name: field[: part.real] for name, field in part.batch.items()}, said)
+            if evaluators:
+                tokens = outputs["logits"].argmax(-1).int()[: part.real].cpu()
+                q_halt = outputs["q_halt_logits"][: part.real].cpu()
+                show_predictions(evaluators, part.set_name, part.puzzles(), tokens, q_halt)
             if recorder:
-                steps_said = Steps(*(outputs[name] for name in Steps._fields))
-                recorder.add(part.batch, steps_said, np.arange(part.first, part.first + part.real))
-            if pace:
-                pace.count(part.real)
+                steps = StepOutputs(*(outputs[name] for name in StepOutputs._fields))
+                recorder.add(part.batch, steps, np.arange(part.first, part.first + part.real))
+            if throughput:
+                throughput.count(part.real)
     model.train(was_training)
     return sums.averages(), {name: torch.cat(pieces) for name, pieces in saved.items()}
-
-
-class Judged(NamedTuple):
-    """How good the answers to N puzzles are."""
-
-    counted: Tensor  # [N] bool: there is a label
-    right: Tensor  # [N], share of the labelled tokens that are right
-    exact: Tensor  # [N] bool: all of them are
-
-
-def judge(labels: Tensor, tokens: Tensor) -> Judged:
-    """Compare answers with labels as `ACTLossHead.forward` does.
-
-    Args:
-        labels: [N, S], IGNORE_LABEL_ID where there is none.
-        tokens: answers [N, S].
-    """
-    labelled = labels != IGNORE_LABEL_ID
-    count = labelled.sum(-1)
-    right = (labelled & (tokens == labels)).sum(-1)
-    return Judged(count > 0, right / count.clamp_min(1), right == count)
-
-
-def score(judged: Judged) -> dict[str, Tensor]:
-    """Sums of `count`, `accuracy` and `exact_accuracy`, as in `ACTLossHead.forward`."""
-    return {
-        "count": judged.counted.sum(),
-        "accuracy": judged.right.sum(),
-        "exact_accuracy": (judged.counted & judged.exact).sum(),
-    }
-
-
-class Sums:
-    """Sums of metrics by set, on the device until they are asked for."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._totals: dict[str, dict[str, Tensor]] = {}
-
-    def add(self, set_name: str, metrics: Mapping[str, Tensor]) -> None:
-        totals = self._totals.setdefault(set_name, {})
-        for name, value in metrics.items():
-            totals[name] = totals.get(name, 0) + value.to(self._world.device, torch.float32)
-
-    def averages(self) -> dict[str, dict[str, float]]:
-        """Over the examples of all ranks, with `count`, how many they were."""
-        return {set_name: _average(totals, self._world) for set_name, totals in self._totals.items()}
-
-
-def _average(totals: dict[str, Tensor], world: World) -> dict[str, float]:
-    names = sorted(totals, key=_natural)
-    stacked = torch.stack([totals[name] for name in names])
-    sum_over_ranks([stacked], world)
-    values = dict(zip(names, stacked.tolist(), strict=True))
-    count = values.pop("count")
-    return {"count": count} | {name: value / max(count, 1) for name, value in values.items()}
-
-
-def _natural(name: str) -> list[str | int]:
-    """A key that sorts of_2 before of_16."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-class Pace:
-    """Puzzles a second of all ranks together."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._puzzles = 0
-        self._started = time.perf_counter()
-
-    def start(self) -> None:
-        """Forget what was before; waits for the device."""
-        self._wait()
-        self._puzzles, self._started = 0, time.perf_counter()
-
-    def count(self, puzzles: int) -> None:
-        self._puzzles += puzzles
-
-    def per_second(self) -> float:
-        """Since `start`; waits for the device."""
-        self._wait()
-        rate = torch.tensor(self._puzzles / (time.perf_counter() - self._started), device=self._world.device)
-        sum_over_ranks([rate], self._world)
-        return float(rate)
-
-    def _wait(self) -> None:
-        if self._world.device.type == "cuda":
-            torch.cuda.synchronize(self._world.device)
 
 
 def save_outputs(outputs: dict[str, Tensor], folder: Path, step: int, world: World) -> Path:

@@ -1,20 +1,25 @@
-"""ARC: tasks of small coloured grids, their augmentations, and grids as the model's tokens.
+"""ARC: tasks of small coloured grids, their augmentations, and grids as the model's tokens; what evaluation asks.
 
 A grid is uint8 `[rows, cols]`, 1 to 30 of each, of colours 0..9. As tokens it stands in a square of 30x30, read row by
 row: colour `c` is `c + 2`, a border of `<eos>` = 1 closes it to the right and below as far as the square reaches, and
 the rest is padding, 0.
 """
 
+from __future__ import annotations
+
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from hrm.data.pack import Pack
 from hrm.errors import UserError, shortened
+from hrm.tasks.base import Booleans, Evaluator, PuzzleSize, Task, View
 from hrm.tasks.dihedral import INVERSE, dihedral
 
 Grid = NDArray[np.uint8]
@@ -38,7 +43,7 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task:
+class ArcTask:
     """Demonstrations and test pairs of one rule; the test pairs of tasks to be `evaluated` may not be trained on."""
 
     name: str
@@ -178,3 +183,38 @@ def decode(tokens: NDArray[np.integer[Any]]) -> list[Grid]:
     rows[cols == 0] = 0
     colors = (square - COLOR_TOKEN).astype(np.uint8)
     return [grid[:height, :width] for grid, height, width in zip(colors, rows.tolist(), cols.tolist(), strict=True)]
+
+
+# The task.
+
+
+class Arc(Task):
+    """ARC's tasks; packs hold augmentations of each, which vote."""
+
+    name = "arc"
+    votes_over_pack = True
+    names_puzzles = True
+
+    def fits(self, size: PuzzleSize) -> bool:
+        return size == (SEQ_LEN, VOCAB_SIZE)
+
+    def view(self, size: PuzzleSize, folder: Path | None = None) -> View:
+        symbols = ("", "", *map(str, range(NUM_COLORS)))
+        return View(symbols, GRID_SIDE, drawing="colors", grid_sizes=grid_sizes)
+
+    def evaluators(self, pack: Pack) -> list[Evaluator]:
+        from hrm.tasks.arc_votes import ArcEvaluator
+
+        return [ArcEvaluator(pack)]
+
+    def shown_identifiers(self, names: Sequence[str]) -> Booleans:
+        """Those that are not augmented."""
+        return np.array([not is_augmented(name) for name in names])
+
+
+def grid_sizes(tokens: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Rows and columns [N, 2] of the grids that tokens [N, 900] show, as `decode` cuts them."""
+    return np.array([grid.shape for grid in decode(tokens)], dtype=np.int64).reshape(-1, 2)
+
+
+TASK = Arc()

@@ -1,8 +1,10 @@
-"""Vocabularies of packs made from your own data: which symbol, a number or a string, a token stands for.
+"""Your own data, and anything else: tokens that mean what the pack says, if it says anything.
 
-`<pack>/vocabulary.json` is the list of symbols in the order of their tokens. Token 0 pads and is null there; in labels
-it is not learned, so an answer's null cells mean nothing.
+`<pack>/vocabulary.json` is the list of symbols, numbers or strings, in the order of their tokens. Token 0 pads and is
+null there; in labels it is not learned, so an answer's null cells mean nothing.
 """
+
+from __future__ import annotations
 
 import json
 import math
@@ -14,8 +16,10 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from hrm.data.pack import read_provenance
 from hrm.errors import UserError, shortened
 from hrm.reading import parse_json, read_text
+from hrm.tasks.base import PuzzleSize, Task, View
 
 Symbol = int | float | str
 
@@ -35,7 +39,7 @@ class Vocabulary:
     symbols: tuple[Symbol, ...]
 
     @classmethod
-    def infer(cls, symbols: Iterable[Symbol]) -> "Vocabulary":
+    def infer(cls, symbols: Iterable[Symbol]) -> Vocabulary:
         """The vocabulary of all different `symbols`: numbers in order, then strings in order."""
         return cls(tuple(sorted(set(symbols), key=lambda symbol: (isinstance(symbol, str), symbol))))
 
@@ -90,3 +94,32 @@ def parse_vocabulary(text: str, where: str) -> Vocabulary:
     if not symbols or len(set(symbols)) < len(symbols):
         raise UserError(f"Vocabulary {where} names {'a symbol twice' if symbols else 'no symbol'}; name each once.")
     return Vocabulary(tuple(symbols))
+
+
+class AnyTokens(Task):
+    """Sequences and grids of which nothing is known but symbols and shape."""
+
+    name = "tokens"
+
+    def fits(self, size: PuzzleSize) -> bool:
+        return True
+
+    def view(self, size: PuzzleSize, folder: Path | None = None) -> View:
+        names = [str(token) for token in range(size.vocab_size)]
+        if folder is None:
+            return View(tuple(names))
+        if (vocabulary := folder / VOCABULARY_FILE).is_file():
+            names = ["", *map(str, read_vocabulary(vocabulary).symbols)]
+        return View(tuple(names), _columns(folder, size.seq_len))
+
+
+def _columns(folder: Path, seq_len: int) -> int | None:
+    """Of the grids in a pack, by the shape (such as 9x9) that its builder put on record; None for lists."""
+    try:
+        rows, columns = map(int, read_provenance(folder)["arguments"]["shape"].split("x"))
+    except (ValueError, KeyError, TypeError, AttributeError):  # lists of symbols, or no record
+        return None
+    return columns if min(rows, columns) > 0 and rows * columns == seq_len else None
+
+
+TASK = AnyTokens()

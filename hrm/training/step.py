@@ -16,12 +16,13 @@ from hrm.data.pack import Pack
 from hrm.distributed.partition import SharedModel
 from hrm.distributed.world import World, broadcast_tensors
 from hrm.errors import UserError
-from hrm.evaluation.tasks import cell_permutations
 from hrm.kernels import tensor_parallel_backends
 from hrm.models import ACTLossHead, build_model
 from hrm.models.hrm import Carry, InnerCarry
 from hrm.optim import AdamATan2, SparseSignSGD, learning_rate, set_lr
 from hrm.optim.build import build_optimizers
+from hrm.tasks import task_of
+from hrm.tasks.base import PuzzleSize
 from hrm.training.average import WeightAverage
 from hrm.training.guard import NonFiniteGuard, halt_nonfinite
 
@@ -79,6 +80,21 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
     optimizers = build_optimizers(config, shared, model, world.device, world.group, graphed=graphed, masks=masks)
     average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
     return TrainState(model, shared, optimizers, total_steps, average=average, guard=guard)
+
+
+def cell_permutations(pack: Pack, seed: int, count: int = 4096) -> Tensor:
+    """Permutations [N, S] of a puzzle's cells under which the rules of the pack's task stay, at most `count`.
+
+    Raises:
+        UserError: the task has none that are known.
+    """
+    task, size = task_of(pack), PuzzleSize.of(pack)
+    if task.num_symmetries(size) == 1:
+        raise UserError(
+            f"augment_act_steps=true needs a task with known symmetries, and {pack.path} holds {task.name}, which has "
+            "none: leave it out."
+        )
+    return torch.from_numpy(task.cell_permutations(size, seed, count))
 
 
 def make_train_step(config: PretrainConfig, world: World, state: TrainState) -> TrainStep:

@@ -7,7 +7,8 @@ import torch
 
 from hrm.checkpoint.weights import PRETRAINED, find_checkpoint, pretrained, read_weights
 from hrm.errors import UserError
-from hrm.tasks.sudoku import BoxShape, parse_grid, solve
+from hrm.tasks.sudoku import BoxShape, parse_grid
+from hrm.tasks.sudoku_solver import solve
 from tests.helpers.entry_points import CPU, run_script
 
 # Random puzzles of the kind that newspapers print, and one that is printed as the hardest of all.

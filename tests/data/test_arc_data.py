@@ -19,7 +19,7 @@ from hrm.data.builders import arc as builder
 from hrm.data.pack import open_pack
 from hrm.errors import UserError
 from hrm.tasks import arc
-from hrm.tasks.arc import Augmentation, Grid, Pair, Task
+from hrm.tasks.arc import ArcTask, Augmentation, Grid, Pair
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTS = list[list[int]]
@@ -153,16 +153,16 @@ def test_decode_finds_the_largest_rectangle(rng: np.random.Generator, density: f
 # Augmentations of a task.
 
 
-def keys_of(task: Task, number: int, colors: tuple[int, ...]) -> tuple[Any, ...]:
+def keys_of(task: ArcTask, number: int, colors: tuple[int, ...]) -> tuple[Any, ...]:
     """What is equal for two images of a task if they have the same pairs, in any order."""
     pairs = [[image_of(grid.tolist(), number, colors) for grid in pair] for pair in (*task.train, *task.test)]
     return tuple(sorted(map(repr, pairs)))
 
 
-def task_of(*pairs: tuple[LISTS, LISTS], evaluated: bool = False) -> Task:
+def task_of(*pairs: tuple[LISTS, LISTS], evaluated: bool = False) -> ArcTask:
     """A task whose last pair is for testing."""
     parsed = [Pair(arc.parse_grid(first), arc.parse_grid(second)) for first, second in pairs]
-    return Task("task", parsed[:-1], parsed[-1:], evaluated)
+    return ArcTask("task", parsed[:-1], parsed[-1:], evaluated)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def task_of(*pairs: tuple[LISTS, LISTS], evaluated: bool = False) -> Task:
         (task_of(([[1, 2]], [[0]]), ([[0]], [[0]])), 144),
     ],
 )
-def test_all_images_of_a_small_task_are_found_once(task: Task, images: int) -> None:
+def test_all_images_of_a_small_task_are_found_once(task: ArcTask, images: int) -> None:
     distinct = {
         keys_of(task, number, (0, *colors)) for number in range(8) for colors in itertools.permutations(range(1, 10), 2)
     }
@@ -191,7 +191,7 @@ def test_all_images_of_a_small_task_are_found_once(task: Task, images: int) -> N
 @given(rngs)
 def test_choice_of_augmentations(rng: np.random.Generator) -> None:
     grids = [random_grid(rng, *rng.integers(1, 4, size=2), colors=4) for _ in range(6)]
-    task = Task("task", [Pair(*grids[:2]), Pair(*grids[2:4])], [Pair(*grids[4:])], True)
+    task = ArcTask("task", [Pair(*grids[:2]), Pair(*grids[2:4])], [Pair(*grids[4:])], True)
     chosen = builder.choose_augmentations(task, 12, rng)
     assert 1 <= len(chosen) <= 13
     images = list(zip(chosen.dihedrals.tolist(), map(tuple, chosen.colors.tolist()), strict=True))
@@ -382,7 +382,7 @@ def test_defaults_without_and_with_concept_arc(
     raw = write_folders(tmp_path / "raw")
     asked = []
 
-    def packaged(version: str) -> tuple[str, list[Task]]:
+    def packaged(version: str) -> tuple[str, list[ArcTask]]:
         asked.append(version)
         return "1.2.3", builder.read_tasks(raw)
 

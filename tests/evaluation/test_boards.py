@@ -2,13 +2,16 @@
 
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hrm.evaluation.boards import LEGEND, Board, Cell, draw_boards, render_text
-from hrm.tasks.sudoku import Grids
+from hrm.evaluation.report.boards import LEGEND, Board, Cell, draw_boards, render_text, verdict_of
+from hrm.tasks import all_tasks
+from hrm.tasks.base import PuzzleSize, View
+from hrm.tasks.sudoku import Grids, encode_tokens
 
 PUZZLE_4 = "1... .... .... ...1"
 SOLUTION_4 = "1234 3412 2143 4321"
@@ -28,13 +31,22 @@ def grid(text: str) -> Grids:
 
 
 def board(puzzle: str, answer: str, solution: str | None, title: str = "") -> Board:
-    return Board(grid(puzzle), grid(answer), None if solution is None else grid(solution), title)
+    """As evaluate.py makes one of Sudoku, by the solution or by the rules."""
+    task, (inputs, tokens) = all_tasks()["sudoku"], (encode_tokens(grid(text)) for text in (puzzle, answer))
+    size = PuzzleSize(len(inputs), round(len(inputs) ** 0.5) + 2)
+    rules = task.rules(size)
+    assert rules is not None
+    assert rules.broken_at is not None
+    if solution is not None:
+        return Board(task.view(size), inputs, tokens, encode_tokens(grid(solution)), title=title)
+    (broken,) = rules.broken_at(inputs[None], tokens[None])
+    return Board(task.view(size), inputs, tokens, broken=broken, title=title)
 
 
 def kinds(shown: Board) -> str:
     """The cells' kinds, by rows: given, right, wrong."""
     letters = "".join({Cell.GIVEN: "g", Cell.RIGHT: "r", Cell.WRONG: "w"}[Cell(kind)] for kind in shown.cells())
-    side = shown.shape.side
+    side = shown.columns
     return " ".join(letters[start : start + side] for start in range(0, len(letters), side))
 
 
@@ -100,7 +112,7 @@ def test_cells_without_a_solution(answer: str, expected: str) -> None:
 def test_conflicts_follow_the_boxes(puzzle: str, solution: str, cell: int, digit: int, wrong: set[int]) -> None:
     answer = grid(solution)
     answer[cell] = digit
-    found = Board(grid(puzzle), answer, None).cells() == Cell.WRONG
+    found = board(puzzle, "".join(map(str, answer)), None).cells() == Cell.WRONG
     assert set(np.flatnonzero(found).tolist()) == wrong
 
 
@@ -169,7 +181,7 @@ def test_colour_changes_nothing_else(size: str) -> None:
     assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == text
     # Every cell is coloured for itself and reset at once, each kind in a way of its own.
     cells = re.findall(r"\x1b\[([\d;]+)m([ ·\[][\d.][ ·\]])\x1b\[0m", coloured)
-    assert len(cells) == shown.shape.cells
+    assert len(cells) == len(shown.inputs)
     codes = {mark: {code for code, cell in cells if cell[0] == mark} for mark in " ·["}
     assert all(len(of_kind) == 1 for of_kind in codes.values())
     assert len(set.union(*codes.values())) == 3
@@ -188,6 +200,19 @@ def test_legend_shows_the_marks_in_use() -> None:
         assert re.search(re.escape(mark).replace(r"\{\}", r"\d"), shown)
 
 
+def test_grids_of_other_symbols() -> None:
+    """Words as wide as the widest, and cells that may stay blank without marks."""
+    view = View(("", "_", "a", "bcd"), columns=2, blank=1)
+    shown = Board(view, np.array([2, 1, 1, 1]), np.array([2, 3, 1, 2]), np.array([2, 3, 1, 3]))
+    assert render_text(shown, color=False).splitlines() == [
+        "┌──────────┐",
+        "│  a  ·bcd·│",
+        "│  _  [ a ]│",
+        "└──────────┘",
+    ]
+    assert verdict_of(shown, None) == "1 of 4 cells are wrong."
+
+
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +229,8 @@ def png_size(file: Path) -> tuple[int, int]:
 def test_picture(size: str, tmp_path: Path) -> None:
     plt = pytest.importorskip("matplotlib.pyplot")
     shown, _ = BOARDS[size]
-    solved = Board(shown.puzzle, grid({"4x4": SOLUTION_4, "6x6": SOLUTION_6, "9x9": SOLUTION_9}[size]), shown.solution)
+    assert shown.solution is not None
+    solved = replace(shown, answer=shown.solution)
     open_before = plt.get_fignums()
     draw_boards([shown], tmp_path / "wrong.png")
     draw_boards([solved], tmp_path / "right.png")

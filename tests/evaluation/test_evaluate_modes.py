@@ -71,7 +71,7 @@ def test_ensemble(trained: Path) -> None:
     run, (inputs, labels) = trained / "run", raw_split(trained / "pack")
     single, _ = evaluated(f"checkpoint={run}")
     metrics, out = evaluated(f"checkpoint={run}", f"ensemble.checkpoints=[{run}]", "ensemble.augmentations=3")
-    assert "vote of 6 answers, checkpoints: 2, images of each puzzle: 3" in out
+    assert "vote of 6 answers, checkpoints: 2, augmentations of each puzzle: 3" in out
     assert metrics["count"] == TRAINED_EXAMPLES
     for name in ("accuracy", "exact_accuracy"):
         assert metrics[f"{name}/of_1"] == metrics[f"{name}/of_2"] == single[name]
@@ -91,7 +91,7 @@ def test_rules_decide_before_votes_do(trained: Path) -> None:
     run, (inputs, labels) = trained / "run", raw_split(trained / "pack")
     plain, _ = evaluated(f"checkpoint={run}", "ensemble.augmentations=6")
     checked, out = evaluated(f"checkpoint={run}", "ensemble.augmentations=6", "ensemble.check=true")
-    assert "images of each puzzle: 6, rules checked" in out
+    assert "augmentations of each puzzle: 6, rules checked" in out
     assert checked["exact_accuracy/of_1"] == plain["exact_accuracy/of_1"]
     # Each puzzle has one solution only, so a single right answer among the six is enough.
     model = load_model(run)
@@ -196,10 +196,10 @@ def test_a_list_of_ratings_cut_short(described: tuple[Path, Path, dict[str, list
         ),
         (["act_max_steps=0"], "act_max_steps=0 is too small: give at least 1."),
         (["ensemble.augmentations=0"], "ensemble.augmentations=0 is too small: give at least 1."),
-        (["ensemble.augmentations=2", "act=halt"], "ensemble.* does not go with act=: leave one of them out."),
+        (["ensemble.augmentations=2", "act=halt"], "ensemble.* cannot be used with act=: leave one of them out."),
         (["ensemble.checkpoints=[nowhere/x]"], "nowhere/x"),
-        (["puzzle=1...............", "show=1"], "puzzle= does not go with show=: leave one of them out."),
-        (["puzzle=1...............", "act=both"], "puzzle= does not go with act=: leave one of them out."),
+        (["puzzle=1...............", "show=1"], "puzzle= cannot be used with show=: leave one of them out."),
+        (["puzzle=1...............", "act=both"], "puzzle= cannot be used with act=: leave one of them out."),
     ],
 )
 def test_impossible_modes(options: list[str], said: str, trained: Path) -> None:
@@ -211,11 +211,14 @@ def test_impossible_modes(options: list[str], said: str, trained: Path) -> None:
 
 def test_rules_need_a_task_that_has_some(trained: Path, tmp_path: Path) -> None:
     pack = shutil.copytree(trained / "pack", tmp_path / "pack")
-    (pack / "vocabulary.json").write_text('["a", "b", "c", "d", "e"]')  # so its tokens mean what their owner says
+    (pack / "provenance.json").write_text('{"task": "tokens"}')
     options = [f"checkpoint={trained / 'run'}", f"data_path={pack}", "ensemble.check=true"]
     outcome = run_script("evaluate.py", *CPU, *options)
     assert outcome.status == 2
-    assert f"error: ensemble.check=true needs a Sudoku or a maze pack, for {pack} holds neither." in outcome.err
+    assert (
+        f"error: ensemble.check=true needs a task with known rules, and {pack} holds tokens, which has none"
+        in outcome.err
+    )
 
 
 def test_report(trained: Path, tmp_path: Path) -> None:

@@ -20,37 +20,38 @@ from PIL import Image, ImageSequence
 import hrm
 from hrm.batch import IGNORE_LABEL_ID, Batch
 from hrm.data.builders import custom as build_custom_dataset
+from hrm.data.columns import read_column
 from hrm.data.pack import PackMetadata, PackSet, open_pack, write_identifiers, write_split
+from hrm.distributed.world import World
 from hrm.errors import UserError
-from hrm.evaluation.arc import ArcScorer
-from hrm.evaluation.gif import write_gif, write_gifs
-from hrm.evaluation.report import (
-    Rating,
-    View,
-    arc_demonstrations,
-    arc_tasks,
-    by_source,
-    originals,
-    stored,
-    write_report,
-)
-from hrm.evaluation.runner import think
-from hrm.evaluation.trajectory import Recorder, Recording, Steps, check_vocabulary, kinds, record, score
+from hrm.evaluation.breakdown import Rating, by_source
+from hrm.evaluation.report.gif import write_gif, write_gifs
+from hrm.evaluation.report.page import write_report
+from hrm.evaluation.report.recorder import Recorder, Recording, check_vocabulary, kinds, score
+from hrm.evaluation.report.writer import ReportWriter
+from hrm.evaluation.runner import StepOutputs, record_act_steps, run_act_steps
 from hrm.models import ACTLossHead
-from hrm.tasks.arc import Augmentation, Pair, Task
+from hrm.tasks import all_tasks, task_of
+from hrm.tasks.arc import TASK, ArcTask, Augmentation, Pair
+from hrm.tasks.arc_votes import ArcEvaluator, demonstrations
+from hrm.tasks.base import PuzzleSize, View
 from hrm.tasks.maze import FREE, PATH
 from hrm.tasks.sudoku import BoxShape
 from tests.helpers.entry_points import make_pack
 from tests.helpers.recordings import (
     ARC_NAMES,
     ARC_PAIRS,
+    ARC_VIEW,
     TOOLS,
     Tokens,
     arc,
     as_batch,
     corner,
     maze,
+    maze_view,
     sudoku,
+    sudoku_view,
+    tokens_view,
     tool_names,
 )
 
@@ -67,7 +68,7 @@ def model(tiny_arch: dict[str, Any]) -> ACTLossHead:
 
 def test_record_is_what_the_model_says_after_each_step(model: ACTLossHead, random_batch: Callable[..., Batch]) -> None:
     batch = random_batch()
-    metrics, outputs, steps = record(model, batch, ["logits"])
+    metrics, outputs, steps = record_act_steps(model, batch, ["logits"])
     carry, said = model.initial_carry(batch), []
     for _ in range(4):
         carry, _, _, now, _ = model(
@@ -80,7 +81,7 @@ def test_record_is_what_the_model_says_after_each_step(model: ACTLossHead, rando
         assert torch.equal(steps.q_halt[step], now["q_halt_logits"])
         assert torch.equal(steps.q_continue[step], now["q_continue_logits"])
     assert len({tuple(q.tolist()) for q in steps.q_halt}) == 4  # the steps differ, so their order was tested
-    expected_metrics, expected_outputs = think(model, batch, ["logits"])
+    expected_metrics, expected_outputs = run_act_steps(model, batch, ["logits"])
     assert metrics == expected_metrics
     assert outputs.keys() == {"logits"}
     assert torch.equal(outputs["logits"], expected_outputs["logits"])
@@ -92,7 +93,7 @@ def test_a_vocabulary_must_fit_a_byte() -> None:
         check_vocabulary(256)
 
 
-def random_steps(count: int, num_steps: int = 5, length: int = 3, seed: int = 0) -> tuple[Batch, Steps]:
+def random_steps(count: int, num_steps: int = 5, length: int = 3, seed: int = 0) -> tuple[Batch, StepOutputs]:
     """Answers of which many are right, many change late, and some never halt; one label in four is missing."""
     rng = np.random.default_rng(seed)
     labels = np.where(rng.random((count, length)) < 0.25, IGNORE_LABEL_ID, rng.integers(2, size=(count, length)))
@@ -101,7 +102,7 @@ def random_steps(count: int, num_steps: int = 5, length: int = 3, seed: int = 0)
         np.uint8
     )
     q = [rng.normal(-0.8, 1, (num_steps, count)).astype(np.float32) for _ in range(2)]
-    return as_batch(rng.integers(2, size=(count, length)), labels), Steps(*map(torch.from_numpy, (answers, *q)))
+    return as_batch(rng.integers(2, size=(count, length)), labels), StepOutputs(*map(torch.from_numpy, (answers, *q)))
 
 
 def test_scores_by_their_definition() -> None:
@@ -124,8 +125,8 @@ def test_scores_by_their_definition() -> None:
     assert set(scores.halting_step()) == {1, 2, 3, 4, 5, 6}
 
 
-def rows_of(batch: Batch, steps: Steps, rows: slice) -> tuple[Batch, Steps]:
-    return {name: field[rows] for name, field in batch.items()}, Steps(*(part[:, rows] for part in steps))
+def rows_of(batch: Batch, steps: StepOutputs, rows: slice) -> tuple[Batch, StepOutputs]:
+    return {name: field[rows] for name, field in batch.items()}, StepOutputs(*(part[:, rows] for part in steps))
 
 
 def same(one: Recording, other: Recording) -> bool:
@@ -190,7 +191,7 @@ def test_without_labels_there_is_nothing_to_report(tmp_path: Path) -> None:
     recorder = Recorder(4)
     recorder.add(batch, steps, np.arange(4))
     with pytest.raises(UserError, match="label"):
-        write_report(tmp_path, recorder.recording(), View.tokens(2), title="T")
+        write_report(tmp_path, recorder.recording(), tokens_view(2), title="T")
 
 
 def test_ranks_without_anything_to_show_do_no_harm() -> None:
@@ -223,7 +224,9 @@ def unpacked(content: dict[str, Any]) -> Tokens:
 
 def test_the_trajectories_are_in_the_file(tmp_path: Path) -> None:
     result = arc(ARC_PAIRS)
-    content = embedded(write_report(tmp_path, result, View.arc(), title="ARC", names=ARC_NAMES))
+    content = embedded(
+        write_report(tmp_path, result, ARC_VIEW, title="ARC", details=[{"name": name} for name in ARC_NAMES])
+    )
     rows = unpacked(content)
     shown = result.shown
     assert np.array_equal(rows[:, 0], shown.inputs)
@@ -242,17 +245,17 @@ def test_the_file_stays_small(tmp_path: Path) -> None:
     answers = rng.integers(12, size=(16, 24, 900)).astype(np.uint8)  # the worst: nothing to compress but the alphabet
     q = torch.zeros(16, 24)
     recorder = Recorder(24)
-    recorder.add(as_batch(inputs, labels), Steps(torch.from_numpy(answers), q, q), np.arange(24))
-    file = write_report(tmp_path, recorder.recording(), View.tokens(12, columns=30), title="Noise")
+    recorder.add(as_batch(inputs, labels), StepOutputs(torch.from_numpy(answers), q, q), np.arange(24))
+    file = write_report(tmp_path, recorder.recording(), tokens_view(12, columns=30), title="Noise")
     assert len(embedded(file)["puzzles"]) == 24
     assert file.stat().st_size < 1_000_000
-    file = write_report(tmp_path, maze(30, count=24, num_steps=16, per_kind=24), View.maze(30), title="Mazes")
+    file = write_report(tmp_path, maze(30, count=24, num_steps=16, per_kind=24), maze_view(30), title="Mazes")
     assert len(embedded(file)["puzzles"]) == 24
     assert file.stat().st_size < 150_000
 
 
 def test_the_file_needs_nothing_else(tmp_path: Path) -> None:
-    file = write_report(tmp_path, sudoku(BoxShape(2, 2)), View.sudoku(BoxShape(2, 2)), title="Sudoku")
+    file = write_report(tmp_path, sudoku(BoxShape(2, 2)), sudoku_view(BoxShape(2, 2)), title="Sudoku")
     assert file == tmp_path / "report.html"
     text = file.read_text()
     assert not re.search(r"https?://|\bsrc=|\bhref=|url\(|@import|\bfetch\(|{{", text)
@@ -260,7 +263,7 @@ def test_the_file_needs_nothing_else(tmp_path: Path) -> None:
 
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     title = "</script><script>alert(1)</script> {{data}}"
-    text = write_report(tmp_path, sudoku(BoxShape(2, 2)), View.sudoku(BoxShape(2, 2)), title=title).read_text()
+    text = write_report(tmp_path, sudoku(BoxShape(2, 2)), sudoku_view(BoxShape(2, 2)), title=title).read_text()
     assert text.count("</script>") == 2
     assert embedded(tmp_path / "report.html")["title"] == title
 
@@ -272,7 +275,7 @@ def test_totals_by_their_definition(tmp_path: Path) -> None:
     result = recorder.recording()
     scores = result.scores
     rating, sources = Rating("rating", np.arange(300) % 40), np.array(["few", "many", "many"])[np.arange(300) % 3]
-    report = write_report(tmp_path, result, View.tokens(2), title="T", rating=rating, sources=sources)
+    report = write_report(tmp_path, result, tokens_view(2), title="T", rating=rating, sources=sources)
     totals = embedded(report)["totals"]
     count = len(scores.index)
     assert totals["count"] == count
@@ -318,7 +321,7 @@ def test_the_smallest_of_many_sources_share_a_bar() -> None:
 def test_few_ratings_get_a_bar_each(tmp_path: Path) -> None:
     result = sudoku(BoxShape(2, 2), count=30)
     rating = Rating("rating", np.array([1.5, 2, 7])[np.arange(30) % 3])
-    totals = embedded(write_report(tmp_path, result, View.sudoku(BoxShape(2, 2)), title="T", rating=rating))["totals"]
+    totals = embedded(write_report(tmp_path, result, sudoku_view(BoxShape(2, 2)), title="T", rating=rating))["totals"]
     assert [(bar["label"], bar["count"]) for bar in totals["byRating"]["bars"]] == [("1.5", 10), ("2", 10), ("7", 10)]
 
 
@@ -326,7 +329,7 @@ def test_a_diverged_model_can_be_looked_at(tmp_path: Path) -> None:
     result = sudoku(BoxShape(2, 2))
     broken = replace(result.shown.scores, q_halt=np.full_like(result.shown.scores.q_halt, np.nan))
     shown = replace(result.shown, scores=broken)
-    file = write_report(tmp_path, replace(result, shown=shown), View.sudoku(BoxShape(2, 2)), title="NaN")
+    file = write_report(tmp_path, replace(result, shown=shown), sudoku_view(BoxShape(2, 2)), title="NaN")
     assert embedded(file)["puzzles"][0]["qHalt"] == [0.0] * 8
 
 
@@ -338,24 +341,24 @@ def test_another_shortest_path_is_told_from_a_wrong_one(tmp_path: Path) -> None:
     for answer, shortest in ((over, True), (under, True), (lost, False)):
         recorder = Recorder(1)
         q = torch.zeros(1, 1)
-        recorder.add(as_batch(open_field, over), Steps(torch.from_numpy(answer[None]), q, q), np.arange(1))
-        file = write_report(tmp_path, recorder.recording(), View.maze(3), title="Maze")
-        assert embedded(file)["puzzles"][0]["shortest"] is shortest
+        recorder.add(as_batch(open_field, over), StepOutputs(torch.from_numpy(answer[None]), q, q), np.arange(1))
+        rules = all_tasks()["maze"].rules(PuzzleSize(9, 6))
+        file = write_report(tmp_path, recorder.recording(), maze_view(3), title="Maze", rules=rules)
+        assert embedded(file)["puzzles"][0].get("keepsRules") == ("a shortest path" if shortest else None)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"report=.*file"):
-        write_report(tmp_path / "file", sudoku(BoxShape(2, 2)), View.sudoku(BoxShape(2, 2)), title="T")
+        write_report(tmp_path / "file", sudoku(BoxShape(2, 2)), sudoku_view(BoxShape(2, 2)), title="T")
 
 
 # --- packs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("box", BoxShape.supported(), ids=str)
-def test_sudoku_is_told_by_its_sizes(tmp_path: Path, box: BoxShape) -> None:
-    make_pack(tmp_path, box=str(box))
-    assert View.of_pack(open_pack(tmp_path, "test")) == View.sudoku(box)
+def view_of(folder: Path) -> View:
+    pack = open_pack(folder, "test")
+    return task_of(pack).view(PuzzleSize.of(pack), pack.path)
 
 
 @pytest.mark.parametrize(("grid", "columns"), [([1, 2, 3, 4] * 4, None), ([[1, 2, 3, 4]] * 4, 4), ([[4, "a"]], 2)])
@@ -366,9 +369,9 @@ def test_your_own_data_is_shown_in_its_shape_and_symbols(tmp_path: Path, grid: l
     argv += ["--vocab", '[1, 2, 3, 4, "a"]']  # as many tokens and cells as a 4x4 Sudoku, in two of the cases
     assert build_custom_dataset.main(argv) == 0
     names = ["", "1", "2", "3", "4", "a"]
-    assert View.of_pack(open_pack(tmp_path / "pack", "test")) == View.tokens(6, names, columns)
+    assert view_of(tmp_path / "pack") == tokens_view(names, columns)
     (tmp_path / "pack" / "provenance.json").unlink()
-    assert View.of_pack(open_pack(tmp_path / "pack", "test")) == View.tokens(6, names)
+    assert view_of(tmp_path / "pack") == tokens_view(names)
 
 
 def write_pack(folder: Path, inputs: NDArray[Any], labels: NDArray[Any], vocab_size: int, names: list[str]) -> None:
@@ -381,35 +384,29 @@ def write_pack(folder: Path, inputs: NDArray[Any], labels: NDArray[Any], vocab_s
     write_identifiers(folder, names)
 
 
-def test_mazes_and_arc_are_told_by_their_sizes(tmp_path: Path) -> None:
+def test_ratings_of_mazes_are_path_lengths(tmp_path: Path) -> None:
     shown = maze(7).shown
     write_pack(tmp_path / "maze", shown.inputs, shown.labels, 6, [str(n) for n in range(len(shown.inputs))])
-    pack = open_pack(tmp_path / "maze", "test")
-    view = View.of_pack(pack)
-    assert view == View.maze(7)
-    rating = Rating.of_pack(pack, view)
+    rating = Rating.of_pack(open_pack(tmp_path / "maze", "test"))
     assert rating is not None
     assert rating.values.tolist() == [int((row == PATH).sum()) + 1 for row in shown.labels]
 
     arc_inputs = np.concatenate([corner(pair.input) for pair in ARC_PAIRS])
     write_pack(tmp_path / "arc", arc_inputs, arc_inputs, 12, ARC_NAMES)
-    pack = open_pack(tmp_path / "arc", "test")
-    assert View.of_pack(pack) == View.arc()
-    assert Rating.of_pack(pack, View.arc()) is None
+    assert Rating.of_pack(open_pack(tmp_path / "arc", "test")) is None
 
 
 def test_ratings_come_with_the_pack_or_from_the_puzzles(tmp_path: Path) -> None:
     make_pack(tmp_path, test_size=5, givens=7)
     pack = open_pack(tmp_path, "test")
-    view = View.of_pack(pack)
-    assert Rating.of_pack(pack, view) is None  # all have as many blanks
+    assert Rating.of_pack(pack) is None  # all have as many blanks
     np.save(tmp_path / "test" / "all__ratings.npy", np.array([3, 1, 4, 1, 5]))
-    rating = Rating.of_pack(pack, view)
+    rating = Rating.of_pack(pack)
     assert rating is not None
     assert rating.values.tolist() == [3, 1, 4, 1, 5]
     np.save(tmp_path / "test" / "all__ratings.npy", np.array([3, 1, 4]))
     with pytest.raises(UserError, match=r"all__ratings.npy has shape \(3,\).* 5 examples"):
-        Rating.of_pack(pack, view)
+        Rating.of_pack(pack)
 
 
 @pytest.mark.parametrize(
@@ -425,14 +422,14 @@ def test_ratings_come_with_the_pack_or_from_the_puzzles(tmp_path: Path) -> None:
 def test_sources_that_do_not_fit(sources: NDArray[Any], said: str, tmp_path: Path) -> None:
     make_pack(tmp_path, test_size=5, givens=7)
     pack = open_pack(tmp_path, "test")
-    assert stored(pack, "sources") is None
+    assert read_column(pack, "sources") is None
     np.save(tmp_path / "test" / "all__sources.npy", np.array(list("abbab")))
-    kept = stored(pack, "sources")
+    kept = read_column(pack, "sources")
     assert kept is not None
     assert kept.tolist() == list("abbab")
     np.save(tmp_path / "test" / "all__sources.npy", sources)
     with pytest.raises(UserError, match=f"all__sources.npy {said}") as told:
-        stored(pack, "sources")
+        read_column(pack, "sources")
     assert "\n" not in str(told.value)
 
 
@@ -450,7 +447,7 @@ def test_ratings_that_are_no_numbers(ratings: NDArray[Any], said: str, tmp_path:
     make_pack(tmp_path, test_size=5, givens=7)
     np.save(tmp_path / "test" / "all__ratings.npy", ratings)
     with pytest.raises(UserError, match=f"all__ratings.npy .*{said}.*build the pack again"):
-        stored(open_pack(tmp_path, "test"), "ratings")
+        read_column(open_pack(tmp_path, "test"), "ratings")
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", '{"gravity": {"train": []}}', '{"gravity": '])
@@ -458,7 +455,7 @@ def test_demonstrations_that_cannot_be_read(content: str, tmp_path: Path) -> Non
     make_pack(tmp_path, test_size=5, givens=7)
     (tmp_path / "test_puzzles.json").write_text(content)
     with pytest.raises(UserError, match=r"test_puzzles.json cannot be read .*: build the pack again"):
-        arc_demonstrations(open_pack(tmp_path, "test"))
+        demonstrations(open_pack(tmp_path, "test"))
 
 
 def test_arc_examples_get_their_tasks_votes_and_demonstrations(tmp_path: Path) -> None:
@@ -468,29 +465,31 @@ def test_arc_examples_get_their_tasks_votes_and_demonstrations(tmp_path: Path) -
     pairs = [gravity, Pair(*map(turned.apply, gravity)), diagonal]
     inputs, labels = (np.concatenate([corner(grid) for grid in grids]) for grids in zip(*pairs, strict=True))
     write_pack(tmp_path, inputs, labels, 12, names)
-    assert originals(names).tolist() == [True, True, False, True]
+    assert TASK.shown_identifiers(names).tolist() == [True, True, False, True]
 
+    gravity_task = ArcTask("gravity", [diagonal], [gravity], evaluated=True).to_json()
+    (tmp_path / "test_puzzles.json").write_text(json.dumps({"gravity": gravity_task}))
     pack = open_pack(tmp_path, "test")
-    scorer = ArcScorer(pack)
+    evaluator = ArcEvaluator(pack)
+    writer = ReportWriter(pack, [evaluator])
     batch = as_batch(inputs, np.where(labels == 0, IGNORE_LABEL_ID, labels.astype(np.int32)))
     batch["puzzle_identifiers"] += 1
     answers = labels.copy()
     answers[2, 0] = 9  # a wrong colour
     q = torch.full((1, 3), 2.0)
-    scorer.add(batch["puzzle_identifiers"].numpy(), inputs, answers, q[0].numpy())
-    recorder = Recorder(4, originals(names))
-    recorder.add(batch, Steps(torch.from_numpy(answers[None]), q, -q), np.arange(3))
-    result = recorder.recording()
-    assert result.shown.puzzle_identifiers.tolist() == [1, 3]
-    gravity_task = Task("gravity", [diagonal], [gravity], evaluated=True).to_json()
-    (tmp_path / "test_puzzles.json").write_text(json.dumps({"gravity": gravity_task}))
-    tasks = arc_tasks(result.shown, names, scorer, arc_demonstrations(pack))
-    assert [[task.votes for task in tasks[index].ranking] for index in (0, 2)] == [[2], [1]]
-    assert [len(tasks[index].demonstrations) for index in (0, 2)] == [1, 0]
+    evaluator.add("all", {name: field.numpy() for name, field in batch.items()}, answers, q[0].numpy())
+    evaluator.summary([evaluator.state()], tmp_path)
+    writer.recorder.add(batch, StepOutputs(torch.from_numpy(answers[None]), q, -q), np.arange(3))
+    assert writer.recorder.recording().shown.puzzle_identifiers.tolist() == [1, 3]
+    report = writer.write(tmp_path, tmp_path / "step_1", World(0, 1, torch.device("cpu")))
+    assert report is not None
+    content = embedded(report)
+    assert [puzzle["name"] for puzzle in content["puzzles"]] == ["gravity", "diagonal"]
+    assert [[vote["votes"] for vote in puzzle["votes"]] for puzzle in content["puzzles"]] == [[2], [1]]
+    assert [len(puzzle["demonstrations"]) for puzzle in content["puzzles"]] == [1, 0]
     (tmp_path / "test_puzzles.json").unlink()
-    assert arc_demonstrations(pack) == {}
+    assert demonstrations(pack) == {}
 
-    content = embedded(write_report(tmp_path, result, View.arc(), title="ARC", names=names, tasks=tasks))
     first, second = content["puzzles"]
     assert first["allVotes"] == 2
     assert first["votes"] == [{"grid": ["012", "345"], "votes": 2, "q": pytest.approx(0.8808, abs=1e-4)}]
@@ -513,7 +512,7 @@ def near(color: tuple[int, ...], wanted: str) -> bool:
 
 
 def test_a_gif_has_a_frame_for_each_step(tmp_path: Path) -> None:
-    result, view = sudoku(BoxShape(3, 3)), View.sudoku(BoxShape(3, 3))
+    result, view = sudoku(BoxShape(3, 3)), sudoku_view(BoxShape(3, 3))
     write_gif(tmp_path / "a.gif", result.shown, 0, view, seconds=0.5)
     with Image.open(tmp_path / "a.gif") as image:
         durations = [frame.info["duration"] for frame in ImageSequence.Iterator(image)]
@@ -525,7 +524,7 @@ def test_a_gif_has_a_frame_for_each_step(tmp_path: Path) -> None:
 def test_a_gif_shows_the_answer_of_each_step(tmp_path: Path) -> None:
     pair = ARC_PAIRS[0]  # the answer has 2x3 cells of 128 pixels, 16 from the top left
     result = arc([pair])
-    write_gif(tmp_path / "a.gif", result.shown, 0, View.arc())
+    write_gif(tmp_path / "a.gif", result.shown, 0, ARC_VIEW)
     colors = [
         "#000000",
         "#0074D9",
@@ -552,7 +551,7 @@ def test_a_gif_of_a_maze_follows_the_path(tmp_path: Path) -> None:
     shown = result.shown
     row = int(result.shown.scores.exact[-1].argmax())
     assert shown.scores.exact[-1, row]
-    write_gif(tmp_path / "a.gif", shown, row, View.maze(8))
+    write_gif(tmp_path / "a.gif", shown, row, maze_view(8))
     last = frames(tmp_path / "a.gif")[-1]
     for place, token in np.ndenumerate(shown.labels[row].reshape(8, 8)):
         middle = (16 + 48 * place[1] + 24, 16 + 48 * place[0] + 24)
@@ -567,16 +566,16 @@ def test_a_gif_of_a_maze_follows_the_path(tmp_path: Path) -> None:
 
 def test_there_is_a_gif_of_each_kind(tmp_path: Path) -> None:
     result = sudoku(BoxShape(2, 2))
-    written = write_gifs(tmp_path, result.shown, View.sudoku(BoxShape(2, 2)))
+    written = write_gifs(tmp_path, result.shown, sudoku_view(BoxShape(2, 2)))
     chosen = {kind: columns[0] for kind, columns in kinds(result.shown.scores, 1).items()}
     assert [file.name for file in written] == [f"{kind}.gif" for kind in chosen]
     for kind, row in chosen.items():
-        write_gif(tmp_path / "again.gif", result.shown, row, View.sudoku(BoxShape(2, 2)))
+        write_gif(tmp_path / "again.gif", result.shown, row, sudoku_view(BoxShape(2, 2)))
         assert (tmp_path / "again.gif").read_bytes() == (tmp_path / f"{kind}.gif").read_bytes()
 
 
 def test_gifs_of_anything_else(tmp_path: Path) -> None:
-    write_gif(tmp_path / "a.gif", tool_names().shown, 0, View.tokens(len(TOOLS), TOOLS))
+    write_gif(tmp_path / "a.gif", tool_names().shown, 0, tokens_view(TOOLS))
     assert len(frames(tmp_path / "a.gif")) == 4
 
 
@@ -585,4 +584,4 @@ def test_without_pillow_the_extra_is_named(tmp_path: Path) -> None:
         mock.patch.dict(sys.modules, {"PIL": None, "PIL.Image": None}),
         pytest.raises(UserError, match=r"hrm\[report\]"),
     ):
-        write_gif(tmp_path / "a.gif", tool_names().shown, 0, View.tokens(len(TOOLS), TOOLS))
+        write_gif(tmp_path / "a.gif", tool_names().shown, 0, tokens_view(TOOLS))

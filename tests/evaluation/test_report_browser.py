@@ -16,11 +16,23 @@ import numpy as np
 import pytest
 
 from hrm.batch import IGNORE_LABEL_ID
-from hrm.evaluation.arc import Answer
-from hrm.evaluation.report import ArcTask, Rating, View, write_report
-from hrm.evaluation.trajectory import Recording, kinds
+from hrm.evaluation.breakdown import Rating
+from hrm.evaluation.report.page import write_report
+from hrm.evaluation.report.recorder import Recording, kinds
 from hrm.tasks.sudoku import BoxShape
-from tests.helpers.recordings import ARC_NAMES, ARC_PAIRS, TOOLS, arc, maze, sudoku, tool_names
+from tests.helpers.recordings import (
+    ARC_NAMES,
+    ARC_PAIRS,
+    ARC_VIEW,
+    TOOLS,
+    arc,
+    maze,
+    maze_view,
+    sudoku,
+    sudoku_view,
+    tokens_view,
+    tool_names,
+)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -116,34 +128,38 @@ def use(folder: Path) -> dict[str, Any]:
 
 def arc_report(folder: Path) -> Recording:
     result = arc(ARC_PAIRS)
-    answers = [Answer(ARC_PAIRS[0].output, 9, 0.9), Answer(ARC_PAIRS[0].output.T, 1, 0.1)]
-    tasks = {0: ArcTask(ARC_PAIRS, answers), 1: ArcTask([], [Answer(np.empty((0, 0), np.uint8), 1, 0.1)])}
-    write_report(folder, result, View.arc(), title="ARC", names=ARC_NAMES, tasks=tasks, per_kind=4)
+    grids = [[["".join(map(str, row)) for row in grid.tolist()] for grid in pair] for pair in ARC_PAIRS]
+    (_, truth), turned = grids[0], ["".join(row) for row in zip(*grids[0][1], strict=True)]
+    votes = [{"grid": truth, "votes": 9, "q": 0.9}, {"grid": turned, "votes": 1, "q": 0.1}]
+    details: list[dict[str, Any]] = [{"name": name} for name in ARC_NAMES]
+    details[0] |= {"demonstrations": grids, "votes": votes, "allVotes": 10}
+    details[1] |= {"demonstrations": [], "votes": [{"grid": [], "votes": 1, "q": 0.1}], "allVotes": 1}
+    write_report(folder, result, ARC_VIEW, title="ARC", details=details, per_kind=4)
     return result
 
 
 def sudoku_report(folder: Path, box: BoxShape) -> Recording:
     result = sudoku(box)
     rating = Rating("rating <1>", np.arange(40))
-    write_report(folder, result, View.sudoku(box), title="Sudoku & <b>", rating=rating, per_kind=4)
+    write_report(folder, result, sudoku_view(box), title="Sudoku & <b>", rating=rating, per_kind=4)
     return result
 
 
 def maze_report(folder: Path) -> Recording:
     result = maze(30, min_length=40)
-    write_report(folder, result, View.maze(30), title="Mazes", per_kind=4)
+    write_report(folder, result, maze_view(30), title="Mazes", per_kind=4)
     return result
 
 
 def tools_report(folder: Path) -> Recording:
     result = tool_names()
-    write_report(folder, result, View.tokens(len(TOOLS), TOOLS), title="Tools" * 40, per_kind=4)
+    write_report(folder, result, tokens_view(TOOLS), title="Tools" * 40, per_kind=4)
     return result
 
 
 def grid_report(folder: Path) -> Recording:
     result = tool_names()
-    write_report(folder, result, View.tokens(len(TOOLS), columns=3), title="A grid", per_kind=4)
+    write_report(folder, result, tokens_view(len(TOOLS), columns=3), title="A grid", per_kind=4)
     return result
 
 

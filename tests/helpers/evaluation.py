@@ -11,9 +11,9 @@ import torch
 
 from hrm.checkpoint.weights import find_checkpoint, read_weights
 from hrm.config import arch_config
-from hrm.evaluation.ensemble import sudoku_symmetries
 from hrm.models import ACTLossHead, build_model
-from hrm.tasks.sudoku import BoxShape
+from hrm.tasks import all_tasks
+from hrm.tasks.base import PuzzleSize
 from tests.helpers.entry_points import CPU, ROOT
 from tests.helpers.models import fresh_state
 from tests.helpers.ranks import environment, meeting
@@ -48,10 +48,10 @@ def think_alone(model: ACTLossHead, tokens: npt.NDArray[np.int64]) -> tuple[npt.
 def answers_to_images(model: ACTLossHead, tokens: npt.NDArray[np.int64], count: int) -> list[npt.NDArray[np.int64]]:
     """What a model says to images of a 4x4 board, after all steps, each turned back."""
     said = []
-    for symmetry in sudoku_symmetries(BoxShape(2, 2), count):
-        image = symmetry.apply(torch.from_numpy(tokens)[None])[0].numpy()
-        answer = torch.from_numpy(think_alone(model, image)[0].argmax(-1))
-        said.append(symmetry.undo(answer[None])[0].numpy())
+    for symmetry in all_tasks()["sudoku"].symmetries(PuzzleSize(16, 6), count):
+        (image,) = symmetry.apply(tokens[None])
+        answer = think_alone(model, image)[0].argmax(-1)
+        said.append(symmetry.undo(answer[None])[0])
     return said
 
 

@@ -7,16 +7,36 @@ import torch
 from numpy.typing import NDArray
 
 from hrm.batch import IGNORE_LABEL_ID, Batch
-from hrm.evaluation.trajectory import Recorder, Recording, Steps
+from hrm.data.builders.maze_puzzles import random_mazes, shortest_paths
+from hrm.data.builders.sudoku_puzzles import dig_holes, random_grids
+from hrm.evaluation.report.recorder import Recorder, Recording
+from hrm.evaluation.runner import StepOutputs
+from hrm.tasks import all_tasks
 from hrm.tasks.arc import Pair, encode
-from hrm.tasks.maze import FREE, random_mazes, shortest_paths
-from hrm.tasks.sudoku import BoxShape, dig_holes, encode_tokens, random_grids
+from hrm.tasks.base import PuzzleSize, View
+from hrm.tasks.maze import FREE
+from hrm.tasks.sudoku import BoxShape, encode_tokens
 
 Tokens = NDArray[np.uint8]
 Booleans = NDArray[np.bool_]
 
 
-def denoise(labels: NDArray[np.int32], to_fill: Booleans, num_steps: int) -> Steps:
+def sudoku_view(box: BoxShape) -> View:
+    return all_tasks()["sudoku"].view(PuzzleSize(box.cells, box.vocab_size))
+
+
+def maze_view(side: int) -> View:
+    return all_tasks()["maze"].view(PuzzleSize(side**2, 6))
+
+
+def tokens_view(names: int | list[str], columns: int | None = None) -> View:
+    return View(tuple(map(str, range(names)) if isinstance(names, int) else names), columns)
+
+
+ARC_VIEW = all_tasks()["arc"].view(PuzzleSize(900, 12))
+
+
+def denoise(labels: NDArray[np.int32], to_fill: Booleans, num_steps: int) -> StepOutputs:
     """What a model might say of puzzles [N, S]: tokens `to_fill` are guessed at, and each is mended at a step of its
     own, in most puzzles before the last; q_halt rises as they are."""
     rng = np.random.default_rng(0)
@@ -28,7 +48,7 @@ def denoise(labels: NDArray[np.int32], to_fill: Booleans, num_steps: int) -> Ste
     answers = np.where(to_fill & (step < mended), guesses, truth).astype(np.uint8)
     wrong = (answers != truth).sum(-1)
     q_halt = (3 - 4 * np.log2(1 + wrong) + 0.5 * rng.standard_normal(wrong.shape)).astype(np.float32)
-    return Steps(*map(torch.from_numpy, (answers, q_halt, -0.5 * q_halt)))
+    return StepOutputs(*map(torch.from_numpy, (answers, q_halt, -0.5 * q_halt)))
 
 
 def recording(inputs: Tokens, labels: NDArray[Any], to_fill: Booleans, num_steps: int, per_kind: int) -> Recording:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from hrm.data.builders import maze as builder
+from hrm.data.builders import maze_puzzles as generator
 from hrm.data.pack import Pack, open_pack, read_provenance
 from hrm.errors import UserError
 from hrm.tasks import maze
@@ -127,7 +128,7 @@ def test_the_label_is_the_first_shortest_path(side: int) -> None:
     paths = [all_shortest_paths(tokens) for tokens in mazes.reshape(150, -1).tolist()]
     joined = [index for index, found in enumerate(paths) if found]
     expected = [marked(mazes[index].ravel().tolist(), paths[index][0]) for index in joined]
-    labels = maze.shortest_paths(mazes[joined])
+    labels = generator.shortest_paths(mazes[joined])
     np.testing.assert_array_equal(labels.reshape(len(joined), -1), expected)
     assert max(map(len, paths)) > 1
 
@@ -190,10 +191,10 @@ def test_answers_of_any_tokens() -> None:
 
 @pytest.mark.parametrize(("side", "min_length", "count"), [(5, 10, 200), (12, 24, 100), (30, 110, 30)])
 def test_random_mazes(side: int, min_length: int, count: int) -> None:
-    mazes, share = maze.random_mazes(count, side, min_length, np.random.default_rng(side))
+    mazes, share = generator.random_mazes(count, side, min_length, np.random.default_rng(side))
     assert mazes.shape == (count, side, side)
     assert 0.001 < share < 0.5
-    labels = maze.shortest_paths(mazes)
+    labels = generator.shortest_paths(mazes)
     assert maze.is_shortest_path(mazes.reshape(count, -1), labels.reshape(count, -1)).all()
     for tokens, label in zip(mazes.reshape(count, -1).tolist(), labels.reshape(count, -1).tolist(), strict=True):
         reached = distances([token != WALL for token in tokens], tokens.index(START))
@@ -208,17 +209,17 @@ def test_random_mazes(side: int, min_length: int, count: int) -> None:
 
 
 def test_random_mazes_repeat() -> None:
-    again = [maze.random_mazes(20, 8, 16, np.random.default_rng(seed))[0] for seed in (1, 1, 2)]
+    again = [generator.random_mazes(20, 8, 16, np.random.default_rng(seed))[0] for seed in (1, 1, 2)]
     np.testing.assert_array_equal(again[0], again[1])
     assert (again[0] != again[2]).any()
 
 
 def test_no_more_mazes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(maze, "_DRAWN_CELLS", 1 << 12)
-    monkeypatch.setattr(maze, "PATIENCE", 1 << 12)
+    monkeypatch.setattr(generator, "_DRAWN_CELLS", 1 << 12)
+    monkeypatch.setattr(generator, "PATIENCE", 1 << 12)
     # Of one shape and its images, the snake around two walls: a path of 6 moves needs 7 of 9 cells.
     with pytest.raises(UserError, match=r"Only [1-9] of 99 mazes of 3x3 cells with shortest paths of 6 or more were"):
-        maze.random_mazes(99, 3, 6, np.random.default_rng(0))
+        generator.random_mazes(99, 3, 6, np.random.default_rng(0))
 
 
 # Building packs.
@@ -245,8 +246,8 @@ def write_csv(path: Path, mazes: Mazes, answers: Mazes) -> Path:
 @pytest.fixture
 def sources(tmp_path: Path) -> tuple[Mazes, Mazes]:
     """train.csv of 6 mazes and test.csv.gz of 4, and those mazes with their answers."""
-    mazes, _ = maze.random_mazes(10, 6, 8, np.random.default_rng(3))
-    answers = maze.shortest_paths(mazes)
+    mazes, _ = generator.random_mazes(10, 6, 8, np.random.default_rng(3))
+    answers = generator.shortest_paths(mazes)
     write_csv(tmp_path / "train.csv", mazes[:6], answers[:6])
     write_csv(tmp_path / "test.csv.gz", mazes[6:], answers[6:])
     return mazes, answers
@@ -301,7 +302,7 @@ def test_faults_of_a_source_are_told(
     mazes, answers = sources
     write_csv(tmp_path / "train.csv", mazes[:6], np.concatenate([mazes[:2], answers[2:6]]))
     image = maze.dihedral_images(mazes[1:2])[0, 3:4]
-    write_csv(tmp_path / "test.csv.gz", image, maze.shortest_paths(image))
+    write_csv(tmp_path / "test.csv.gz", image, generator.shortest_paths(image))
     run(tmp_path / "pack", "--source-dir", tmp_path)
     said = capsys.readouterr().out
     assert "; 2 answers are not shortest paths; 1 test mazes are images of training mazes" in said

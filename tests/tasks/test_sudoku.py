@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from hrm.data.builders import sudoku as builder
+from hrm.data.builders import sudoku_puzzles as generator
 from hrm.data.pack import Pack, open_pack
 from hrm.errors import UserError
-from hrm.tasks import sudoku
+from hrm.tasks import sudoku, sudoku_solver
 from hrm.tasks.sudoku import BoxShape, Grids
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +124,7 @@ def test_conflicts_are_equal_digits_among_peers(shape: BoxShape) -> None:
 
 @shapes
 def test_is_solved(shape: BoxShape) -> None:
-    grids = sudoku.random_grids(3, shape, np.random.default_rng(2))
+    grids = generator.random_grids(3, shape, np.random.default_rng(2))
     assert sudoku.is_solved(grids, shape).tolist() == [True, True, True]
     grids[0, 5] = 0
     grids[1, [0, 1]] = grids[1, [1, 0]]
@@ -140,9 +141,9 @@ def test_counts_of_random_small_puzzles() -> None:
     puzzles = np.where(rng.random((300, 16)) < 0.3, rng.integers(1, 5, (300, 16)), 0).astype(np.uint8)
     expected = np.array([len(list(brute_force(puzzle, SMALL))) for puzzle in puzzles])
     assert {0, 1, 2} <= set(expected.tolist())
-    np.testing.assert_array_equal(sudoku.count_solutions(puzzles, SMALL, limit=1000), expected)
-    np.testing.assert_array_equal(sudoku.count_solutions(puzzles, SMALL), np.minimum(expected, 2))
-    solved = sudoku.solve(puzzles, SMALL)
+    np.testing.assert_array_equal(sudoku_solver.count_solutions(puzzles, SMALL, limit=1000), expected)
+    np.testing.assert_array_equal(sudoku_solver.count_solutions(puzzles, SMALL), np.minimum(expected, 2))
+    solved = sudoku_solver.solve(puzzles, SMALL)
     for puzzle, count, solution in zip(puzzles, expected, solved, strict=True):
         assert tuple(solution) == (next(brute_force(puzzle, SMALL)) if count == 1 else (0,) * 16)
 
@@ -151,12 +152,12 @@ def test_counts_of_random_small_puzzles() -> None:
 def test_counts_of_thinned_grids(shape: BoxShape, kept: float) -> None:
     """Grids with so many cells blanked that some keep one solution and some do not."""
     rng = np.random.default_rng(4)
-    grids = sudoku.random_grids(40, shape, rng)
+    grids = generator.random_grids(40, shape, rng)
     puzzles = np.where(rng.random(grids.shape) < kept, grids, 0).astype(np.uint8)
     expected = [len(list(itertools.islice(brute_force(puzzle, shape), 5))) for puzzle in puzzles]
     assert min(expected) == 1
     assert max(expected) > 2
-    assert sudoku.count_solutions(puzzles, shape, limit=5).tolist() == expected
+    assert sudoku_solver.count_solutions(puzzles, shape, limit=5).tolist() == expected
 
 
 def test_solves_a_puzzle_beyond_singles() -> None:
@@ -164,23 +165,23 @@ def test_solves_a_puzzle_beyond_singles() -> None:
     puzzle = sudoku.parse_grid(
         "8........ ..36..... .7..9.2.. .5...7... ....457.. ...1...3. ..1....68 ..85...1. .9....4..", shape
     )
-    solution = sudoku.solve(puzzle, shape)
+    solution = sudoku_solver.solve(puzzle, shape)
     assert tuple(solution) == next(brute_force(puzzle.tolist(), shape))
-    assert sudoku.count_solutions(puzzle, shape) == 1
+    assert sudoku_solver.count_solutions(puzzle, shape) == 1
 
 
 def test_counting_stops_at_the_limit() -> None:
     """A blank 9x9 board has 7e21 solutions."""
-    assert sudoku.count_solutions(np.zeros((2, 81), dtype=np.uint8), BoxShape(3, 3), limit=2).tolist() == [2, 2]
+    assert sudoku_solver.count_solutions(np.zeros((2, 81), dtype=np.uint8), BoxShape(3, 3), limit=2).tolist() == [2, 2]
 
 
 def test_more_boards_than_are_worked_on_together() -> None:
     """The states waiting on the solver's stack must keep their owners."""
-    grids = sudoku.all_grids(SMALL)
+    grids = generator.all_grids(SMALL)
     puzzles = np.tile(grids, (20, 1))
     puzzles[:, :8] = 0
-    assert len(puzzles) > 2 * sudoku._WIDTH
-    counts = sudoku.count_solutions(puzzles, SMALL, limit=1000).reshape(20, 288)
+    assert len(puzzles) > 2 * sudoku_solver._WIDTH
+    counts = sudoku_solver.count_solutions(puzzles, SMALL, limit=1000).reshape(20, 288)
     assert (counts == [len(list(brute_force(puzzle, SMALL))) for puzzle in puzzles[:288]]).all()
 
 
@@ -190,8 +191,8 @@ def test_more_boards_than_are_worked_on_together() -> None:
 @shapes
 def test_images_of_puzzles_solve_to_images_of_solutions(shape: BoxShape) -> None:
     rng = np.random.default_rng(5)
-    solutions = sudoku.random_grids(60, shape, rng)
-    puzzles = sudoku.dig_holes(solutions, shape.cells // 2, shape, rng)
+    solutions = generator.random_grids(60, shape, rng)
+    puzzles = generator.dig_holes(solutions, shape.cells // 2, shape, rng)
     symmetries = sudoku.random_symmetries(60, shape, rng)
     images, answers = symmetries.apply(puzzles), symmetries.apply(solutions)
     assert images.dtype == answers.dtype == np.uint8
@@ -233,17 +234,17 @@ def test_half_of_the_square_boards_are_transposed() -> None:
 @shapes
 def test_no_symmetry_changes_the_key(shape: BoxShape) -> None:
     rng = np.random.default_rng(9)
-    grids = sudoku.random_grids(200, shape, rng)
-    keys = sudoku.symmetry_invariant(grids, shape)
+    grids = generator.random_grids(200, shape, rng)
+    keys = generator.symmetry_invariant(grids, shape)
     for _ in range(5):
         images = sudoku.random_symmetries(200, shape, rng).apply(grids)
-        np.testing.assert_array_equal(sudoku.symmetry_invariant(images, shape), keys)
-    assert sudoku.symmetry_invariant(grids[3], shape) == keys[3]
+        np.testing.assert_array_equal(generator.symmetry_invariant(images, shape), keys)
+    assert generator.symmetry_invariant(grids[3], shape) == keys[3]
 
 
 def test_keys_tell_9x9_grids_apart() -> None:
-    grids = sudoku.random_grids(1000, BoxShape(3, 3), np.random.default_rng(10))
-    assert len(np.unique(sudoku.symmetry_invariant(grids, BoxShape(3, 3)))) == 1000
+    grids = generator.random_grids(1000, BoxShape(3, 3), np.random.default_rng(10))
+    assert len(np.unique(generator.symmetry_invariant(grids, BoxShape(3, 3)))) == 1000
 
 
 def test_keys_are_the_symmetry_classes_of_4x4_grids() -> None:
@@ -258,7 +259,7 @@ def test_keys_are_the_symmetry_classes_of_4x4_grids() -> None:
         yield bytes(board.T)
         yield bytes(np.array([0, 1, 3, 2, 4], dtype=np.uint8)[board])
 
-    unvisited = rows_of(sudoku.all_grids(SMALL))
+    unvisited = rows_of(generator.all_grids(SMALL))
     classes = []
     while unvisited:
         frontier = {unvisited.pop()}
@@ -270,7 +271,7 @@ def test_keys_are_the_symmetry_classes_of_4x4_grids() -> None:
         classes.append(members)
     assert sorted(map(len, classes)) == [96, 192]
     keys = [
-        set(sudoku.symmetry_invariant(np.array([list(grid) for grid in members], dtype=np.uint8), SMALL).tolist())
+        set(generator.symmetry_invariant(np.array([list(grid) for grid in members], dtype=np.uint8), SMALL).tolist())
         for members in classes
     ]
     assert [len(key) for key in keys] == [1, 1]
@@ -281,27 +282,27 @@ def test_keys_are_the_symmetry_classes_of_4x4_grids() -> None:
 
 
 def test_all_4x4_grids() -> None:
-    grids = sudoku.all_grids(SMALL)
+    grids = generator.all_grids(SMALL)
     assert {tuple(grid) for grid in grids.tolist()} == set(brute_force([0] * 16, SMALL))
     assert len(grids) == 288
 
 
 @shapes
 def test_random_grids(shape: BoxShape) -> None:
-    grids = sudoku.random_grids(200, shape, np.random.default_rng(11))
+    grids = generator.random_grids(200, shape, np.random.default_rng(11))
     assert grids.shape == (200, shape.cells)
     assert sudoku.is_solved(grids, shape).all()
     assert len(rows_of(grids)) > 100
     # Every digit comes first about equally often.
     assert abs(np.bincount(grids[:, 0], minlength=shape.side + 1)[1:] - 200 / shape.side).max() < 40
-    np.testing.assert_array_equal(grids, sudoku.random_grids(200, shape, np.random.default_rng(11)))
+    np.testing.assert_array_equal(grids, generator.random_grids(200, shape, np.random.default_rng(11)))
 
 
 @pytest.mark.parametrize(("shape", "givens"), [(SHAPES[0], 6), (SHAPES[1], 14), (SHAPES[2], 30)], ids=str)
 def test_dug_puzzles_have_one_solution(shape: BoxShape, givens: int) -> None:
     rng = np.random.default_rng(12)
-    grids = sudoku.random_grids(25, shape, rng)
-    puzzles = sudoku.dig_holes(grids, givens, shape, rng)
+    grids = generator.random_grids(25, shape, rng)
+    puzzles = generator.dig_holes(grids, givens, shape, rng)
     assert set(np.count_nonzero(puzzles, axis=1)) == {givens}
     for puzzle, grid in zip(puzzles, grids, strict=True):
         assert list(brute_force(puzzle, shape)) == [tuple(grid)]
@@ -309,7 +310,7 @@ def test_dug_puzzles_have_one_solution(shape: BoxShape, givens: int) -> None:
 
 def test_digging_ends_where_no_cell_can_be_spared() -> None:
     rng = np.random.default_rng(13)
-    puzzles = sudoku.dig_holes(sudoku.random_grids(30, SMALL, rng), 0, SMALL, rng)
+    puzzles = generator.dig_holes(generator.random_grids(30, SMALL, rng), 0, SMALL, rng)
     for puzzle in puzzles:
         assert len(list(brute_force(puzzle, SMALL))) == 1
         for cell in np.flatnonzero(puzzle):
@@ -341,8 +342,8 @@ def write_csv(path: Path, rows: Sequence[Sequence[object]], header: str = "sourc
 def sample_rows(count: int, seed: int, shape: BoxShape = SMALL) -> list[list[object]]:
     """Lines of a CSV file; the i-th puzzle has rating i."""
     rng = np.random.default_rng(seed)
-    grids = sudoku.random_grids(count, shape, rng)
-    puzzles = sudoku.dig_holes(grids, shape.cells // 2, shape, rng)
+    grids = generator.random_grids(count, shape, rng)
+    puzzles = generator.dig_holes(grids, shape.cells // 2, shape, rng)
     text = ["".join(map(str, row)) for row in (*puzzles, *grids)]
     return [["made", text[i].replace("0", "."), text[count + i], i] for i in range(count)]
 
@@ -369,7 +370,7 @@ def test_generated_pack(shape: BoxShape, tmp_path: Path) -> None:
         assert set(np.count_nonzero(questions, axis=1)) == {builder.GENERATOR_LIMITS[shape].default_givens}
         for question, answer in zip(questions[:: size * 5], answers[:: size * 5], strict=True):
             assert list(brute_force(question, shape)) == [tuple(answer)]
-        np.testing.assert_array_equal(sudoku.solve(questions, shape), answers)
+        np.testing.assert_array_equal(sudoku_solver.solve(questions, shape), answers)
         assert len(rows_of(questions[::size])) == groups
     assert json.loads((tmp_path / "pack" / "identifiers.json").read_text()) == ["<blank>"]
     assert not rows_of(digits_of(train)[1]) & rows_of(digits_of(test)[1])
@@ -383,10 +384,10 @@ def test_a_group_is_a_puzzle_and_its_images(tmp_path: Path) -> None:
     questions, answers = (grids.reshape(6, 6, 81) for grids in digits_of(train))
     assert questions[:, 0].tolist() == as_digits([row[1] for row in rows])
     assert answers[:, 0].tolist() == as_digits([row[2] for row in rows])
-    keys = sudoku.symmetry_invariant(answers, shape)
+    keys = generator.symmetry_invariant(answers, shape)
     assert (keys == keys[:, :1]).all()
     assert len(np.unique(keys)) == 6
-    np.testing.assert_array_equal(sudoku.solve(questions, shape), answers)
+    np.testing.assert_array_equal(sudoku_solver.solve(questions, shape), answers)
     assert len(rows_of(questions.reshape(36, 81))) == 36
 
 
@@ -401,7 +402,7 @@ def test_4x4_augmentations_do_not_leak(tmp_path: Path) -> None:
 def test_an_image_is_redrawn_until_it_is_not_held_out() -> None:
     """All but two of the 96 or 192 images of the grid are held out; the identity's is not."""
     rng = np.random.default_rng(14)
-    grid = sudoku.all_grids(SMALL)[:1]
+    grid = generator.all_grids(SMALL)[:1]
     images = np.unique(sudoku.random_symmetries(5000, SMALL, rng).apply(np.repeat(grid, 5000, axis=0)), axis=0)
     other = images[(images != grid).any(1)][0]
     allowed = rows_of(np.stack([grid[0], other]))
@@ -457,14 +458,14 @@ def test_columns_may_be_missing_and_in_any_order(tmp_path: Path) -> None:
 def test_9x9_training_and_test_grids_are_not_equivalent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Grids are drawn from the images of eight only, so that chance alone cannot keep the two sides apart."""
     shape = BoxShape(3, 3)
-    originals = sudoku.random_grids(8, shape, np.random.default_rng(15))
+    originals = generator.random_grids(8, shape, np.random.default_rng(15))
 
     def few_classes(count: int, shape: BoxShape, rng: np.random.Generator) -> Grids:
         return sudoku.random_symmetries(count, shape, rng).apply(rng.choice(originals, count))
 
     monkeypatch.setattr(builder, "random_grids", few_classes)
     train, test = run(tmp_path / "pack", "--generate", "3x3", "--train-size", 20, "--test-size", 3, "--givens", 40)
-    keys = [set(sudoku.symmetry_invariant(digits_of(pack)[1], shape).tolist()) for pack in (train, test)]
+    keys = [set(generator.symmetry_invariant(digits_of(pack)[1], shape).tolist()) for pack in (train, test)]
     assert not keys[0] & keys[1]
     assert len(keys[0] | keys[1]) == 8
 

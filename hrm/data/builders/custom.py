@@ -37,7 +37,7 @@ from hrm.data.pack import (
 )
 from hrm.errors import UserError
 from hrm.reading import open_lines, parse_json
-from hrm.tasks.tokens import PAD_TOKEN, Symbol, Vocabulary, is_symbol, parse_vocabulary, read_vocabulary
+from hrm.tasks.tokens import PAD_TOKEN, TASK, Symbol, Vocabulary, is_symbol, parse_vocabulary, read_vocabulary
 
 COMMAND = "custom"  # `hrm data custom`
 
@@ -306,7 +306,7 @@ def build(arguments: argparse.Namespace) -> str:
         vocabulary.write(folder)
         files = {str(path): path for path in (*arguments.train, *(arguments.test or []))}
         kept = recorded(arguments) | {"shape": _written(shape)}  # the shape is needed to read its grids
-        write_provenance(folder, "dataset/build_custom_dataset.py", kept, "your own examples", files)
+        write_provenance(folder, "dataset/build_custom_dataset.py", kept, "your own examples", files, task=TASK.name)
     known = _known_inputs(sets["train"], sets["test"])
     return (
         f"{arguments.output_dir}: {len(train):,} training and {len(test):,} test examples of {_written(shape)} cells, "

@@ -30,11 +30,13 @@ from hrm.data.builders.common import (
     run_command,
     source_files,
 )
+from hrm.data.builders.maze_puzzles import random_mazes, shortest_paths
 from hrm.data.pack import PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
 from hrm.errors import UserError, shortened
 from hrm.tasks.maze import (
     PAD_TOKEN,
     PATH,
+    TASK,
     VOCAB_SIZE,
     Mazes,
     Tokens,
@@ -42,8 +44,6 @@ from hrm.tasks.maze import (
     is_maze,
     is_shortest_path,
     parse_maze,
-    random_mazes,
-    shortest_paths,
     side_of,
 )
 
@@ -233,7 +233,7 @@ def build(arguments: argparse.Namespace) -> str:
         write_puzzles(folder / "test", test, aug=False)
         write_identifiers(folder, ["<blank>"])
         read = {file.name: file for file in files.values()}
-        write_provenance(folder, "dataset/build_maze_dataset.py", recorded(arguments), source, read)
+        write_provenance(folder, "dataset/build_maze_dataset.py", recorded(arguments), source, read, task=TASK.name)
     moves = np.count_nonzero(test.answers == PATH, axis=(1, 2)) + 1
     return (
         f"{arguments.output_dir}: {len(train):,} training mazes{' with 7 images each' * arguments.aug} and "

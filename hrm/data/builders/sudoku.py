@@ -29,20 +29,18 @@ from hrm.data.builders.common import (
     source_files,
     source_name,
 )
+from hrm.data.builders.sudoku_puzzles import all_grids, dig_holes, random_grids, symmetry_invariant
 from hrm.data.pack import PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
 from hrm.errors import UserError, shortened
 from hrm.tasks.sudoku import (
     PAD_TOKEN,
+    TASK,
     BoxShape,
     Grids,
-    all_grids,
-    dig_holes,
     encode_tokens,
     is_solved,
     parse_grid,
-    random_grids,
     random_symmetries,
-    symmetry_invariant,
 )
 
 COMMAND = "sudoku"  # `hrm data sudoku`
@@ -448,7 +446,7 @@ def build(arguments: argparse.Namespace) -> str:
         if test.sources is not None:  # and by source; as text of fixed width, which is read without pickle
             np.save(folder / "test" / "all__sources.npy", test.sources.astype(str))
         write_identifiers(folder, ["<blank>"])
-        write_provenance(folder, "dataset/build_sudoku_dataset.py", recorded(arguments), source, files)
+        write_provenance(folder, "dataset/build_sudoku_dataset.py", recorded(arguments), source, files, task=TASK.name)
     return (
         f"{arguments.output_dir}: {len(train):,} training puzzles with {arguments.num_aug:,} augmentations"
         f"{f' and {arguments.hints:,} easier ones' if arguments.hints else ''} each and "

@@ -4,11 +4,9 @@
   const { view, puzzles, totals, steps, length } = data;
   const NO_LABEL = 255;
   const CELL = 10; // of every board's own units
-  const ARC_COLORS = [
+  const COLORS = [
     "#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00", "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25",
   ];
-  const ARC_SIDE = 30;
-  const ARC_COLOR_TOKEN = 2; // of colour 0
   const $ = (id) => document.getElementById(id);
   const escape = (text) =>
     String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
@@ -50,7 +48,7 @@
     return { tokens, kinds, changed, wrong, cells: labelled.length };
   }
 
-  function lookArc(puzzle, step) {
+  function lookColors(puzzle, step) {
     const [rows, cols] = step ? puzzle.shapes[step - 1] : [0, 0];
     const [trueRows, trueCols] = puzzle.labelShape;
     const tokens = step ? puzzle.answers[step - 1] : null;
@@ -58,7 +56,7 @@
     const [wrong, changed, missing] = [[], [], []];
     for (let r = 0; r < Math.max(rows, trueRows); r++) {
       for (let c = 0; c < Math.max(cols, trueCols); c++) {
-        const i = r * ARC_SIDE + c;
+        const i = r * view.columns + c;
         const answered = r < rows && c < cols;
         const wanted = r < trueRows && c < trueCols;
         if (answered && (!wanted || tokens[i] !== puzzle.label[i])) wrong.push(i);
@@ -70,7 +68,7 @@
   }
 
   const symbol = (token) => (token === NO_LABEL ? "" : view.symbols[token]);
-  const seen = (puzzle, step) => (view.kind === "arc" ? lookArc : look)(puzzle, step);
+  const seen = (puzzle, step) => (view.drawing === "colors" ? lookColors : look)(puzzle, step);
 
   // --- boards ---
 
@@ -136,7 +134,7 @@
     );
   }
 
-  function mazeBoard(puzzle, { tokens, kinds, changed }, label, marks = true) {
+  function pathBoard(puzzle, { tokens, kinds, changed }, label, marks = true) {
     const cols = view.columns;
     const rows = length / cols;
     const [wall, start, goal, way] = ["#", "S", "G", "o"].map((symbol) => view.symbols.indexOf(symbol));
@@ -179,14 +177,14 @@
   }
 
   // `color(r, c)` of a grid, and lists of cells to mark, as places in the model's square.
-  function arcBoard(rows, cols, color, label, marks = {}) {
+  function colorBoard(rows, cols, color, label, marks = {}) {
     const [wrong, changed, missing] = ["wrong", "changed", "missing"].map((name) =>
-      (marks[name] || []).map((i) => [Math.floor(i / ARC_SIDE), i % ARC_SIDE]),
+      (marks[name] || []).map((i) => [Math.floor(i / view.columns), i % view.columns]),
     );
     const height = Math.max(rows, 1, ...missing.map(([r]) => r + 1));
     const width = Math.max(cols, 1, ...missing.map(([, c]) => c + 1));
     const place = (cells) => cells.map(([r, c]) => r * width + c);
-    const byColor = ARC_COLORS.map(() => []);
+    const byColor = COLORS.map(() => []);
     const digits = [];
     for (let r = 0; r < rows; r++) {
       for (let c = 0; c < cols; c++) {
@@ -201,7 +199,7 @@
     return board(
       height,
       width,
-      byColor.map((cells, number) => (cells.length ? `<path fill="${ARC_COLORS[number]}" d="${squares(cells, width)}"/>` : "")).join("") +
+      byColor.map((cells, number) => (cells.length ? `<path fill="${COLORS[number]}" d="${squares(cells, width)}"/>` : "")).join("") +
         (rows ? path(grid, "arc-lines") + path(`M0 0h${CELL * cols}v${CELL * rows}H0z`, "arc-frame") : "") +
         path(outline(place(missing), width), "arc-missing") +
         path(corners(place(changed), width), "arc-corner") +
@@ -211,8 +209,8 @@
       label,
     );
   }
-  const arcTokens = (tokens) => (r, c) => tokens[r * ARC_SIDE + c] - ARC_COLOR_TOKEN;
-  const arcGrid = (grid, label) => arcBoard(grid.length, grid.length ? grid[0].length : 0, (r, c) => +grid[r][c], label);
+  const colorsOf = (tokens) => (r, c) => +view.symbols[tokens[r * view.columns + c]];
+  const colorGrid = (grid, label) => colorBoard(grid.length, grid.length ? grid[0].length : 0, (r, c) => +grid[r][c], label);
 
   function chips({ tokens, kinds, changed }) {
     const names = { right: "right", wrong: "wrong", free: "not asked for", given: "given", open: "" };
@@ -229,18 +227,18 @@
   const figure = (name, caption, inner) => `<figure class="${name}">${caption ? `<figcaption>${caption}</figcaption>` : ""}${inner}</figure>`;
 
   function boards(puzzle, step, state, label) {
-    if (view.kind === "arc") {
+    if (view.drawing === "colors") {
       const answer = step
-        ? arcBoard(state.rows, state.cols, arcTokens(state.tokens), label, state.marks)
-        : arcBoard(0, 0, null, "No answer yet", { missing: state.marks.missing });
+        ? colorBoard(state.rows, state.cols, colorsOf(state.tokens), label, state.marks)
+        : colorBoard(0, 0, null, "No answer yet", { missing: state.marks.missing });
       const size = ([rows, cols]) => `${rows} × ${cols}`;
       return (
-        figure("input", `Input, ${size(puzzle.inputShape)}`, arcBoard(...puzzle.inputShape, arcTokens(puzzle.input), "Input")) +
+        figure("input", `Input, ${size(puzzle.inputShape)}`, colorBoard(...puzzle.inputShape, colorsOf(puzzle.input), "Input")) +
         figure("answer", step ? `Answer after step ${step}, ${size([state.rows, state.cols])}` : "No answer yet", answer) +
-        figure("truth", `Truth, ${size(puzzle.labelShape)}`, arcBoard(...puzzle.labelShape, arcTokens(puzzle.label), "Truth"))
+        figure("truth", `Truth, ${size(puzzle.labelShape)}`, colorBoard(...puzzle.labelShape, colorsOf(puzzle.label), "Truth"))
       );
     }
-    if (view.kind === "maze") return figure("answer", "", mazeBoard(puzzle, state, label));
+    if (view.drawing === "path") return figure("answer", "", pathBoard(puzzle, state, label));
     if (view.blank !== null) return figure("answer", "", symbolBoard(state, label));
     const draw = view.columns ? symbolBoard : chips;
     const answer = step ? draw(state, label) : draw(plain(new Uint8Array(length).fill(NO_LABEL)), "No answer yet");
@@ -253,8 +251,8 @@
 
   function thumbnail(puzzle) {
     const state = seen(puzzle, steps);
-    if (view.kind === "arc") return arcBoard(state.rows, state.cols, arcTokens(state.tokens), "", { missing: state.rows ? [] : [0] });
-    if (view.kind === "maze") return mazeBoard(puzzle, state, "", false);
+    if (view.drawing === "colors") return colorBoard(state.rows, state.cols, colorsOf(state.tokens), "", { missing: state.rows ? [] : [0] });
+    if (view.drawing === "path") return pathBoard(puzzle, state, "", false);
     const cols = view.columns || Math.ceil(Math.sqrt(length));
     const rows = Math.ceil(length / cols);
     return board(
@@ -320,7 +318,7 @@
 
   // --- the page ---
 
-  const cellWord = view.kind === "tokens" && !view.columns ? "token" : "cell";
+  const cellWord = !view.columns ? "token" : "cell";
   let chosen = 0;
   let step = 1;
   let timer = null;
@@ -370,32 +368,33 @@
     const changed = `<path class="changed" d="M0 0h10v10H0z"/>${frame}<path class="corner" d="M9.7 .3v3.2l-3.2 -3.2z"/>`;
     const wrongDigit = `${frame}<path class="wrong-box" d="${squares([0], 1, 1.1)}"/>${digit("wrong", 5)}`;
     const entries = {
-      sudoku: [
+      over: [
         [`<path class="given" d="M0 0h10v10H0z"/>${frame}${digit("given", 5)}`, "given"],
         [frame + digit("right", 5), "right"],
         [wrongDigit, "wrong"],
         [changed, "just changed"],
       ],
-      maze: [
+      path: [
         ['<path class="way" d="M0 5h10"/>', "right"],
         ['<path class="cross" d="M3 3l4 4m0 -4l-4 4"/>', "wrong"],
         ['<circle class="missed" cx="5" cy="5" r="2.4"/>', "path missed"],
         [changed, "just changed"],
       ],
-      arc: [
-        [`<path fill="${ARC_COLORS[1]}" d="M0 0h10v10H0z"/>`, "right"],
-        [`<path fill="${ARC_COLORS[1]}" d="M0 0h10v10H0z"/><path class="mark-under" d="M3 3l4 4m0 -4l-4 4"/><path class="mark-over" d="M3 3l4 4m0 -4l-4 4"/>`, "wrong"],
+      colors: [
+        [`<path fill="${COLORS[1]}" d="M0 0h10v10H0z"/>`, "right"],
+        [`<path fill="${COLORS[1]}" d="M0 0h10v10H0z"/><path class="mark-under" d="M3 3l4 4m0 -4l-4 4"/><path class="mark-over" d="M3 3l4 4m0 -4l-4 4"/>`, "wrong"],
         ['<path class="arc-missing" d="M1 1h8v8h-8z"/>', "missing"],
-        [`<path fill="${ARC_COLORS[1]}" d="M0 0h10v10H0z"/><path class="arc-corner" d="M9.7 .3v3.2l-3.2 -3.2z"/>`, "just changed"],
+        [`<path fill="${COLORS[1]}" d="M0 0h10v10H0z"/><path class="arc-corner" d="M9.7 .3v3.2l-3.2 -3.2z"/>`, "just changed"],
       ],
-      tokens: [
+      beside: [
         [frame + digit("right", "a"), "right"],
         [wrongDigit.replace(">5<", ">a<"), "wrong"],
         [changed, "just changed"],
       ],
     };
-    $("legend").innerHTML = entries[view.kind].map(([inner, text]) => `<li>${icon(inner)}${text}</li>`).join("");
-    $("digits-option").hidden = view.kind !== "arc";
+    const drawn = view.drawing === "symbols" ? (view.blank !== null ? "over" : "beside") : view.drawing;
+    $("legend").innerHTML = entries[drawn].map(([inner, text]) => `<li>${icon(inner)}${text}</li>`).join("");
+    $("digits-option").hidden = view.drawing !== "colors";
   }
 
   const visible = () => range(puzzles.length).filter((n) => filter === "all" || puzzles[n].tags.includes(filter));
@@ -427,8 +426,9 @@
     $("place").textContent = `${shown.indexOf(chosen) + 1} of ${shown.length}`;
     const wrong = range(steps).map((t) => look(puzzle, t + 1).wrong);
     const since = steps - [...wrong].reverse().findIndex((n) => n > 0); // steps before it are not all right
-    $("verdict").innerHTML = puzzle.shortest && wrong[steps - 1]
-      ? '<b class="right-text">✓ A shortest path</b>, another than the label’s'
+    const valid = puzzle.keepsRules && puzzle.keepsRules[0].toUpperCase() + puzzle.keepsRules.slice(1);
+    $("verdict").innerHTML = valid && wrong[steps - 1]
+      ? `<b class="right-text">✓ ${escape(valid)}</b>, another than the label’s`
       : wrong[steps - 1]
       ? `<b class="wrong-text">✗ Wrong</b> after ${many(steps, "step")}`
       : `<b class="right-text">✓ Right</b> from step ${wrong.some((n) => n > 0) ? since + 1 : 1}`;
@@ -446,12 +446,12 @@
   function showTask(puzzle) {
     const parts = [];
     if (puzzle.votes && puzzle.votes.length) {
-      const truth = range(puzzle.labelShape[0]).map((r) => range(puzzle.labelShape[1]).map((c) => arcTokens(puzzle.label)(r, c)).join(""));
+      const truth = range(puzzle.labelShape[0]).map((r) => range(puzzle.labelShape[1]).map((c) => colorsOf(puzzle.label)(r, c)).join(""));
       const answers = puzzle.votes.map(({ grid, votes, q }, n) => {
         const right = grid.join() === truth.join();
         const mark = right ? '<b class="right-text">✓ right</b>' : '<b class="wrong-text">✗ wrong</b>';
         const caption = `${n ? "Second" : "First"} choice ${mark}<br>${votes} of ${many(puzzle.allVotes, "vote")}, q ${q.toFixed(2)}`;
-        const drawn = grid.length ? arcGrid(grid, `${n ? "Second" : "First"} choice`) : "empty";
+        const drawn = grid.length ? colorGrid(grid, `${n ? "Second" : "First"} choice`) : "empty";
         return `<figure><figcaption>${caption}</figcaption><div class="small">${drawn}</div></figure>`;
       });
       parts.push(`<div><h3>Voted over all augmentations</h3><div class="pairs">${answers.join("")}</div></div>`);
@@ -459,7 +459,7 @@
     if (puzzle.demonstrations && puzzle.demonstrations.length) {
       const pairs = puzzle.demonstrations.map(
         ([input, output], n) =>
-          `<div class="pair"><div class="small">${arcGrid(input, `Demonstration ${n + 1}, input`)}</div><span aria-hidden="true">→</span><div class="small">${arcGrid(output, `Demonstration ${n + 1}, output`)}</div></div>`,
+          `<div class="pair"><div class="small">${colorGrid(input, `Demonstration ${n + 1}, input`)}</div><span aria-hidden="true">→</span><div class="small">${colorGrid(output, `Demonstration ${n + 1}, output`)}</div></div>`,
       );
       parts.push(`<div><h3>Demonstrations</h3><div class="pairs">${pairs.join("")}</div></div>`);
     }
@@ -475,7 +475,7 @@
       ? `Step ${step} of ${steps}: ${state.wrong ? `${state.wrong} of ${many(state.cells, cellWord)} wrong` : `all ${many(state.cells, cellWord)} right`}` +
         (step > 1 ? `, ${changed.length || "none"} changed` : "")
       : "The puzzle, before the first step";
-    $("boards").className = `boards ${view.blank !== null ? "over" : view.kind === "arc" || view.columns ? "beside" : "lists"}`;
+    $("boards").className = `boards ${view.blank !== null ? "over" : view.drawing === "colors" || view.columns ? "beside" : "lists"}`;
     $("boards").innerHTML = boards(puzzle, step, state, summary);
     $("status").textContent = summary;
     $("step").value = step;

@@ -4,51 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from hrm.batch import IGNORE_LABEL_ID, Batch
 from hrm.errors import UserError
-from hrm.models import ACTLossHead
+from hrm.evaluation.runner import StepOutputs
 
 # Token 255 is free to stand for "no label".
 MAX_VOCAB_SIZE = 255
-
-
-class Steps(NamedTuple):
-    """What a model said after each of T ACT steps on a batch of B sequences of S tokens."""
-
-    answers: Tensor  # [T, B, S] uint8
-    q_halt: Tensor  # [T, B] float32, logits
-    q_continue: Tensor  # [T, B] float32, logits
-
-
-@torch.no_grad()  # as in hrm.evaluation.runner.think
-def record(
-    model: ACTLossHead, batch: Batch, return_keys: Sequence[str] = ()
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Steps]:
-    """Spend all ACT steps on a batch, as `think` does, and keep the answer of each; logits of one step at a time.
-
-    Args:
-        model: in evaluation mode, with a vocabulary that `check_vocabulary` lets pass.
-        return_keys: as in `ACTLossHead.forward`.
-
-    Returns:
-        `(metrics, outputs, steps)`: of the last step as in `ACTLossHead.forward`, and what was said after every step.
-    """
-    keys = ["logits", "q_halt_logits", "q_continue_logits"]
-    carry = model.initial_carry(batch)
-    said = []
-    for _ in range(model.halt_max_steps):
-        carry, _, metrics, outputs, _ = model(carry=carry, batch=batch, return_keys=[*keys, *return_keys])
-        answer = outputs["logits"].argmax(-1).to(torch.uint8)
-        said.append((answer, outputs["q_halt_logits"].float(), outputs["q_continue_logits"].float()))
-    steps = Steps(*(torch.stack(parts) for parts in zip(*said, strict=True)))
-    return metrics, {key: outputs[key] for key in return_keys}, steps
 
 
 def check_vocabulary(vocab_size: int) -> None:
@@ -64,7 +30,7 @@ def check_vocabulary(vocab_size: int) -> None:
 class Scores:
     """How N examples went over T ACT steps."""
 
-    index: NDArray[np.int64]  # [N], places in the split
+    index: NDArray[np.int64]  # [N], indices in the split
     right: NDArray[np.float32]  # [T, N], share of the labelled tokens that are right
     settled: NDArray[np.int64]  # [N], the last step, from 1, that changed a labelled token of the answer
     q_halt: NDArray[np.float32]  # [T, N], logits
@@ -113,8 +79,8 @@ class Recording:
     shown: Trajectories
 
 
-def score(batch: Batch, steps: Steps, index: NDArray[np.int64]) -> Trajectories:
-    """The trajectories of the first `len(index)` sequences of a batch, which have these places in the split."""
+def score(batch: Batch, steps: StepOutputs, index: NDArray[np.int64]) -> Trajectories:
+    """The trajectories of the first `len(index)` sequences of a batch, which have these indices in the split."""
     count = len(index)
     labels = batch["labels"][:count].cpu().numpy()
     answers = steps.answers[:, :count].cpu().numpy()
@@ -155,8 +121,8 @@ class Recorder:
         self._scores: list[Scores] = []
         self._shown: Trajectories | None = None
 
-    def add(self, batch: Batch, steps: Steps, index: NDArray[np.int64]) -> None:
-        """Take a batch's first `len(index)` sequences, of these places in the split; those without label are left out.
+    def add(self, batch: Batch, steps: StepOutputs, index: NDArray[np.int64]) -> None:
+        """Take a batch's first `len(index)` sequences, of these indices in the split; those without label are left out.
 
         Waits for the device.
         """
@@ -182,7 +148,7 @@ class Recorder:
 
 def kinds(scores: Scores, per_kind: int) -> dict[str, NDArray[np.intp]]:
     """Up to `per_kind` columns of each kind, the same whatever else the scores hold beside the examples chosen."""
-    # Multiplying by the golden ratio scatters places evenly over the split, whose neighbours may be alike.
+    # Multiplying by the golden ratio scatters indices evenly over the split, whose neighbours may be alike.
     scatter = np.argsort(scores.index.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15), kind="stable")
     right = scores.exact[-1][scatter]
     late = scatter[right][np.argsort(-scores.settled[scatter[right]], kind="stable")]

@@ -1,7 +1,11 @@
 """ARC scores: what is answered to all augmentations of a test input is undone and put to the vote."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +13,9 @@ from numpy.typing import NDArray
 
 from hrm.data.pack import Pack, read_identifiers
 from hrm.errors import UserError
-from hrm.tasks.arc import SEQ_LEN, VOCAB_SIZE, Augmentation, Grid, Pair, decode, split_name
+from hrm.reading import read_json
+from hrm.tasks.arc import SEQ_LEN, VOCAB_SIZE, ArcTask, Augmentation, Grid, Pair, decode, split_name
+from hrm.tasks.base import Evaluator, Tokens
 
 PASS_AT = (1, 2, 5, 10, 100, 1000)
 
@@ -179,3 +185,64 @@ def _attempts(ranked: list[bytes]) -> dict[str, list[list[int]]]:
     grids = [grid.tolist() for grid in map(_grid, ranked[:3]) if grid.size]
     first, second = [*grids, [[0]], [[0]]][:2]
     return {"attempt_1": first, "attempt_2": second}
+
+
+class ArcEvaluator(Evaluator):
+    """Lets the augmentations of each test input vote, and writes what to submit."""
+
+    wants_all_votes = True
+
+    def __init__(self, pack: Pack) -> None:
+        self.scorer = ArcScorer(pack)
+        self._demonstrations = demonstrations(pack)
+
+    def add(self, set_name: str, puzzles: Mapping[str, NDArray[Any]], answers: Tokens, q_halt: NDArray[Any]) -> None:
+        self.scorer.add(puzzles["puzzle_identifiers"], puzzles["inputs"], answers, q_halt)
+
+    def state(self) -> Votes:
+        return self.scorer.votes
+
+    def summary(self, states: Sequence[Votes], folder: Path) -> str:
+        for votes in states[1:]:
+            self.scorer.merge(votes)
+        result = self.scorer.result()
+        file = folder / "submission.json"
+        file.write_text(json.dumps(result.submission) + "\n")
+        passed, shares = (
+            ", ".join(f"{100 * share:.2f} % at {count}" for count, share in counted.items())
+            for counted in (result.pass_at, result.share_at)
+        )
+        return (
+            f"  Tasks solved, by answers allowed: {passed}.\n"
+            f"  Mean share of a task's test inputs solved (TRM's figure): {shares}.\n"
+            f"  Saved the first two answers in {file}."
+        )
+
+    def details(self, name: str, inputs: Tokens) -> dict[str, Any]:
+        """The task's demonstrations, and the first two of the grids that its augmentations voted for."""
+        (grid,) = decode(inputs[None])
+        test = next(n for n, pair in enumerate(self.scorer.tests[name]) if np.array_equal(pair.input, grid))
+        ranking = self.scorer.ranking(name, test)
+        return {
+            "demonstrations": [[_rows(pair.input), _rows(pair.output)] for pair in self._demonstrations.get(name, ())],
+            "votes": [{"grid": _rows(a.grid), "votes": a.votes, "q": round(a.q_halt, 4)} for a in ranking[:2]],
+            "allVotes": sum(answer.votes for answer in ranking),
+        }
+
+
+def demonstrations(pack: Pack) -> dict[str, list[Pair]]:
+    """By task name, from the pack's test_puzzles.json; packs of the published builder have none."""
+    file = pack.path / "test_puzzles.json"
+    try:
+        content = read_json(file)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not tasks by name")
+        return {name: ArcTask.parse(name, task, evaluated=True).train for name, task in content.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"{file} cannot be read ({str(error).rstrip('.')}): build the pack again.") from error
+
+
+def _rows(grid: Grid) -> list[str]:
+    return ["".join(map(str, line)) for line in grid.tolist()]

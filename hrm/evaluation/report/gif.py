@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrm.batch import IGNORE_LABEL_ID
 from hrm.errors import UserError
-from hrm.evaluation.report import View
-from hrm.evaluation.trajectory import Trajectories, kinds
-from hrm.tasks.arc import Grid, decode
-from hrm.tasks.maze import GOAL, PATH, START, WALL
+from hrm.evaluation.report.recorder import Trajectories, kinds
+from hrm.tasks.base import View
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,8 +51,8 @@ def write_gifs(folder: Path, shown: Trajectories, view: View) -> list[Path]:
 def write_gif(file: Path, shown: Trajectories, row: int, view: View, *, seconds: float = 0.6) -> None:
     """Draw one of the puzzles shown, `seconds` a step.
 
-    Sudoku, mazes and ARC look as in the report: the same marks say what is given, wrong and just changed. ARC grids
-    are all drawn to the scale of the largest. Sequences that are no grid are laid out in a square.
+    Puzzles look as in the report: the same marks say what is given, wrong and just changed. Coloured grids are all
+    drawn to the scale of the largest. Sequences that are no grid are laid out in a square.
 
     Raises:
         UserError: Pillow is not installed, or the file cannot be written.
@@ -82,25 +80,31 @@ def _frame(shown: Trajectories, row: int, view: View, step: int) -> Image:
     import PIL.Image
     import PIL.ImageDraw
 
-    if view.kind == "arc":
-        rows, cols = (max(side) for side in zip(*_arc_shapes(shown, row), strict=True))
-    else:
-        cols = view.columns or int(np.ceil(shown.inputs.shape[1] ** 0.5))
-        rows = -(-shown.inputs.shape[1] // cols)
+    rows, cols = _shape(shown, row, view)
     cell = max(_SIDE // max(rows, cols), 4) * _FINER
     margin, caption = _MARGIN * _FINER, _CAPTION * _FINER
     # As wide as the line about it needs, however narrow the grid.
     width = max(cols * cell, 200 * _FINER) + 2 * margin
     image = PIL.Image.new("RGB", (width, rows * cell + 2 * margin + caption), _PAPER)
     pen = _Pen(PIL.ImageDraw.Draw(image), cell, (width - cols * cell) // 2, margin)
-    draw = {"arc": _draw_arc, "maze": _draw_maze}.get(view.kind, _draw_symbols)
+    draw = {"symbols": _draw_symbols, "path": _draw_path, "colors": _draw_colors}[view.drawing]
     wrong = draw(pen, shown, row, view, step, rows, cols)
     sigmoid = 0.5 * (1 + np.tanh(0.5 * shown.scores.q_halt[step - 1, row]))
-    verdict = "all right" if not wrong else f"{wrong} wrong"
-    text = f"step {step} of {len(shown.answers)}   {verdict}   q halt {sigmoid:.2f}"
+    outcome = "all right" if not wrong else f"{wrong} wrong"
+    text = f"step {step} of {len(shown.answers)}   {outcome}   q halt {sigmoid:.2f}"
     middle = (width // 2, image.height - margin // 2 - caption // 2)
     pen.write(text, middle, 14 * _FINER, _INK)
     return image.resize((image.width // _FINER, image.height // _FINER), PIL.Image.Resampling.LANCZOS)
+
+
+def _shape(shown: Trajectories, row: int, view: View) -> tuple[int, int]:
+    """Rows and columns to draw, the largest of all steps."""
+    if view.grid_sizes:
+        tokens = np.concatenate([shown.answers[:, row].astype(np.int64), shown.labels[row : row + 1]])
+        rows, cols = view.grid_sizes(tokens).max(0).tolist()
+        return rows, cols
+    cols = view.columns or int(np.ceil(shown.inputs.shape[1] ** 0.5))
+    return -(-shown.inputs.shape[1] // cols), cols
 
 
 class _Pen:
@@ -164,14 +168,14 @@ def _cells(shown: Trajectories, row: int, step: int) -> tuple[NDArray[np.bool_],
 def _draw_symbols(pen: _Pen, shown: Trajectories, row: int, view: View, step: int, rows: int, cols: int) -> int:
     wrong, changed = _cells(shown, row, step)
     inputs, answer = shown.inputs[row], shown.answers[step - 1, row]
-    given = (inputs != 0) & (inputs != view.blank) if view.blank is not None else np.zeros_like(wrong)
-    places = [divmod(index, cols) for index in range(len(answer))]
-    for index, (r, c) in enumerate(places):
+    given = view.given(inputs)
+    positions = [divmod(index, cols) for index in range(len(answer))]
+    for index, (r, c) in enumerate(positions):
         pen.box(r, c, fill=_TINT if changed[index] else _GIVEN if given[index] else _PAPER)
     pen.grid(rows, cols, _LINE, 0.02)
-    down, across = (view.box.rows, view.box.cols) if view.box else (rows, cols)
+    down, across = view.box or (rows, cols)
     pen.grid(rows, cols, _INK, 0.05, down=down, across=across)
-    for index, (r, c) in enumerate(places):
+    for index, (r, c) in enumerate(positions):
         if changed[index]:
             pen.corner(r, c, _RIGHT)
         if wrong[index]:
@@ -181,30 +185,31 @@ def _draw_symbols(pen: _Pen, shown: Trajectories, row: int, view: View, step: in
     return int(wrong.sum())
 
 
-def _draw_maze(pen: _Pen, shown: Trajectories, row: int, view: View, step: int, rows: int, cols: int) -> int:
+def _draw_path(pen: _Pen, shown: Trajectories, row: int, view: View, step: int, rows: int, cols: int) -> int:
     wrong, changed = (cells.reshape(rows, cols) for cells in _cells(shown, row, step))
+    wall, start, goal, path = (view.symbols.index(symbol) for symbol in "#SGo")
     maze, answer = (tokens.reshape(rows, cols) for tokens in (shown.inputs[row], shown.answers[step - 1, row]))
     label = shown.labels[row].reshape(rows, cols)
-    way = np.isin(answer, (START, GOAL, PATH)) & ~wrong
+    way = np.isin(answer, (start, goal, path)) & ~wrong
     for (r, c), token in np.ndenumerate(maze):
-        if token == WALL:
+        if token == wall:
             pen.box(r, c, fill="#454543")
         elif changed[r, c]:
             pen.box(r, c, fill=_TINT)
     pen.grid(rows, cols, _INK, 0.06, down=rows, across=cols)
     for r, c in np.argwhere(way).tolist():
-        if answer[r, c] == PATH:
+        if answer[r, c] == path:
             pen.circle(r, c, inset=0.32, fill=_RIGHT)
         for below, right in ((r + 1, c), (r, c + 1)):
-            if below < rows and right < cols and way[below, right] and PATH in (answer[r, c], answer[below, right]):
+            if below < rows and right < cols and way[below, right] and path in (answer[r, c], answer[below, right]):
                 pen.line((r + 0.5, c + 0.5), (below + 0.5, right + 0.5), _RIGHT, 0.36)
     for r, c in np.argwhere(wrong).tolist():
-        if label[r, c] == PATH:
+        if label[r, c] == path:
             pen.circle(r, c, inset=0.25, line=_WRONG)
         else:
             pen.cross(r, c, _WRONG, 0.2)
-    for r, c in np.argwhere((maze == START) | (maze == GOAL)).tolist():
-        is_goal = maze[r, c] == GOAL
+    for r, c in np.argwhere((maze == start) | (maze == goal)).tolist():
+        is_goal = maze[r, c] == goal
         if is_goal:
             pen.box(r, c, inset=0.04, fill=_INK)
         else:
@@ -213,14 +218,9 @@ def _draw_maze(pen: _Pen, shown: Trajectories, row: int, view: View, step: int, 
     return int(wrong.sum())
 
 
-def _arc_shapes(shown: Trajectories, row: int) -> list[tuple[int, ...]]:
-    grids = decode(np.concatenate([shown.answers[:, row], shown.labels[row : row + 1].astype(np.int64)]))
-    return [grid.shape for grid in grids]
-
-
-def _draw_arc(pen: _Pen, shown: Trajectories, row: int, view: View, step: int, rows: int, cols: int) -> int:
-    grid, before, truth = decode(
-        np.stack([shown.answers[step - 1, row], shown.answers[max(step - 2, 0), row], shown.labels[row]])
+def _draw_colors(pen: _Pen, shown: Trajectories, row: int, view: View, step: int, rows: int, cols: int) -> int:
+    grid, before, truth = _grids(
+        np.stack([shown.answers[step - 1, row], shown.answers[max(step - 2, 0), row], shown.labels[row]]), view
     )
     wrong = 0
     for r in range(max(len(grid), len(truth))):
@@ -241,6 +241,17 @@ def _draw_arc(pen: _Pen, shown: Trajectories, row: int, view: View, step: int, r
     return wrong
 
 
-def _color(grid: Grid, row: int, col: int) -> int | None:
+def _grids(tokens: NDArray[Any], view: View) -> list[NDArray[np.int64]]:
+    """The colours of the grids that tokens [N, S] show, -1 for tokens that are none."""
+    assert view.columns is not None
+    number = np.array([int(symbol) if symbol else -1 for symbol in view.symbols])
+    squares = number[np.maximum(tokens, 0)].reshape(len(tokens), -1, view.columns)
+    if view.grid_sizes is None:
+        return list(squares)
+    sizes = view.grid_sizes(tokens).tolist()
+    return [square[:height, :width] for square, (height, width) in zip(squares, sizes, strict=True)]
+
+
+def _color(grid: NDArray[np.int64], row: int, col: int) -> int | None:
     """The colour of a cell, None outside of the grid."""
     return int(grid[row, col]) if row < len(grid) and col < grid.shape[1] else None

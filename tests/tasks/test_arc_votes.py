@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from hrm.data.builders import arc as builder
 from hrm.data.pack import Pack, PackMetadata, PackSet, open_pack, write_split
 from hrm.errors import UserError
-from hrm.evaluation.arc import PASS_AT, ArcScorer
 from hrm.tasks import arc
 from hrm.tasks.arc import Grid
+from hrm.tasks.arc_votes import PASS_AT, ArcScorer
 
 NUM_AUG = 20
 NUM_TASKS = 12

@@ -1,0 +1,173 @@
+"""What `evaluate.py` does: find a checkpoint, run it over the test split or one puzzle, print how it did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hrm.checkpoint.run_folder import make_folder
+from hrm.checkpoint.weights import Checkpoint, find_checkpoint, read_weights
+from hrm.config import EnsembleConfig, EvaluateConfig
+from hrm.data.loader import EvalLoader
+from hrm.data.pack import Pack, open_pack
+from hrm.distributed.world import World, join_world
+from hrm.errors import UserError
+from hrm.evaluation.early_halting import EarlyHalting, halting_metrics
+from hrm.evaluation.ensemble import evaluate_ensemble, rules_of, symmetries_of
+from hrm.evaluation.evaluators import evaluators_of, summaries
+from hrm.evaluation.loading import ModelSizes, load_model
+from hrm.evaluation.metrics import MetricSums, Throughput, metrics_table
+from hrm.evaluation.report.writer import ReportWriter
+from hrm.evaluation.runner import evaluate, parts_of, save_outputs, show_predictions
+from hrm.evaluation.show import SHOWN_OUTPUTS, check_show, show_puzzles
+from hrm.evaluation.solve import solve_puzzle
+from hrm.kernels import describe
+from hrm.models import ACTLossHead
+from hrm.tasks.base import Evaluator
+
+
+def evaluate_checkpoint(config: EvaluateConfig) -> None:
+    """Run `evaluate.py` as `config` says.
+
+    Raises:
+        UserError: for a checkpoint, a pack or a puzzle that is missing, broken or does not fit the others.
+    """
+    _check_modes(config)
+    with join_world(config.device) as world:
+        checkpoint = find_checkpoint(config.checkpoint)
+        if config.puzzle is not None:
+            solve_puzzle(config, checkpoint, config.puzzle, world)
+        else:
+            _evaluate_split(config, checkpoint, world)
+
+
+def _check_modes(config: EvaluateConfig) -> None:
+    """UserError for options that have no meaning together."""
+    outputs = {"save_outputs": config.save_outputs, "show": config.show, "report": config.report}
+    asked = [name for name, value in outputs.items() if value]
+    if config.puzzle is not None and (asked or config.act != "full"):
+        raise UserError(f"puzzle= cannot be used with {(asked or ['act'])[0]}=: leave one of them out.")
+    if asked and config.act == "halt":
+        raise UserError(f"{asked[0]}= needs every step of every puzzle: take act=full or act=both.")
+    if config.ensemble != EnsembleConfig() and (asked or config.act != "full"):
+        raise UserError(f"ensemble.* cannot be used with {(asked or ['act'])[0]}=: leave one of them out.")
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A checkpoint's model, and the test split to evaluate it on."""
+
+    config: EvaluateConfig
+    checkpoint: Checkpoint
+    model: ACTLossHead
+    pack: Pack
+    loader: EvalLoader
+    sizes: ModelSizes
+    world: World
+    folder: Path  # of what is saved
+
+
+def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World) -> None:
+    data_path = config.data_path or checkpoint.config.get("data_path")
+    if not isinstance(data_path, str):
+        raise UserError(f"{checkpoint.config_file} does not say which data it was trained on: add data_path=...")
+    batch_size = config.global_batch_size or checkpoint.config.get("global_batch_size", 128)
+    if type(batch_size) is not int:
+        raise UserError(
+            f"{checkpoint.config_file} has global_batch_size: {batch_size}; add global_batch_size=<number>."
+        )
+    pack = open_pack(data_path, "test")
+    if config.show:
+        check_show(pack, world)
+    folder = _output_folder(config, checkpoint)
+    make_folder(folder, "output_dir")
+    if config.report:
+        make_folder(Path(config.report), "report")
+    pin_memory = world.device.type == "cuda"
+    loader = EvalLoader(pack, batch_size, world.rank, world.size, config.num_workers, pin_memory)
+    meta = pack.metadata
+    sizes = ModelSizes(batch_size // world.size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
+    model = _load(config, checkpoint, sizes, world)
+    split = _Split(config, checkpoint, model, pack, loader, sizes, world, folder)
+    if world.is_main:
+        print(f"{checkpoint.weights_file} on {data_path}/test, kernels: {describe(model.kernels)}")
+    if config.ensemble != EnsembleConfig():
+        _evaluate_ensemble(split)
+        return
+    if config.act != "halt":
+        _evaluate_full(split)
+    if config.act != "full":
+        _evaluate_early(split)
+
+
+def _load(config: EvaluateConfig, checkpoint: Checkpoint, sizes: ModelSizes, world: World) -> ACTLossHead:
+    weights = read_weights(checkpoint.weights_file)
+    return load_model(checkpoint, weights, sizes, config.kernels, world, config.act_max_steps)
+
+
+def _evaluate_full(split: _Split) -> None:
+    """All ACT steps for every puzzle, and whatever is to be kept or shown of them."""
+    config, world = split.config, split.world
+    evaluators, throughput = evaluators_of(split.pack), Throughput(world)
+    report = ReportWriter(split.pack, evaluators) if config.report else None
+    keep = (*config.save_outputs, *(SHOWN_OUTPUTS if config.show else ()))
+    recorder = report.recorder if report else None
+    metrics, outputs = evaluate(split.model, split.loader, world, keep, evaluators, recorder, throughput)
+    _print_result(split, "all steps for every puzzle", metrics, throughput, evaluators)
+    if config.save_outputs:
+        wanted = {name: outputs[name] for name in config.save_outputs}
+        file = save_outputs(wanted, split.folder, split.checkpoint.step, world)
+        print(f"Saved {', '.join(wanted)} in {file}.")
+    if config.show and world.is_main:
+        show_puzzles(outputs, config.show, split.pack, split.checkpoint, split.folder)
+    if report and config.report and (page := report.write(Path(config.report), split.checkpoint.weights_file, world)):
+        print(f"Wrote {page}, and GIFs beside it.")
+
+
+def _evaluate_early(split: _Split) -> None:
+    """As many ACT steps for each puzzle as q_halt asks for."""
+    world = split.world
+    evaluators, throughput, sums = evaluators_of(split.pack), Throughput(world), MetricSums(world)
+    early = EarlyHalting(split.model, split.sizes.batch_size, world.device, split.config.act_margin)
+    for set_name, puzzles, predictions in early.answer(parts_of(split.loader, world), throughput):
+        sums.add(set_name, halting_metrics(puzzles, predictions))
+        show_predictions(evaluators, set_name, puzzles, predictions.tokens, predictions.q_halt)
+    _print_result(split, "as many steps as q_halt asks for", sums.averages(), throughput, evaluators)
+
+
+def _evaluate_ensemble(split: _Split) -> None:
+    """The vote of several answers to every puzzle."""
+    options, world = split.config.ensemble, split.world
+    others = [find_checkpoint(name) for name in options.checkpoints]
+    models = [split.model, *(_load(split.config, other, split.sizes, world) for other in others)]
+    evaluators, throughput = evaluators_of(split.pack), Throughput(world)
+    symmetries = symmetries_of(split.pack, options.augmentations)
+    rules = rules_of(split.pack) if options.check else None
+    parts = parts_of(split.loader, world)
+    metrics = evaluate_ensemble(models, symmetries, parts, world, evaluators, throughput, rules)
+    answers = len(models) * len(symmetries)
+    what = f"vote of {answers} answers, checkpoints: {len(models)}, augmentations of each puzzle: {len(symmetries)}"
+    if rules:
+        what += ", rules checked"
+    _print_result(split, what, metrics, throughput, evaluators)
+
+
+def _print_result(
+    split: _Split,
+    what: str,
+    metrics: Mapping[str, Mapping[str, float]],
+    throughput: Throughput,
+    evaluators: Sequence[Evaluator],
+) -> None:
+    rate = throughput.per_second()  # before the summaries, which take their time too
+    texts = summaries(evaluators, split.world, split.folder)
+    if split.world.is_main:
+        print("\n".join([f"{what}, {rate:,.0f} puzzles/s:", metrics_table(metrics), *filter(None, texts)]))
+
+
+def _output_folder(config: EvaluateConfig, checkpoint: Checkpoint) -> Path:
+    if config.output_dir:
+        return Path(config.output_dir)
+    from_hub = not Path(config.checkpoint).exists()  # then its folder is the hub's cache
+    return Path("outputs") / config.checkpoint if from_hub else checkpoint.folder

@@ -1,0 +1,56 @@
+"""From a checkpoint to a model in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hrm.checkpoint.weights import Checkpoint, load_weights
+from hrm.config import KernelsConfig, arch_config
+from hrm.distributed.world import World
+from hrm.errors import UserError
+from hrm.models import ACTLossHead, build_model
+
+
+class ModelSizes(NamedTuple):
+    """What a model must know of its data, and the batch."""
+
+    batch_size: int
+    seq_len: int
+    vocab_size: int
+    num_puzzle_identifiers: int
+
+    def of_data(self) -> dict[str, int]:
+        return {name: size for name, size in self._asdict().items() if name != "batch_size"}
+
+
+def trained_sizes(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> tuple[int, int]:
+    """The sizes of the vocabulary and of the table of puzzle identifiers, read off the weights.
+
+    Raises:
+        UserError: these are no weights of a model of this package.
+    """
+    table = "model.inner.embed_tokens.embedding_weight"
+    if table not in weights or weights[table].ndim != 2:
+        raise UserError(f"{checkpoint.weights_file} has no table {table}: it is not an HRM's.")
+    return len(weights[table]), len(weights.get("model.inner.puzzle_emb.weights", [None]))
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    weights: Mapping[str, Tensor],
+    sizes: ModelSizes,
+    kernels: KernelsConfig | str,
+    world: World,
+    act_max_steps: int | None = None,
+) -> ACTLossHead:
+    """The checkpoint's model in evaluation mode, with another last ACT step than in training if one is given."""
+    arch = arch_config(checkpoint.config["arch"], sizes.of_data(), where=f"{checkpoint.config_file}: arch")
+    if act_max_steps is not None:
+        arch = replace(arch, halt_max_steps=act_max_steps)
+    model = build_model(arch, **sizes._asdict(), kernels=kernels, device=world.device)
+    load_weights(model, weights, checkpoint.weights_file)
+    return model.eval()

@@ -1,0 +1,264 @@
+"""What a task is: all that the rest of the package asks about the meaning of tokens.
+
+A task is a file of this folder with a subclass of `Task` and an instance of it, `TASK`. Only its name, the sizes it
+comes in and its view must be given; what else it says of itself (rules, symmetries, ratings, evaluators) makes more of
+evaluation work: votes of answers to symmetric puzzles, answers checked against the rules, accuracy by difficulty.
+Nothing here needs PyTorch: puzzles are arrays of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrm.data.pack import Pack
+from hrm.errors import UserError
+
+Tokens = NDArray[np.integer[Any]]
+Booleans = NDArray[np.bool_]
+
+
+class PuzzleSize(NamedTuple):
+    """What a model must know of a puzzle."""
+
+    seq_len: int  # tokens of a puzzle, S
+    vocab_size: int  # different tokens, V
+
+    @classmethod
+    def of(cls, pack: Pack) -> PuzzleSize:
+        return cls(pack.metadata.seq_len, pack.metadata.vocab_size)
+
+
+@dataclass(frozen=True)
+class View:
+    """How puzzles are drawn, on the terminal, in reports and in GIFs.
+
+    Args:
+        symbols: what each token [V] is written as.
+        columns: tokens in a row; None where a sequence is no grid.
+        blank: the token that an input leaves to be filled in: answers are then drawn over their inputs. None: beside.
+        box: rows and columns between two thick lines.
+        drawing: `symbols` writes them into cells; `path` draws a way through walls, by the symbols "#", "S", "G" and
+            "o" of `symbols`; `colors` draws digits as ARC's colours.
+        grid_sizes: for `colors`, the rows and columns [N, 2] of the grids that tokens [N, S] show at their top left,
+            where these are smaller than the whole.
+    """
+
+    symbols: tuple[str, ...]
+    columns: int | None = None
+    blank: int | None = None
+    box: tuple[int, int] | None = None
+    drawing: Literal["symbols", "path", "colors"] = "symbols"
+    grid_sizes: Callable[[Tokens], NDArray[np.int64]] | None = None
+
+    def given(self, inputs: Tokens) -> Booleans:
+        """Which cells of inputs [..., S] are filled in: neither blank nor padding."""
+        if self.blank is None:
+            return np.zeros(inputs.shape, dtype=np.bool_)
+        given: Booleans = (inputs != 0) & (inputs != self.blank)
+        return given
+
+
+class Symmetry(NamedTuple):
+    """A map of puzzles to others of the same rules: symmetric[i] = tokens[puzzle[cells[i]]]."""
+
+    cells: NDArray[np.int64]  # [S], a permutation
+    tokens: NDArray[np.int64]  # [V], likewise
+
+    def apply(self, puzzles: Tokens) -> Tokens:
+        """The symmetric puzzles [N, S] of puzzles [N, S], of the same type."""
+        mapped: Tokens = self.tokens[puzzles[:, self.cells]].astype(puzzles.dtype)
+        return mapped
+
+    def undo(self, puzzles: Tokens) -> Tokens:
+        """Inverse of `apply`."""
+        mapped: Tokens = np.argsort(self.tokens)[puzzles][:, np.argsort(self.cells)].astype(puzzles.dtype)
+        return mapped
+
+
+def identity(size: PuzzleSize) -> Symmetry:
+    return Symmetry(np.arange(size.seq_len), np.arange(size.vocab_size))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What tells a right answer without looking at a label.
+
+    Args:
+        keeps: which answers [N, S] to inputs [N, S] keep the rules: [N].
+        result: what such an answer is: "a shortest path".
+        broken_at: which cells [N, S] of answers [N, S] to inputs [N, S] break them, where that can be told of a cell.
+        solve: the only right answers [N, S] to inputs [N, S]; a row of zeros where there is none or more than one.
+    """
+
+    keeps: Callable[[Tokens, Tokens], Booleans]
+    result: str
+    broken_at: Callable[[Tokens, Tokens], Booleans] | None = None
+    solve: Callable[[Tokens], Tokens] | None = None
+
+
+class Difficulty(NamedTuple):
+    """How hard puzzles are, from the puzzles themselves."""
+
+    name: str  # as in "accuracy by <name>"
+    of: Callable[[Tokens, Tokens], NDArray[Any]]  # a number [N] for each of inputs and labels [N, S]
+
+
+class Evaluator(ABC):
+    """Scores answers in a way of its own, beside the exact match.
+
+    Each process shows its own evaluator its share of the split; then the first one gets the states of all.
+    """
+
+    wants_all_votes = False
+    """Of an ensemble: every answer, not only what they voted for."""
+
+    @abstractmethod
+    def add(self, set_name: str, puzzles: Mapping[str, NDArray[Any]], answers: Tokens, q_halt: NDArray[Any]) -> None:
+        """Take the answers [N, S] to some puzzles of a set, and the logits q_halt [N].
+
+        `puzzles` has inputs and labels [N, S], the latter `hrm.batch.IGNORE_LABEL_ID` where there is none, and
+        puzzle_identifiers [N].
+        """
+
+    @abstractmethod
+    def state(self) -> Any:
+        """What was counted; can be pickled."""
+
+    @abstractmethod
+    def summary(self, states: Sequence[Any], folder: Path) -> str:
+        """What to print, from the states of all processes, the own first; may leave files in `folder`."""
+
+    def details(self, name: str, inputs: Tokens) -> dict[str, Any]:
+        """What the report's script reads of a puzzle beside the recorded answers; after `summary`.
+
+        Args:
+            name: of its puzzle identifier.
+            inputs: [S].
+        """
+        return {}
+
+
+class RulesEvaluator(Evaluator):
+    """Counts answers that keep the rules, for tasks whose puzzles have more than one right answer."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._rules = rules
+        self._counts: dict[str, tuple[int, int]] = {}
+
+    def add(self, set_name: str, puzzles: Mapping[str, NDArray[Any]], answers: Tokens, q_halt: NDArray[Any]) -> None:
+        kept, count = self._counts.get(set_name, (0, 0))
+        valid = self._rules.keeps(puzzles["inputs"], answers)
+        self._counts[set_name] = kept + int(valid.sum()), count + len(valid)
+
+    def state(self) -> dict[str, tuple[int, int]]:
+        """By set: answers that keep the rules, and answers."""
+        return self._counts
+
+    def summary(self, states: Sequence[dict[str, tuple[int, int]]], folder: Path) -> str:
+        lines = []
+        for set_name in states[0]:
+            kept, count = map(sum, zip(*(state.get(set_name, (0, 0)) for state in states), strict=True))
+            lines.append(
+                f"  {set_name}: {100 * kept / max(count, 1):.2f} % of {count} answers are {self._rules.result}, the "
+                "label's or another one."
+            )
+        return "\n".join(lines)
+
+
+class Task(ABC):
+    """A task; see the methods for what it may say of itself."""
+
+    name: str
+    """As packs name it in their provenance."""
+
+    votes_over_pack = False
+    """Whether the pack holds augmentations of its puzzles, which an evaluator of the task puts to the vote."""
+
+    names_puzzles = False
+    """Whether a report shows puzzles by the names of their identifiers."""
+
+    @abstractmethod
+    def fits(self, size: PuzzleSize) -> bool:
+        """Whether puzzles of the task come in this size."""
+
+    @abstractmethod
+    def view(self, size: PuzzleSize, folder: Path | None = None) -> View:
+        """How puzzles are drawn.
+
+        Args:
+            folder: of the pack, which may say more; None for a lone puzzle.
+        """
+
+    def title(self, size: PuzzleSize) -> str | None:
+        """What a report is headed with; None: the name of the pack."""
+        return None
+
+    def is_input(self, inputs: Tokens) -> Booleans:
+        """Which rows [N] of tokens [N, S] may be inputs of the task."""
+        return np.ones(len(inputs), dtype=np.bool_)
+
+    def rules(self, size: PuzzleSize) -> Rules | None:
+        """What tells whether an answer is right; None where only the label does."""
+        return None
+
+    def num_symmetries(self, size: PuzzleSize) -> float:
+        """How many symmetries are known, the identity among them; may be infinite."""
+        return 1
+
+    def symmetries(self, size: PuzzleSize, count: int, seed: int = 0) -> list[Symmetry]:
+        """`count` of the symmetries, at most `num_symmetries`, the identity first."""
+        return [identity(size)][:count]
+
+    def cell_permutations(self, size: PuzzleSize, seed: int, count: int = 4096) -> NDArray[np.int64]:
+        """Permutations of the cells under which the rules stay: permuted[i] = puzzle[cells[i]].
+
+        Returns:
+            [N, S]: of all symmetries, or of `count` random ones where they are more.
+        """
+        most = min(count, self.num_symmetries(size))
+        return np.stack([symmetry.cells for symmetry in self.symmetries(size, int(most), seed)])
+
+    def difficulty(self) -> Difficulty | None:
+        """How hard a puzzle is, for packs that do not say it; None where that cannot be told."""
+        return None
+
+    def evaluators(self, pack: Pack) -> list[Evaluator]:
+        """Scores beside the exact match."""
+        return []
+
+    def parse_input(self, text: str, size: PuzzleSize) -> Tokens:
+        """The input [S] that a user typed.
+
+        Args:
+            size: the one the model was trained on, as far as known; the text may be of another.
+
+        Raises:
+            UserError: it is none, or breaks the rules.
+        """
+        view = self.view(size)
+        symbols = {symbol: token for token, symbol in enumerate(view.symbols) if symbol}
+        if max(map(len, symbols)) > 1:
+            raise UserError(f"puzzle= cannot be read for the task {self.name}, whose symbols are no single characters.")
+        if view.blank is not None:
+            symbols |= {".": view.blank}
+        text = "".join(text.split()) if " " not in symbols else text.replace("\n", "")
+        for position, symbol in enumerate(text, start=1):
+            if symbol not in symbols:
+                raise UserError(f"Character {position} of the puzzle is {symbol!r}; write one of {''.join(symbols)!r}.")
+        return np.array([symbols[symbol] for symbol in text], dtype=np.int64)
+
+    def shown_identifiers(self, names: Sequence[str]) -> Booleans | None:
+        """Which puzzle identifiers, by their names, a report may choose puzzles of; None: all."""
+        return None
+
+
+UNLIMITED = math.inf
+"""Number of symmetries where they are drawn at random from very many."""
