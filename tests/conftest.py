@@ -10,6 +10,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU
+os.environ["TQDM_DISABLE"] = "1"  # bars appear on slow machines, among lines that tests count
 
 from hrm.batch import IGNORE_LABEL_ID, Batch
 from tests.helpers.entry_points import TINY_RUN, TRAINED_EXAMPLES, make_pack, train

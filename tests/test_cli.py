@@ -22,6 +22,7 @@ from hrm.data.builders.missing import ensure_pack
 from hrm.data.pack import PackMetadata, PackSet, write_split
 from hrm.errors import UserError
 from tests.helpers.entry_points import ROOT, TINY_RUN, Outcome, make_pack, run_script, train
+from tests.helpers.ranks import PATIENCE
 
 # --- bad input -------------------------------------------------------------------------------------------------------
 
@@ -362,7 +363,7 @@ def run_process(cwd: Path, script: str, *argv: str) -> Outcome:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HYDRA_")}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "no-hub-cache")}
     command = [sys.executable, str(ROOT / script), *argv]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

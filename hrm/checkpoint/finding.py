@@ -13,8 +13,17 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from hrm.checkpoint.states import FORMAT, METADATA_FILE, STATE_NAME, SUMS_FILE, SavedState, StateMetadata, states_in
+from hrm.checkpoint.states import (
+    METADATA_FILE,
+    READABLE_FORMATS,
+    STATE_NAME,
+    SUMS_FILE,
+    SavedState,
+    StateMetadata,
+    states_in,
+)
 from hrm.config import HRMConfig, PretrainConfig
+from hrm.data.identity import PackIdentity
 from hrm.data.pack import Pack, sha256_of
 from hrm.errors import UserError
 
@@ -73,24 +82,25 @@ def read_metadata(folder: Path) -> StateMetadata:
             )
     try:
         content = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
+        if content["format"] not in READABLE_FORMATS:
+            known = " and ".join(map(str, READABLE_FORMATS))
             raise UserError(
-                f"{folder} has format {content['format']} of training states, but this version reads {FORMAT}: "
-                "resume with the version that saved it."
+                f"{folder} has format {content['format']} of training states, but this version reads {known}: resume "
+                "with the version that saved it."
             )
         return StateMetadata(**content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no training state of this program ({METADATA_FILE}: {error!r}).") from error
 
 
-def check_options(saved: SavedState, config: PretrainConfig, pack: Pack) -> list[str]:
-    """Compare a training state's options with those it is to go on with.
+def check_options(saved: SavedState, config: PretrainConfig, pack: Pack, identity: PackIdentity) -> list[str]:
+    """Compare a training state's options and pack with those it is to go on with.
 
     Returns:
-        What changed by consent, an option each.
+        What changed by consent, a few words each.
 
     Raises:
-        UserError: an option that matters changed, and `config.resume_changed` does not consent, or cannot.
+        UserError: an option that matters or the pack changed, and `config.resume_changed` does not consent, or cannot.
     """
     now = _flat({**asdict(config), "pack": asdict(pack.metadata)})
     # Options newer than the state had their defaults.
@@ -103,6 +113,10 @@ def check_options(saved: SavedState, config: PretrainConfig, pack: Pack) -> list
             f"the run in {saved.folder} cannot go on with {' and '.join(fixed)}: give what it had, or start anew with "
             "resume=null."
         )
+    was = saved.metadata.pack_identity
+    for part, meaning in (("arrays", "puzzles"), ("identifiers", "puzzle identifiers")):
+        if was and getattr(identity, part) != was.get(part):
+            changed[part] = f"other {meaning} in the pack {pack.path}"
     if changed and not config.resume_changed:
         raise UserError(
             f"the run in {saved.folder} would go on with {' and '.join(changed.values())}: give what it had, or add "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +19,10 @@ from hrm.errors import UserError
 
 CONFIG_FILE = "all_config.yaml"
 METRICS_FILE = "metrics.jsonl"
+STOPPED_FILE = "stopped.json"
 _NAME_OF_STEP = re.compile(r"(?:step|state)_(\d+)")
+# What is being written has such a name until it is whole. Those without a name of ours are by safetensors.
+_TEMPORARY = re.compile(r"\.(?:(?:state|step)_\w+(?:\.safetensors)?|[a-z_]+\.\w+|lock\.\w+)\.tmp|\.tmp\w{6}")
 
 
 def make_folder(folder: Path, option: str) -> None:
@@ -37,8 +43,9 @@ def keep_earlier_run(folder: Path, after: int | None = None) -> None:
     found = [path for pattern in ("state_*", "step_*") for path in folder.glob(pattern)]
     steps = {path: int(named[1]) for path in found if (named := _NAME_OF_STEP.match(path.name))}
     left = [path for path, step in steps.items() if after is None or step > after]
-    if after is None:
-        left += [file for name in (METRICS_FILE, CONFIG_FILE) if (file := folder / name).is_file()]
+    names = [STOPPED_FILE] if after is None or _stopped_after(folder) > after else []
+    names += [METRICS_FILE, CONFIG_FILE] if after is None else []
+    left += [file for name in names if (file := folder / name).is_file()]
     if left:
         number = 1
         while (aside := folder / f"earlier_{number}").exists():
@@ -48,10 +55,46 @@ def keep_earlier_run(folder: Path, after: int | None = None) -> None:
             path.rename(aside / path.name)
 
 
-def save_config(config: PretrainConfig, folder: Path) -> None:
-    """Write `all_config.yaml`, creating the run folder."""
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that died were writing; to be called by the one that holds the folder."""
+    for path in folder.iterdir():
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def save_config(config: PretrainConfig, folder: Path, **more: object) -> None:
+    """Write `all_config.yaml`, creating the run folder.
+
+    Args:
+        more: what else it is to hold, beside the options.
+    """
     make_folder(folder, "checkpoint_path")
-    write_atomically(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(asdict(config))).encode())
+    write_atomically(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(asdict(config) | more)).encode())
+
+
+def note_stop(folder: Path, step: int, reason: str) -> None:
+    """Write down that a run was stopped, with weights of that step which the run that goes on will supersede."""
+    write_atomically(folder / STOPPED_FILE, json.dumps({"step": step, "reason": reason}).encode() + b"\n")
+
+
+def superseded_by_going_on(folder: Path, step: int) -> list[Path]:
+    """What a run left only because it was stopped after `step`: of no use once the run that goes on has saved."""
+    if _stopped_after(folder) != step:
+        return []
+    weights = [f"step_{step}{average}{suffix}" for average in ("", "_ema") for suffix in ("", ".safetensors")]
+    return [folder / name for name in (STOPPED_FILE, *weights)]
+
+
+def _stopped_after(folder: Path) -> int:
+    """The step after which a run was stopped, as it wrote down; -1 where it did not."""
+    try:
+        return int(json.loads((folder / STOPPED_FILE).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return -1
 
 
 def write_atomically(file: Path, content: bytes) -> None:
@@ -64,9 +107,18 @@ def write_atomically(file: Path, content: bytes) -> None:
 def replacing(file: Path) -> Iterator[Path]:
     """A path to write to beside `file`, which takes its place once its bytes are on the disk."""
     temporary = file.with_name(f".{file.name}.tmp")
-    yield temporary
-    sync(temporary)
-    temporary.replace(file)
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask says; safetensors puts a private file in its place
+        yield temporary
+        temporary.chmod(stat.S_IMODE(mode))
+        sync(temporary)
+        temporary.replace(file)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     sync(file.parent)
 
 

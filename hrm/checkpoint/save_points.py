@@ -17,7 +17,10 @@ import torch.distributed as dist
 
 from hrm.distributed.world import World
 
-STOP_SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))  # no SIGUSR1 on Windows
+# Those that end a run by what people or schedulers do: Ctrl-C, kill and preemption, a closed terminal, Slurm's warning.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
 
 
 class Request(IntEnum):
@@ -25,21 +28,38 @@ class Request(IntEnum):
 
     NOTHING = 0
     SAVE = 1
-    SAVE_AND_STOP = 2
+    PREEMPT = 2
+    INTERRUPT = 3
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run is to save and end."""
+        return self >= Request.PREEMPT
+
+    @property
+    def reason(self) -> str:
+        """What stopped the run."""
+        return "Ctrl-C" if self is Request.INTERRUPT else "a signal"
+
+
+class Interrupted(BaseException):
+    """A signal asked a run to stop while it did what may be left undone."""
 
 
 class SavePoints:
     """Says after which steps to save, the same ones on all ranks: when `minutes` have passed, or a signal to stop came.
 
-    Inside its context the signals of preemption are caught once; the next one does what it did before. Ranks agree by
-    an exchange between the hosts that is read a step later, so that nobody waits for the device.
+    Inside its context signals to stop are noted, and those that follow change nothing: what is being saved is saved
+    (SIGKILL ends a run that hangs). Signals that the caller ignores, as nohup does, stay ignored. Ranks agree by an
+    exchange between the hosts that is read a step later, so that nobody waits for the device.
     """
 
     def __init__(self, minutes: float, world: World, timeout: float) -> None:
         """Ranks wait at most `timeout` seconds for each other."""
         self._seconds = 60 * minutes
         self._is_main = world.is_main
-        self._signalled = False
+        self._signalled = Request.NOTHING
+        self._may_raise = False
         self._former_handlers: dict[signal.Signals, Any] = {}
         # A group of its own: other threads and the device's backend exchange at other times.
         self._group: dist.ProcessGroup | None = None
@@ -50,13 +70,17 @@ class SavePoints:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._former_handlers = {number: signal.signal(number, self._catch) for number in STOP_SIGNALS}
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._former_handlers[number] = signal.signal(number, self._catch)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._give_back_handlers()
+        for number, handler in self._former_handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._former_handlers = {}
         if kind is None and self._asked is not None:  # end the exchange before its group ends
             self._asked[1].wait()
 
@@ -73,9 +97,25 @@ class SavePoints:
         self._asked = requests, dist.all_reduce(requests, dist.ReduceOp.MAX, self._group, async_op=True)
         return agreed
 
+    @contextmanager
+    def may_be_left_undone(self) -> Iterator[None]:
+        """A context that a signal to stop ends at once by `Interrupted`, if this process is the only one."""
+        try:
+            self._may_raise = self._group is None
+            if self._may_raise and self._signalled:
+                raise Interrupted
+            yield
+        finally:
+            self._may_raise = False
+
+    @property
+    def signalled(self) -> Request:
+        """What signals asked of this process so far."""
+        return self._signalled
+
     def _own_request(self) -> Request:
         if self._signalled:
-            return Request.SAVE_AND_STOP
+            return self._signalled
         # Clocks differ: rank 0's counts.
         return Request(self._is_main and time.monotonic() - self._saved_at >= self._seconds)
 
@@ -85,23 +125,25 @@ class SavePoints:
         return request
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
-        self._give_back_handlers()
-
-    def _give_back_handlers(self) -> None:
-        for number, handler in self._former_handlers.items():
-            signal.signal(number, handler)
-        self._former_handlers = {}
+        self._signalled = self._signalled or (Request.INTERRUPT if number == signal.SIGINT else Request.PREEMPT)
+        if self._may_raise:
+            self._may_raise = False
+            raise Interrupted
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """A context that Ctrl-C does not end: hands press it twice, and torchrun and timeout pass it on once more."""
+def undisturbed() -> Iterator[None]:
+    """A context that no signal to stop ends, nor the death of a loader's worker, at which PyTorch raises wherever the
+    main thread is."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet: dict[int, Any] = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
+    if hasattr(signal, "SIGCHLD"):
+        quiet[signal.SIGCHLD] = signal.SIG_DFL
+    former = {number: signal.signal(number, handler) for number, handler in quiet.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if former is None else former)
+        for number, handler in former.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

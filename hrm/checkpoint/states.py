@@ -27,7 +27,8 @@ from hrm.config import PROJECT_DIR
 from hrm.distributed.world import World
 from hrm.version import __version__
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no identity of packs
+READABLE_FORMATS = (1, FORMAT)
 METADATA_FILE = "state.json"
 SUMS_FILE = "SHA256SUMS"
 STATE_NAME = re.compile(r"state_(\d+)")
@@ -50,6 +51,7 @@ class StateMetadata:
     config: dict[str, Any]
     pack: dict[str, Any]  # metadata of the training split
     made_by: dict[str, str]  # see `environment_info`
+    pack_identity: dict[str, str] = field(default_factory=dict)  # fields of `PackIdentity`; format 1 has none
     format: int = FORMAT
 
 

@@ -72,8 +72,8 @@ def save_weights(weights: Mapping[str, Tensor], folder: Path, name: str) -> Path
         name: `step_<n>`.
     """
     file = folder / name
-    with replacing(file) as temporary:
-        torch.save({_COMPILED_PREFIX + name: tensor for name, tensor in weights.items()}, temporary)
+    with replacing(file) as temporary, temporary.open("wb") as stream:  # a file of Python says why it cannot be written
+        torch.save({_COMPILED_PREFIX + name: tensor for name, tensor in weights.items()}, stream)
     with replacing(file.with_name(name + _SAFETENSORS)) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary, {"format": "pt"})
     return file

@@ -13,7 +13,9 @@ DISTRIBUTION = "hrm-torch"  # the name on the package index, where `hrm` belongs
 
 def install_hint(extra: str) -> str:
     """The command that adds an extra of this package to the way it is installed here, e.g. for `report`."""
-    return f"pip install -e '.[{extra}]'" if IS_CHECKOUT else f"pip install '{DISTRIBUTION}[{extra}]'"
+    if not IS_CHECKOUT:
+        return f"pip install '{DISTRIBUTION}[{extra}]'"
+    return f"pip install -e '{'.' if Path.cwd() == PROJECT_DIR else PROJECT_DIR}[{extra}]'"
 
 
 def choices_of(group: str, more: tuple[Path, ...] = ()) -> dict[str, Path]:

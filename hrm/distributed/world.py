@@ -98,7 +98,7 @@ def join_world(device: str, parallel: ParallelConfig | None = None, timeout: flo
         yield share_out(parallel, chosen, timeout)
         dist.barrier()  # a rank that takes its connections down early makes the others abort at times
     except RuntimeError as error:
-        if _is_of_an_exchange(error) and (silent := _silent_ranks(min(timeout, 10))):
+        if is_of_an_exchange(error) and (silent := _silent_ranks(min(timeout, 10))):
             named = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
             raise UserError(
                 f"{named} of {dist.get_world_size()} hung or ended: no answer in dist_timeout={timeout:g} seconds; "
@@ -143,8 +143,9 @@ def share_out(parallel: ParallelConfig, device: torch.device, timeout: float = 6
     return World(data.rank, data.size, device, data.group, tensor, pipeline)
 
 
-def _is_of_an_exchange(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+def is_of_an_exchange(error: BaseException) -> bool:
+    """Whether an error came from an exchange between processes, most likely as one of them ended."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _silent_ranks(seconds: float) -> list[int]:

@@ -18,6 +18,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_fla
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hrm.config import neighbours
+from hrm.config.paths import install_hint
 from hrm.errors import UserError
 from hrm.kernels import naive
 from hrm.kernels.backend import KernelRequest, runs_anywhere
@@ -150,7 +151,7 @@ def _why_not_gluon(request: KernelRequest) -> str | None:
 # FlashAttention 2 leaves its folder to others' modules too, so that only an inner module tells that it is there.
 _FA2 = _Package("flash_attn.flash_attn_interface", "pip install flash-attn", range(8, 13), 256)
 _FA3 = _Package("flash_attn_interface", "from the folder hopper of FlashAttention's repository", range(9, 10), 256)
-_FA4 = _Package("flash_attn.cute", "pip install 'hrm[cute]'", range(9, 13), 128)
+_FA4 = _Package("flash_attn.cute", install_hint("cute"), range(9, 13), 128)
 
 PROVIDERS = {
     "sdpa": Provider(lambda: naive.sdpa, runs_anywhere),

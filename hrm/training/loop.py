@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from hrm.checkpoint.finding import AUTO, check_options, find_state
-from hrm.checkpoint.run_folder import keep_earlier_run, make_folder, save_config
-from hrm.checkpoint.save_points import Request, SavePoints, uninterrupted
-from hrm.checkpoint.saving import StateSaver, on_host
-from hrm.checkpoint.states import SavedState, StateMetadata, environment_info
-from hrm.checkpoint.weights import save_weights
-from hrm.config import PretrainConfig
+from hrm.checkpoint.lock import RunLock
+from hrm.checkpoint.run_folder import keep_earlier_run, remove_leftovers, save_config, superseded_by_going_on
+from hrm.checkpoint.save_points import Request, SavePoints
+from hrm.checkpoint.saving import StateSaver
+from hrm.checkpoint.states import SavedState, environment_info
+from hrm.config import DataConfig, PretrainConfig
 from hrm.data.builders.missing import ensure_pack
+from hrm.data.identity import PackIdentity, pack_identity
 from hrm.data.loader import EvalLoader, TrainLoader
 from hrm.data.pack import Pack, open_pack
-from hrm.data.prefetch import on_device
 from hrm.distributed.world import World, join_world, share_from_main
 from hrm.errors import UserError
-from hrm.evaluation.runner import evaluate, save_outputs
 from hrm.kernels import describe
-from hrm.models import ACTLossHead
-from hrm.models.flops import block_flops, train_step_blocks
+from hrm.output import unbreakable_output
 from hrm.training.metrics import MetricWindow
 from hrm.training.profiling import step_trace
-from hrm.training.resume import Progress, own_tensors, restore, shared_tensors
+from hrm.training.resume import Progress, restore
+from hrm.training.run import Run
 from hrm.training.run_log import RunLog, cut_records
-from hrm.training.step import TrainState, current_lr, initial_state, make_train_step
+from hrm.training.step import TrainState, initial_state
+
+EXIT_INTERRUPTED = 130
+"""Exit status of a run that Ctrl-C stopped, as shells have it."""
 
 EXIT_PREEMPTED = 75
 """Exit status of a run that a signal stopped and that can go on: "temporary failure, try again" in sysexits.h."""
@@ -46,17 +47,30 @@ def pretrain(config: PretrainConfig) -> None:
 
     Raises:
         UserError: for data, options or hardware that cannot work together.
-        SystemExit: with `EXIT_PREEMPTED`, after SIGTERM or SIGUSR1, when all is saved that going on takes.
+        SystemExit: after a signal to stop, when all is saved that going on takes: with `EXIT_INTERRUPTED` after Ctrl-C
+            (SIGINT), with `EXIT_PREEMPTED` after SIGTERM, SIGHUP or SIGUSR1.
     """
-    with join_world(config.device, config.parallel, config.dist_timeout) as world:
-        config, folder = share_from_main(_with_names(config), world)
+    with unbreakable_output(), join_world(config.device, config.parallel, config.dist_timeout) as world:
+        request = _pretrain(config, world)
+    if request.stops:
+        raise SystemExit(EXIT_INTERRUPTED if request is Request.INTERRUPT else EXIT_PREEMPTED)
+
+
+def _pretrain(config: PretrainConfig, world: World) -> Request:
+    """Train to the end (`NOTHING`), or to where a request stops the run."""
+    config, folder = share_from_main(_with_names(config), world)
+    with RunLock(folder) if world.is_main else nullcontext() as lock:
         saved = share_from_main(_find_saved(config, folder) if world.is_main else None, world)
         if world.is_main:
             ensure_pack(config.data, config.data_path)
         share_from_main(None, world)  # the others wait for the pack
+        if Path(config.data.path) != Path(config.data_path):  # what `data` tells is of another pack
+            config = replace(config, data=DataConfig(Path(config.data_path).name, config.data_path, build=""))
         train_pack, test_pack = open_pack(config.data_path, "train"), open_pack(config.data_path, "test")
         _check_one_task(train_pack, test_pack)
-        changed = [] if saved is None else check_options(saved, config, train_pack)
+        identity = share_from_main(pack_identity(train_pack, test_pack) if world.is_main else None, world)
+        assert identity is not None
+        changed = [] if saved is None else check_options(saved, config, train_pack, identity)
         train_loader = TrainLoader(
             train_pack,
             config.global_batch_size,
@@ -82,202 +96,38 @@ def pretrain(config: PretrainConfig) -> None:
             if begun := restore(saved, state, world, config, train_pack):
                 window.reopen(begun)
         if world.is_main:
-            _take_over(folder, saved)
-            save_config(config, folder)
+            try:
+                _take_over(folder, saved)
+                save_config(config, folder, pack_identity=asdict(identity))
+            except OSError as error:
+                raise UserError(
+                    f"the run folder {folder} cannot be written ({error.strerror}): make room, or give another "
+                    "checkpoint_path."
+                ) from error
         is_same_run = saved is not None and saved.is_of(folder)
         wandb_id = saved.metadata.wandb_id if saved and is_same_run else None
         with (
-            RunLog(config, folder, state.total_steps, world, state.step, wandb_id) as log,
-            StateSaver(folder, config.keep_checkpoints, world, config.dist_timeout) as saver,
             SavePoints(config.checkpoint_interval, world, config.dist_timeout) as save_points,
+            RunLog(config, folder, state.total_steps, world, state.step, wandb_id) as log,
+            StateSaver(folder, config.keep_checkpoints, world, config.dist_timeout, log.say) as saver,
             step_trace(config.profile, world, log.say) as trace_step,
         ):
             log.say(_summary(config, state, world, folder))
-            made_by = environment_info(describe(state.model.kernels), world)
-            for line in _origin(config, saved, changed, made_by):
+            environment = environment_info(describe(state.model.kernels), world)
+            for line in _origin(config, saved, changed, identity, environment):
                 log.say(line)
             if is_same_run:
-                saver.saved_step = state.step
-            run = _Run(config, world, folder, train_pack, made_by, state, progress, window, log, saver)
-            try:
-                is_complete = run.train(train_loader, eval_loader, save_points, trace_step)
-            except BaseException as error:  # Ctrl-C, a full disk, a closed terminal: what was learned stays
-                with uninterrupted():
-                    run.save_on_error(type(error).__name__)
-                raise
-            saver.wait()
-            if not is_complete:
-                log.say(f"Stopped by a signal after step {state.step}; resume=auto goes on from there.")
-    if not is_complete:
-        raise SystemExit(EXIT_PREEMPTED)
-
-
-@dataclass
-class _Run:
-    """A run under way."""
-
-    config: PretrainConfig
-    world: World
-    folder: Path
-    train_pack: Pack
-    made_by: dict[str, str]
-    state: TrainState
-    progress: Progress
-    window: MetricWindow
-    log: RunLog
-    saver: StateSaver
-
-    def train(
-        self,
-        train_loader: TrainLoader,
-        eval_loader: EvalLoader,
-        save_points: SavePoints,
-        trace_step: Callable[[], None],
-    ) -> bool:
-        """Train to the end (True), or to where a signal asks to stop (False)."""
-        config, state, progress = self.config, self.state, self.progress
-        step = make_train_step(config, self.world, state)
-        passes = config.epochs // (config.eval_interval or config.epochs)
-        while progress.pass_index < passes:
-            batches = self.window.timed(train_loader.iterate(progress.pass_index, progress.batches))
-            for batch in on_device(batches, self.world.device):
-                if state.step == state.total_steps:
-                    break
-                self.window.add(step(batch), _sequence_flops(config, self.train_pack, state.step))
-                progress.batches += 1
-                self.log.advance()
-                trace_step()
-                if state.step == 1 or state.step % config.log_interval == 0:
-                    self._close_window()
-                self._record(wait=False)
-                request = save_points.after_step()
-                if request:
-                    self._save()
-                if request is Request.SAVE_AND_STOP:
-                    return False
-            self._close_window()
-            self._save()  # before the evaluation, which takes long with some packs and changes nothing
-            if self._evaluate(eval_loader, is_last=progress.pass_index == passes - 1):
-                break
-            progress.pass_index += 1
-            progress.batches = 0
-            self.window.restart_clock()
-        return True
-
-    def _close_window(self) -> None:
-        # Ranks must agree on what they have read. What closed a window ago is there, or the device has a window to do.
-        self._record(wait=self.world.processes > 1)
-        self._give_up_if_diverged()
-        self.window.close(self.state.step, current_lr(self.config, self.state, self.config.lr))
-
-    def _record(self, *, wait: bool) -> None:
-        for record in self.window.finished(wait=wait):
-            self.log.record(record)
-            self.progress.train_accuracy = record.get("train/exact_accuracy", self.progress.train_accuracy)
-
-    def _give_up_if_diverged(self) -> None:
-        """To be called when all ranks have read the same windows, so that all end here or none."""
-        if not self.window.gave_up:
-            return
-        good = f"state_{self.saver.saved_step}"
-        if self.saver.saved_step is None:
-            good = f"step_{self.state.step}"
-            self._save_weights()
-        self.saver.wait()
-        raise UserError(
-            f"loss or gradients were not finite in {self.config.abort_after} steps in a row (abort_after), which were "
-            f"skipped; the last good weights are in {self.folder / good}: lower lr, or set grad_clip."
-        )
-
-    def _save(self) -> None:
-        """Save the training state, unless that of this step is there already."""
-        self._record(wait=True)
-        self._give_up_if_diverged()
-        if self.saver.saved_step == self.state.step:
-            return
-        begun = self.window.open_sums()
-        metadata = StateMetadata(
-            step=self.state.step,
-            num_ranks=self.world.size,
-            progress=asdict(self.progress),
-            window_names=begun.names if begun else [],
-            window_steps=begun.num_steps if begun else 0,
-            metrics_size=self.log.size(),
-            wandb_id=self.log.wandb_id,
-            config=asdict(self.config),
-            pack=asdict(self.train_pack.metadata),
-            made_by=self.made_by,
-        )
-        self.saver.save(metadata, shared_tensors(self.state), own_tensors(self.state, self.window, self.world))
-
-    def _evaluate(self, loader: EvalLoader, *, is_last: bool) -> bool:
-        """Evaluate and keep the weights; returns whether to end."""
-        config, state = self.config, self.state
-        started = time.perf_counter()
-        metrics, outputs = evaluate(state.model, loader, self.world, config.eval_save_outputs)
-        judged = metrics
-        if state.average is not None:
-            judged, _ = evaluate(state.average.model, loader, self.world)
-            metrics |= {f"ema/{set_name}": values for set_name, values in judged.items()}
-        seconds = time.perf_counter() - started
-        for set_name, values in metrics.items():
-            self.log.record({"step": state.step} | {f"{set_name}/{name}": value for name, value in values.items()})
-            self.log.say(
-                f"step {state.step}, test set {set_name}: {100 * values['exact_accuracy']:.2f} % of "
-                f"{values['count']:.0f} puzzles exactly right, {100 * values['accuracy']:.2f} % of cells "
-                f"({seconds:.0f} s)"
+                saver.goes_on_from(state.step, superseded_by_going_on(folder, state.step))
+            run = Run(
+                config, world, folder, lock, train_pack, identity, environment, state, progress, window, log, saver
             )
-        if outputs:
-            save_outputs(outputs, self.folder, state.step, self.world)
-        self._note(judged)
-        reason = self._reason_to_end()
-        if config.checkpoint_every_eval or is_last or reason:
-            self._save_weights()
-        if reason and not is_last:
-            self.log.say(f"Ended early: {reason}.")
-        return reason is not None
-
-    def _note(self, metrics: dict[str, dict[str, float]]) -> None:
-        """Take an evaluation into account."""
-        progress = self.progress
-        count = sum(values["count"] for values in metrics.values())
-        accuracy = sum(values["exact_accuracy"] * values["count"] for values in metrics.values()) / max(count, 1)
-        progress.evaluations_since_best += 1
-        if progress.best_accuracy is None or accuracy > progress.best_accuracy:
-            progress.best_accuracy, progress.best_step = accuracy, self.state.step
-            progress.evaluations_since_best = 0
-
-    def _reason_to_end(self) -> str | None:
-        config, progress = self.config, self.progress
-        if config.stop_after is not None and progress.evaluations_since_best >= config.stop_after:
-            return f"no exact accuracy since step {progress.best_step} was better (stop_after={config.stop_after})"
-        wanted, reached = config.stop_at_train_accuracy, progress.train_accuracy
-        if wanted is not None and reached is not None and reached >= wanted:
-            return f"training's exact accuracy is {reached:.4g} (stop_at_train_accuracy={wanted})"
-        return None
-
-    def save_on_error(self, reason: str) -> None:
-        """Keep the weights of a run that ends before its time, where this process has all of them."""
-        is_whole = self.world.processes == self.world.size and not self.config.parallel.fsdp  # or others may be missing
-        if not (self.world.is_main and self.state.step and is_whole):
-            return
-        with suppress(Exception):
-            self.saver.wait()
-        files = [save_weights(on_host(model.state_dict()), self.folder, name) for name, model in self._models().items()]
-        self.log.say(f"Stopped by {reason}; the weights so far are in {' and '.join(map(str, files))}.")
-
-    def _models(self) -> dict[str, ACTLossHead]:
-        """What is saved as weights, by the names of the files."""
-        models = {f"step_{self.state.step}": self.state.model}
-        if self.state.average is not None:
-            models[f"step_{self.state.step}_ema"] = self.state.average.model
-        return models
-
-    def _save_weights(self) -> None:
-        for name, model in self._models().items():
-            weights = self.state.shared.gather(model.state_dict())
-            if self.world.is_main:
-                self.saver.run(name, partial(save_weights, on_host(weights), self.folder, name))
+            try:
+                request = run.train(train_loader, eval_loader, save_points, trace_step)
+                run.finish(request)
+            except BaseException as error:  # whatever it is, what was learned stays
+                run.save_on_error(error)
+                raise
+    return request
 
 
 def _find_saved(config: PretrainConfig, folder: Path) -> SavedState | None:
@@ -286,7 +136,7 @@ def _find_saved(config: PretrainConfig, folder: Path) -> SavedState | None:
 
 def _take_over(folder: Path, saved: SavedState | None) -> None:
     """Make a run folder ready, moving aside what does not belong to the run that starts or goes on."""
-    make_folder(folder, "checkpoint_path")
+    remove_leftovers(folder)
     if saved is None:
         keep_earlier_run(folder)
         return
@@ -294,14 +144,22 @@ def _take_over(folder: Path, saved: SavedState | None) -> None:
     cut_records(saved.folder.parent, saved.metadata.metrics_size, folder)
 
 
-def _origin(config: PretrainConfig, saved: SavedState | None, changed: list[str], made_by: dict[str, str]) -> list[str]:
+def _origin(
+    config: PretrainConfig,
+    saved: SavedState | None,
+    changed: Sequence[str],
+    identity: PackIdentity,
+    environment: Mapping[str, str],
+) -> list[str]:
     """What to say of where a run starts from."""
     if saved is None:
         return [] if config.resume is None else ["Nothing to resume yet: a new run."]
     lines = [f"Not usable: {sentence}" for sentence in saved.unusable]
     lines.append(f"Going on from {saved.folder}" + (f", with {' and '.join(changed)}." if changed else "."))
+    if not changed and saved.metadata.pack_identity.get("provenance", identity.provenance) != identity.provenance:
+        lines.append(f"The pack {config.data_path} was built anew, and holds the same.")
     had = saved.metadata.made_by
-    if differ := [f"{name} {had.get(name)}, now {now}" for name, now in made_by.items() if had.get(name) != now]:
+    if differ := [f"{name} {had.get(name)}, now {now}" for name, now in environment.items() if had.get(name) != now]:
         lines.append(f"Expect other bits than from a run never stopped: it was saved by {'; '.join(differ)}.")
     return lines
 
@@ -326,11 +184,6 @@ def _check_one_task(train: Pack, test: Pack) -> None:
             raise UserError(
                 f"{train.path} has {name} {ours} in train but {theirs} in test: build both splits together."
             )
-
-
-def _sequence_flops(config: PretrainConfig, pack: Pack, step: int) -> float:
-    tokens = config.arch.prefix_len + pack.metadata.seq_len
-    return float(tokens * train_step_blocks(config.arch, config.updates_at(step)) * block_flops(config.arch, tokens))
 
 
 def _summary(config: PretrainConfig, state: TrainState, world: World, folder: Path) -> str:

@@ -57,9 +57,11 @@ class MetricWindow:
 
     Attributes:
         gave_up: whether a window that arrived tells of too many skipped steps in a row.
+        last_skipped: steps skipped in the window that arrived last.
     """
 
     gave_up = False
+    last_skipped = 0.0
 
     def __init__(self, world: World, global_batch_size: int) -> None:
         self._world = world
@@ -157,7 +159,7 @@ class MetricWindow:
             sequences = reading.num_steps * self._global_batch_size
             if "skipped" in sums:
                 skipped = sums.pop("skipped") / self._world.size  # all ranks skip alike, and each counts
-                record["train/skipped"] = skipped
+                record["train/skipped"] = self.last_skipped = skipped
                 sequences -= round(skipped) * self._global_batch_size
                 self.gave_up |= sums.pop("gave_up") > 0
             for name, value in sums.items():

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from hrm.checkpoint.run_folder import make_folder
 from hrm.distributed.world import World
+from hrm.errors import first_sentence
 
 # Steps before the trace: by then kernels are compiled, tuned and recorded, and the loader has caught up.
 _SKIPPED, _WARM_UP, _TRACED = 10, 2, 5
@@ -35,8 +36,12 @@ def step_trace(folder: str | None, world: World, say: Callable[[str], None]) -> 
 
     def write(profiled: profile) -> None:
         nonlocal is_written
-        profiled.export_chrome_trace(str(file))
         is_written = True
+        try:
+            profiled.export_chrome_trace(str(file))
+        except (OSError, RuntimeError) as error:  # no reason to stop training
+            say(f"{file} could not be written ({first_sentence(error)}).")
+            return
         say(f"A trace of up to {_TRACED} steps is in {file} (profile={folder}).")
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import netrc
 import os
+import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +19,25 @@ from tqdm import tqdm
 from hrm.checkpoint.run_folder import METRICS_FILE, write_atomically
 from hrm.config import PretrainConfig
 from hrm.distributed.world import World
+from hrm.errors import first_sentence
+from hrm.output import UnbreakableStream
+
+# What W&B takes in WANDB_MODE, by what it means here.
+_WANDB_MODES = {
+    "online": "online",
+    "run": "online",
+    "shared": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
 
 
 class RunLog:
     """Writes records to the run folder, to W&B and to the progress bar. Silent on all ranks but the first.
+
+    What cannot be written ends nothing: records for `metrics.jsonl` wait for the next one, lines and the bar are
+    dropped, and W&B is left alone from then on.
 
     Args:
         step: the one after which a resumed run goes on; its records follow those in the file.
@@ -44,12 +61,14 @@ class RunLog:
             disable=not world.is_main,
             dynamic_ncols=True,
             smoothing=0.1,
+            file=UnbreakableStream(sys.stderr),
         )
         self._file = None
+        self._waiting = b""  # for a place on the disk
         self._wandb = None
         if world.is_main:
-            self._file = (folder / METRICS_FILE).open("ab")
-            self._wandb = _start_wandb(config, folder, wandb_id)
+            self._file = (folder / METRICS_FILE).open("ab", buffering=0)  # so that it is known what was written
+            self._wandb = _start_wandb(config, folder, wandb_id, self.say)
 
     @property
     def wandb_id(self) -> str | None:
@@ -57,10 +76,11 @@ class RunLog:
         return None if self._wandb is None else self._wandb.id
 
     def size(self) -> int:
-        """Bytes of records on the disk, all written so far."""
+        """Bytes of records on the disk, up to now."""
         if self._file is None:
             return 0
-        os.fsync(self._file.fileno())
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def __enter__(self) -> Self:
@@ -71,9 +91,9 @@ class RunLog:
     ) -> None:
         self._bar.close()
         if self._file is not None:
+            self._write(b"")
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+        self._tell_wandb(lambda run: run.finish(exit_code=0 if kind is None else 1))
 
     def advance(self) -> None:
         """Move the bar by one step."""
@@ -82,17 +102,14 @@ class RunLog:
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         if self._is_main:
-            with suppress(BrokenPipeError):  # whoever read along has left: no reason to stop training
-                tqdm.write(line)
+            tqdm.write(line, file=UnbreakableStream(sys.stdout))
 
     def record(self, record: dict[str, float]) -> None:
         """Keep one record; it has a `step`."""
         if self._file is None:
             return
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(record, step=int(record["step"]))
+        self._write(json.dumps(record).encode() + b"\n")
+        self._tell_wandb(lambda run: run.log(record, step=int(record["step"])))
         if "train/lm_loss" in record:
             shown = {"loss": f"{record['train/lm_loss']:.3f}"}
             if "train/exact_accuracy" in record:
@@ -102,6 +119,25 @@ class RunLog:
                 }
             self._bar.set_postfix(shown | {"puzzles/s": f"{record['puzzles_per_second']:,.0f}"}, refresh=False)
 
+    def _write(self, line: bytes) -> None:
+        assert self._file is not None
+        waited, self._waiting = bool(self._waiting), self._waiting + line
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not waited:
+                self.say(f"{self._file.name} could not be written ({error.strerror}): its records wait for the next.")
+
+    def _tell_wandb(self, tell: Callable[[Any], object]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            tell(self._wandb)
+        except Exception as error:  # of its network, its disk or its process, without a common base
+            self._wandb = None
+            self.say(f"W&B: off from here ({first_sentence(error)}); metrics are in {METRICS_FILE} all the same.")
+
 
 def cut_records(source: Path, size: int, folder: Path) -> None:
     """Put the first `size` bytes of the records of run folder `source` into `folder`, which may be the same."""
@@ -109,17 +145,24 @@ def cut_records(source: Path, size: int, folder: Path) -> None:
     write_atomically(folder / METRICS_FILE, file.read_bytes()[:size] if file.is_file() else b"")
 
 
-def _start_wandb(config: PretrainConfig, folder: Path, wandb_id: str | None) -> Any:
+def _start_wandb(config: PretrainConfig, folder: Path, wandb_id: str | None, say: Callable[[str], None]) -> Any:
     """A W&B run, or None with one line that says why."""
-    mode = os.environ.get("WANDB_MODE", config.wandb) if config.wandb == "auto" else config.wandb
-    if mode == "auto" and not _logged_in_to_wandb():
-        tqdm.write("W&B: not logged in, so off (wandb login turns it on, wandb=offline keeps a local copy).")
-        return None
-    if mode == "disabled":
-        return None
-    import wandb  # imported here: slow, and not needed when off
-
+    # An empty or unknown value must not come before W&B, which raises over it.
+    asked = os.environ.pop("WANDB_MODE", None)
     try:
+        mode = config.wandb
+        if mode == "auto" and asked:
+            if asked not in _WANDB_MODES:
+                say(f"W&B: WANDB_MODE={asked!r} is none of {', '.join(_WANDB_MODES)}, so off.")
+                return None
+            mode = _WANDB_MODES[asked]
+        if mode == "auto" and not _logged_in_to_wandb():
+            say("W&B: not logged in, so off (wandb login turns it on, wandb=offline keeps a local copy).")
+            return None
+        if mode == "disabled":
+            return None
+        import wandb  # imported here: slow, and not needed when off
+
         return wandb.init(
             project=config.project_name,
             name=config.run_name,
@@ -129,9 +172,12 @@ def _start_wandb(config: PretrainConfig, folder: Path, wandb_id: str | None) -> 
             resume="allow",
             mode="offline" if mode == "offline" else "online",
         )
-    except wandb.errors.Error as error:
-        tqdm.write(f"W&B: could not start ({error}), so off; metrics are in {METRICS_FILE} all the same.")
+    except Exception as error:  # of its network, its settings or its process, without a common base
+        say(f"W&B: could not start ({first_sentence(error)}), so off; metrics are in {METRICS_FILE} all the same.")
         return None
+    finally:
+        if asked is not None:
+            os.environ["WANDB_MODE"] = asked
 
 
 def _logged_in_to_wandb() -> bool:

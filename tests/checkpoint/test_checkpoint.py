@@ -10,7 +10,7 @@ import string
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import huggingface_hub
 import pytest
@@ -139,7 +139,8 @@ def test_our_weights_have_the_published_names(tmp_path: Path, model: ACTLossHead
     names += [f"{level}_level.layers.{i}.{part}.weight" for (level, i), part in itertools.product(layers, parts)]
     assert saved.keys() == {f"_orig_mod.model.inner.{name}" for name in names}
     for name, tensor in model.state_dict().items():
-        assert saved[f"_orig_mod.{name}"].dtype == torch.float32
+        is_state = name.endswith(("H_init", "L_init"))  # kept in the compute dtype, as published
+        assert saved[f"_orig_mod.{name}"].dtype == (torch.bfloat16 if is_state else torch.float32)
         assert torch.equal(saved[f"_orig_mod.{name}"], tensor), name
 
 
@@ -311,9 +312,10 @@ def test_failing_to_save_leaves_no_file_of_that_name(
         model.model.inner.lm_head.weight.zero_()
     save = torch.save
 
-    def failing(content: object, file: Path) -> None:
-        save(content, file)
-        _cut(file)
+    def failing(content: object, stream: BinaryIO) -> None:
+        save(content, stream)
+        stream.flush()
+        _cut(Path(stream.name))
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", failing)

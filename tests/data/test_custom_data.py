@@ -341,10 +341,13 @@ def test_more_examples_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize(
     ("task", "size", "count", "epochs"),
-    [("dag_path", 4, 700, 12), ("topological_order", 4, 500, 40), ("tool_routing", 2, 1500, 8)],
+    [("dag_path", 4, 700, 10), ("topological_order", 4, 500, 40), ("tool_routing", 2, 1500, 12)],
 )
 def test_example_tasks_are_learned(task: str, size: int, count: int, epochs: int, tmp_path: Path) -> None:
-    """Against the answer that is most frequent at each place, a small model is wrong in half the cells or fewer."""
+    """Against the answer that is most frequent at each place, a small model is wrong in half the cells or fewer.
+
+    Over seeds, a fifth is usual and two fifths the most.
+    """
     tasks.main([task, "--size", str(size), "--count", str(count), "--output", str(tmp_path / "task.jsonl")])
     pack = tmp_path / "pack"
     train, test = (
@@ -368,10 +371,10 @@ def test_example_tasks_are_learned(task: str, size: int, count: int, epochs: int
         data_path=str(pack),
         data=DataConfig(task, str(pack), "none"),
         checkpoint_path=str(tmp_path / "run"),
-        global_batch_size=64,
+        global_batch_size=32,
         epochs=epochs,
         eval_interval=None,
-        lr=5e-3,
+        lr=3e-3,
         lr_min_ratio=0.1,
         lr_warmup_steps=10,
         log_interval=1000,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.entry_points import ROOT, TINY_MODEL, make_pack
-from tests.helpers.ranks import wait_for
+from tests.helpers.ranks import PATIENCE, wait_for
 
 STEPS = 600
 
@@ -35,7 +35,7 @@ def test_a_killed_rank_is_started_again(tmp_path: Path) -> None:
         wait_for(lambda: any(run.glob("state_*")), job)
         children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
-        assert job.wait(90) == 0, log.read_text()
+        assert job.wait(PATIENCE) == 0, log.read_text()
     finally:
         job.kill()
     said = log.read_text()

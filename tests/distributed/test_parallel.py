@@ -25,7 +25,7 @@ from hrm.errors import UserError
 from hrm.models import build_model
 from hrm.optim.clip import clip_gradients
 from hrm.training.step import initial_state, make_train_step
-from tests.helpers.ranks import environment, meeting, on_rank, on_ranks
+from tests.helpers.ranks import PATIENCE, environment, meeting, on_rank, on_ranks, wait_for_all
 from tests.helpers.training import ARCH, write_pack
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -132,7 +132,7 @@ def run_cases(rank: int, port: int, pack: Path, folder: Path) -> None:
         if case.processes > 1 and rank < case.processes:
             os.environ |= environment(rank, case.processes, port, attempt)
             config = make_config(pack, **case.options)
-            with join_world("cpu", config.parallel, timeout=60) as world:
+            with join_world("cpu", config.parallel, timeout=PATIENCE) as world:
                 result = run(config, world)
                 places = gather_on_main((world.rank, share_from_main(rank, world)), world)
             if rank == 0:
@@ -310,6 +310,7 @@ def test_one_process_cannot_share() -> None:
 
 def wait_for_the_other(rank: int, port: int, what_happens: str, folder: Path) -> None:
     os.environ |= environment(rank, 2, port)
+    wait_for_all(rank, 2, port)
     try:
         with join_world("cpu", timeout=3) as world:
             sum_over_ranks([torch.ones(3)], world)
@@ -346,7 +347,7 @@ def test_a_rank_that_stops_answering_is_named(
 ) -> None:
     store = meeting()
     first, _ = two_processes(wait_for_the_other, store.port, what_happens, tmp_path)
-    first.join(timeout=60)
+    first.join(timeout=PATIENCE)
     assert first.exitcode == 0
     assert "rank 1 of 2 hung or ended: no answer in dist_timeout=3 s" in (tmp_path / f"{what_happens}.0").read_text()
 
@@ -357,7 +358,7 @@ def test_a_rank_that_stops_answering_is_named(
 def run_on_gpus(rank: int, port: int, parallel: ParallelConfig, kernels: KernelsConfig, pack: Path, file: Path) -> None:
     os.environ |= environment(rank, 2, port)
     config = make_config(pack, parallel=parallel, kernels=kernels)
-    with join_world("cuda", parallel, timeout=60) as world:
+    with join_world("cuda", parallel, timeout=PATIENCE) as world:
         result = run(config, world)
         dist.barrier()
     if rank == 0:

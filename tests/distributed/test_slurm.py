@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.entry_points import CPU, ROOT, TINY_MODEL, make_pack
-from tests.helpers.ranks import wait_for
+from tests.helpers.ranks import PATIENCE, wait_for
 
 SCRIPT = ROOT / "scripts" / "train.slurm"
 JOB = str(os.getpid())  # the rendezvous' port is made of it: not the same for two tests at a time
@@ -73,14 +73,14 @@ def test_goes_on_after_its_time_is_up(tmp_path: Path, submit: Callable[..., "sub
     job = submit(2, sys.executable, *options)
     wait_for(lambda: metrics.is_file() and metrics.stat().st_size > 0, job)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(60) != 0, log.read_text()
+    assert job.wait(PATIENCE) != 0, log.read_text()
     assert requeued.read_text() == f"{JOB}\n", log.read_text()
     (step,) = (int(path.name.removeprefix("state_")) for path in run.glob("state_*"))
     assert "on 2 x cpu" in log.read_text()
     assert f"Stopped by a signal after step {step}" in log.read_text()
 
     again = submit(1, sys.executable, *options, f"epochs={step // 3 + 2}", "resume_changed=true")
-    assert again.wait(60) == 0, log.read_text()
+    assert again.wait(PATIENCE) == 0, log.read_text()
     assert f"Going on from {run}/state_{step}" in log.read_text()
     steps = [record["step"] for record in map(json.loads, metrics.read_text().splitlines()) if "train/lr" in record]
     assert steps == list(range(1, 3 * (step // 3 + 2) + 1))
@@ -88,7 +88,7 @@ def test_goes_on_after_its_time_is_up(tmp_path: Path, submit: Callable[..., "sub
 
 
 def test_a_failure_is_not_requeued(tmp_path: Path, submit: Callable[..., "subprocess.Popen[bytes]"]) -> None:
-    assert submit(1, "false").wait(60) == 1
+    assert submit(1, "false").wait(PATIENCE) == 1
     assert not (tmp_path / "requeued").exists()
 
 

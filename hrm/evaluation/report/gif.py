@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.batch import IGNORE_LABEL_ID
+from hrm.config.paths import install_hint
 from hrm.errors import UserError
 from hrm.evaluation.report.recorder import Trajectories, kinds
 from hrm.tasks.base import View
@@ -35,7 +36,7 @@ def require_pillow() -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError as error:
-        raise UserError("GIFs need Pillow: pip install 'hrm[report]'.") from error
+        raise UserError(f"GIFs need Pillow: {install_hint('report')}.") from error
 
 
 def write_gifs(folder: Path, shown: Trajectories, view: View) -> list[Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+from hrm.config.paths import install_hint
 from hrm.errors import UserError
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#9AA0A6")
@@ -60,7 +61,7 @@ def pyplot() -> ModuleType:
     try:
         import matplotlib
     except ImportError as error:
-        raise UserError("Pictures need matplotlib: pip install 'hrm[report]', or ask for none.") from error
+        raise UserError(f"Pictures need matplotlib: {install_hint('report')}, or ask for none.") from error
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 

@@ -3,7 +3,7 @@
 SwiGLU, its backward and the residuals are epilogues. The norm is a kernel of its own: quack's epilogue `gemm_rms` gives
 1 / rms of each row but does not multiply by it, so that a second pass over the rows is needed all the same.
 
-The packages (flash-attn-4 and quack-kernels, `pip install 'hrm[cute]'`) are imported, and compile their kernels, at
+The packages (flash-attn-4 and quack-kernels, the extra `cute`) are imported, and compile their kernels, at
 first use. They run in the configurations they were made with: to let quack search for better ones takes minutes.
 
 Shapes: M = B T rows, D hidden size, F inner width of the gated MLP.
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hrm.config.paths import install_hint
 from hrm.kernels import attention
 from hrm.kernels.backend import Backend, KernelRequest
 from hrm.kernels.context import KernelContext
@@ -30,7 +31,7 @@ def why_not(request: KernelRequest) -> str | None:
     if reason := attention.PROVIDERS["fa4"].why_not(request):
         return reason
     if not attention.is_installed("quack.gemm_interface"):
-        return "quack is not installed (pip install 'hrm[cute]')"
+        return f"quack is not installed ({install_hint('cute')})"
     return None
 
 

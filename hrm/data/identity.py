@@ -1,0 +1,79 @@
+"""What a pack is, beyond its path: hashes of its content, to notice that another one lies at the same path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from hrm.data.pack import Pack, PackSet, sha256_of
+
+_CACHED_FROM_BYTES = 1 << 26  # smaller files are hashed faster than a cache is worth
+
+
+@dataclass(frozen=True)
+class PackIdentity:
+    """SHA-256 of a pack's parts, in hexadecimal; empty for a file that it does not have."""
+
+    arrays: str  # of the training and the test split, and their dataset.json
+    identifiers: str  # identifiers.json: what the rows of a puzzle table stand for
+    provenance: str  # provenance.json: how it was built
+
+
+def pack_identity(*splits: Pack) -> PackIdentity:
+    """Hash a pack. Arrays of 64 MiB and more are read once: their hashes are kept in the user's cache folder, by path,
+    size, times and inode, and nothing is ever written to the pack."""
+    path = splits[0].path
+    files = sorted(file for split in splits for file in _files_of(split))
+    with ThreadPoolExecutor(4) as threads:  # hashing leaves Python's lock alone
+        hashes = list(threads.map(_hash, files))
+    arrays = hashlib.sha256()
+    for file, digest in zip(files, hashes, strict=True):
+        arrays.update(f"{digest}  {file.relative_to(path).as_posix()}\n".encode())
+    return PackIdentity(arrays.hexdigest(), identifiers_hash(path), _hash_if_there(path / "provenance.json"))
+
+
+def identifiers_hash(path: Path) -> str:
+    """The part of a pack's identity that says what its puzzle identifiers mean."""
+    return _hash_if_there(path / "identifiers.json")
+
+
+def _files_of(split: Pack) -> Iterable[Path]:
+    folder = split.path / split.split
+    yield folder / "dataset.json"
+    for name in split.metadata.sets:
+        yield from (folder / f"{name}__{field.name}.npy" for field in fields(PackSet))
+
+
+def _hash_if_there(file: Path) -> str:
+    return sha256_of(file) if file.is_file() else ""
+
+
+def _hash(file: Path) -> str:
+    about = file.stat()
+    if about.st_size < _CACHED_FROM_BYTES:
+        return sha256_of(file)
+    # The time of a change of the inode cannot be set, so that no copy with its times kept passes for the former file.
+    key = [str(file.resolve()), about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    cache = base / "hrm" / "pack-hashes" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
+    try:
+        had = json.loads(cache.read_text(encoding="utf-8"))
+        if had["key"] == key and len(bytes.fromhex(had["sha256"])) == 32:
+            return str(had["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    digest = sha256_of(file)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cache.parent, delete=False, encoding="utf-8") as temporary:
+            json.dump({"key": key, "sha256": digest}, temporary)
+        Path(temporary.name).replace(cache)
+    except OSError:  # then it is hashed again next time
+        pass
+    return digest
