@@ -93,6 +93,31 @@ def write_split(folder: Path, metadata: PackMetadata, sets: Mapping[str, PackSet
     _write_json(folder / "dataset.json", asdict(metadata))
 
 
+def write_examples(folder: Path, inputs: IntArray, labels: IntArray, vocab_size: int) -> None:
+    """Write one split of plain puzzles: one example each, no augmentations, no names.
+
+    Args:
+        folder: as for `write_split`.
+        inputs, labels: tokens [N, S]; token 0 pads, and is not learned in labels.
+        vocab_size: number of different tokens, padding among them.
+    """
+    count, seq_len = inputs.shape
+    offsets = np.arange(count + 1, dtype=np.int32)  # every puzzle is one example, every group one puzzle
+    examples = PackSet(inputs, labels, np.zeros(count, dtype=np.int32), offsets, offsets)
+    metadata = PackMetadata(
+        pad_id=0,
+        ignore_label_id=0,
+        blank_identifier_id=0,
+        vocab_size=vocab_size,
+        seq_len=seq_len,
+        num_puzzle_identifiers=1,
+        total_groups=count,
+        mean_puzzle_examples=1.0,
+        sets=("all",),
+    )
+    write_split(folder, metadata, {"all": examples})
+
+
 def write_identifiers(folder: Path, identifiers: Sequence[str]) -> None:
     """Write `<folder>/identifiers.json`: the name of every puzzle identifier, in order."""
     _write_json(folder / "identifiers.json", list(identifiers))

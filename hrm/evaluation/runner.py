@@ -77,7 +77,7 @@ def record_act_steps(
         answer = outputs["logits"].argmax(-1).to(torch.uint8)
         steps.append((answer, outputs["q_halt_logits"].float(), outputs["q_continue_logits"].float()))
     stacked = StepOutputs(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
-    return metrics, {key: outputs[key] for key in return_keys}, stacked
+    return metrics, {key: outputs[key] for key in return_keys if key in outputs}, stacked
 
 
 def _recorded_among_outputs(
