@@ -21,7 +21,7 @@ from hrm.evaluation.loading import ModelSizes, load_model, trained_sizes
 from hrm.evaluation.report.boards import LEGEND, Board, render_text, verdict_of
 from hrm.models import ACTLossHead
 from hrm.tasks import parse_puzzle
-from hrm.tasks.base import PuzzleSize, Rules, Symmetry, Task, Tokens
+from hrm.tasks.base import PuzzleSize, Rules, Solutions, Symmetry, Task, Tokens
 
 
 def solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, world: World) -> None:
@@ -54,9 +54,10 @@ def solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, worl
     rules = task.rules(size)
     answer, asked = _answer(models, inputs, task.symmetries(size, count), rules, world)
     if world.is_main:
-        board = _board(task, size, rules, inputs, answer)
+        solutions = rules.solve(inputs) if rules and rules.solve else None
+        board = _board(task, size, rules, inputs, answer, solutions)
         several = f" It took {asked} of {len(models) * count} answers." if asked > 1 else ""
-        print(f"{render_text(board)}\n{LEGEND}\n{verdict_of(board, rules)}{several}")
+        print(f"{render_text(board)}\n{LEGEND}\n{verdict_of(board, rules, solutions)}{several}")
 
 
 def _task_name(checkpoint: Checkpoint) -> str | None:
@@ -103,12 +104,11 @@ def _answer(
     return tokens[0].cpu().numpy(), len(answers)
 
 
-def _board(task: Task, size: PuzzleSize, rules: Rules | None, inputs: Tokens, answer: Tokens) -> Board:
+def _board(
+    task: Task, size: PuzzleSize, rules: Rules | None, inputs: Tokens, answer: Tokens, solutions: Solutions | None
+) -> Board:
     """The answer beside the only right one, or the cells that break the rules."""
-    solution = broken = None
-    if rules and rules.solve:
-        (found,) = rules.solve(inputs[None])
-        solution = found if found.any() else None
+    solution, broken = solutions.only if solutions else None, None
     if rules and rules.broken_at and solution is None:
         (broken,) = rules.broken_at(inputs[None], answer[None])
     return Board(task.view(size), inputs, answer, solution, broken)

@@ -87,6 +87,18 @@ def identity(size: PuzzleSize) -> Symmetry:
     return Symmetry(np.arange(size.seq_len), np.arange(size.vocab_size))
 
 
+class Solutions(NamedTuple):
+    """What a search for the right answers to one puzzle found."""
+
+    answers: list[Tokens]  # different ones [S], two at most
+    is_complete: bool  # whether there are no others; False where two were found, or the time was up
+
+    @property
+    def only(self) -> Tokens | None:
+        """The answer that is the only right one, or None."""
+        return self.answers[0] if self.is_complete and len(self.answers) == 1 else None
+
+
 @dataclass(frozen=True)
 class Rules:
     """What tells a right answer without looking at a label.
@@ -95,13 +107,13 @@ class Rules:
         keeps: which answers [N, S] to inputs [N, S] keep the rules: [N].
         result: what such an answer is: "a shortest path".
         broken_at: which cells [N, S] of answers [N, S] to inputs [N, S] break them, where that can be told of a cell.
-        solve: the only right answers [N, S] to inputs [N, S]; a row of zeros where there is none or more than one.
+        solve: finds the right answers to one puzzle [S], in a time that is bounded.
     """
 
     keeps: Callable[[Tokens, Tokens], Booleans]
     result: str
     broken_at: Callable[[Tokens, Tokens], Booleans] | None = None
-    solve: Callable[[Tokens], Tokens] | None = None
+    solve: Callable[[Tokens], Solutions] | None = None
 
 
 class Difficulty(NamedTuple):

@@ -24,6 +24,7 @@ from hrm.tasks.base import (
     Difficulty,
     PuzzleSize,
     Rules,
+    Solutions,
     Symmetry,
     Task,
     Tokens,
@@ -235,7 +236,7 @@ class Sudoku(Task):
         return known & ~clash
 
     def rules(self, size: PuzzleSize) -> Rules:
-        from hrm.tasks.sudoku_solver import solve
+        from hrm.tasks.sudoku_search import find_solutions
 
         box = BoxShape.from_cells(size.seq_len)
 
@@ -251,11 +252,11 @@ class Sudoku(Task):
             result: Booleans = broken | (conflicts(board, box) & (given == 0))
             return result
 
-        def solution(inputs: Tokens) -> Tokens:
-            found = solve(decode_tokens(inputs), box)
-            return np.where(found > 0, encode_tokens(found), 0)
+        def solve(inputs: Tokens) -> Solutions:
+            found = find_solutions(decode_tokens(inputs), box)
+            return Solutions(list(map(encode_tokens, found.answers)), found.is_complete)
 
-        return Rules(keeps, "a solution", broken_at, solution)
+        return Rules(keeps, "a solution", broken_at, solve)
 
     def num_symmetries(self, size: PuzzleSize) -> float:
         return UNLIMITED

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
+from hrm.tasks.base import Solutions
 from hrm.tasks.sudoku import BoxShape, Grids
 
 SECONDS = 10.0
@@ -22,24 +22,12 @@ SECONDS = 10.0
 _CHECK_EVERY = 256  # choices between two looks at the clock
 
 
-class Solutions(NamedTuple):
-    """What a search found."""
-
-    grids: list[Grids]  # [cells] each
-    is_complete: bool  # whether there are no others
-
-    @property
-    def only(self) -> Grids | None:
-        """The solution that is the only one, or None."""
-        return self.grids[0] if self.is_complete and len(self.grids) == 1 else None
-
-
 class _OutOfTime(Exception):
     pass
 
 
 def find_solutions(puzzle: Grids, shape: BoxShape, limit: int = 2, seconds: float = SECONDS) -> Solutions:
-    """The first `limit` solutions of a board `[cells]`, or those found within `seconds`."""
+    """The first `limit` solutions of a board `[cells]`, or those found within `seconds`, as digits."""
     search = _Search(puzzle, shape, time.monotonic() + seconds)
     grids: list[Grids] = []
     try:

@@ -4,6 +4,8 @@ It holds a board as one bit mask of possible digits per cell and works on `[cell
 every numpy call runs over many boards.
 """
 
+import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,12 +73,15 @@ def propagate(states: Masks, shape: BoxShape) -> _Step:
     return _Step(reduced, dead, solved, still & ~solved)
 
 
-def search(candidates: Masks, shape: BoxShape, limit: int) -> tuple[NDArray[np.intp], Grids]:
+def search(
+    candidates: Masks, shape: BoxShape, limit: int, deadline: float = math.inf
+) -> tuple[NDArray[np.intp], Grids]:
     """Solutions of many boards at once, by propagation and by splitting the cell of fewest candidates.
 
     Args:
         candidates: possible digits, uint16 `[boards, cells]`.
         limit: a board is left alone once it has so many solutions (those of its last round may exceed it).
+        deadline: when to end with what was found, by `time.monotonic()`.
 
     Returns:
         The board each solution belongs to, `[solutions]`, and the solutions, `[solutions, cells]`.
@@ -89,7 +94,7 @@ def search(candidates: Masks, shape: BoxShape, limit: int) -> tuple[NDArray[np.i
     owner = np.empty(0, dtype=np.intp)
     states = np.empty((shape.cells, 0), dtype=np.uint16)
     entered = 0
-    while owner.size or entered < len(candidates):
+    while (owner.size or entered < len(candidates)) and time.monotonic() < deadline:
         if owner.size < _WIDTH and entered < len(candidates):
             entering = np.arange(entered, min(entered + _WIDTH - owner.size, len(candidates)))
             owner = np.concatenate([entering, owner])
@@ -129,6 +134,18 @@ def count_solutions(puzzles: Grids, shape: BoxShape, limit: int = 2) -> NDArray[
     boards = puzzles.reshape(-1, shape.cells)
     owners, _ = search(candidate_masks(boards, shape), shape, limit)
     return np.minimum(np.bincount(owners, minlength=len(boards)), limit).reshape(puzzles.shape[:-1])
+
+
+def count_ambiguous(puzzles: Grids, shape: BoxShape, seconds: float) -> tuple[int, int]:
+    """How many of the puzzles `[N, cells]` have several solutions, and how many were looked at in so many seconds."""
+    deadline = time.monotonic() + seconds
+    ambiguous = checked = 0
+    while checked < len(puzzles) and time.monotonic() < deadline:
+        boards = puzzles[checked : checked + _WIDTH]
+        owners, _ = search(candidate_masks(boards, shape), shape, 2, deadline)
+        ambiguous += np.count_nonzero(np.bincount(owners, minlength=len(boards)) > 1)
+        checked += len(boards)
+    return ambiguous, checked
 
 
 def solve(puzzles: Grids, shape: BoxShape) -> Grids:

@@ -10,8 +10,8 @@ import pytest
 
 from hrm.evaluation.report.boards import LEGEND, Board, Cell, draw_boards, render_text, verdict_of
 from hrm.tasks import all_tasks
-from hrm.tasks.base import PuzzleSize, View
-from hrm.tasks.sudoku import Grids, encode_tokens
+from hrm.tasks.base import PuzzleSize, Solutions, View
+from hrm.tasks.sudoku import BoxShape, Grids, encode_tokens, parse_grid
 
 PUZZLE_4 = "1... .... .... ...1"
 SOLUTION_4 = "1234 3412 2143 4321"
@@ -211,6 +211,25 @@ def test_grids_of_other_symbols() -> None:
         "└──────────┘",
     ]
     assert verdict_of(shown, None) == "1 of 4 cells are wrong."
+
+
+@pytest.mark.parametrize(
+    ("count", "is_complete", "words"),
+    [
+        (0, True, "cells are wrong. The puzzle has no solution."),
+        (0, False, "cells are wrong. No solution was found in time."),
+        (1, True, "Solved: this is the only solution."),
+        (1, False, "Solved; whether there is another solution was not found out in time."),
+        (2, False, "Solved: this is one of several solutions."),
+    ],
+)
+def test_what_was_found_of_the_solutions_is_told(count: int, is_complete: bool, words: str) -> None:
+    rules = all_tasks()["sudoku"].rules(PuzzleSize(16, 6))
+    answer = encode_tokens(parse_grid("1234341221434321", BoxShape(2, 2)))
+    solutions = Solutions([answer] * count, is_complete)
+    broken = np.full(16, count == 0)
+    board = Board(all_tasks()["sudoku"].view(PuzzleSize(16, 6)), np.ones(16, np.uint8), answer, solutions.only, broken)
+    assert verdict_of(board, rules, solutions).endswith(words)
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

@@ -384,6 +384,13 @@ def test_solve_one_board(solvable: bool, trained: Path) -> None:
     assert outcome.out.splitlines()[-1] == verdict
 
 
+@pytest.mark.parametrize("board", ["123....4........", "1.....2.....3..4", "12....13........"])
+def test_a_board_without_solution_is_said_to_have_none(board: str, trained: Path) -> None:
+    outcome = run_script("evaluate.py", *CPU, f"checkpoint={trained / 'run'}", f"puzzle={board}")
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.splitlines()[-1].split(". It took")[0].rstrip(".").endswith("The puzzle has no solution")
+
+
 def test_images_of_one_board_are_tried_until_one_is_solved(trained: Path) -> None:
     run, (inputs, labels) = trained / "run", raw_split(trained / "pack")
     model, asked = load_model(run), []

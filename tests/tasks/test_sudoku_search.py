@@ -5,8 +5,10 @@ import time
 import numpy as np
 import pytest
 
-from hrm.tasks.sudoku import BoxShape, dig_holes, is_solved, parse_grid, random_grids
-from hrm.tasks.sudoku_search import Solutions, find_solutions
+from hrm.data.builders.sudoku_puzzles import dig_holes, random_grids
+from hrm.tasks.base import Solutions
+from hrm.tasks.sudoku import BoxShape, is_solved, parse_grid
+from hrm.tasks.sudoku_search import find_solutions
 
 # Norvig's: no rule is broken, but there is no solution; his solver looked for 24 minutes.
 UNSOLVABLE = ".....5.8....6.1.43..........1.5........1.6...3.......553.....61........4........."
@@ -52,7 +54,7 @@ def test_boards_with_several(text: str) -> None:
     found = solutions_of(text)
     assert not found.is_complete
     assert found.only is None
-    first, second = found.grids
+    first, second = found.answers
     assert is_solved(first, BoxShape.from_cells(len(text)))
     assert is_solved(second, BoxShape.from_cells(len(text)))
     assert (first != second).any()
@@ -66,7 +68,7 @@ def test_givens_that_clash_leave_no_solution() -> None:
 def test_all_boards_of_four_by_four_are_found() -> None:
     found = solutions_of("." * 16, limit=1000)
     assert found.is_complete
-    assert len({bytes(grid) for grid in found.grids}) == 288
+    assert len({bytes(grid) for grid in found.answers}) == 288
 
 
 @pytest.mark.parametrize(("shape", "givens"), [(BoxShape(2, 2), 5), (BoxShape(2, 3), 12), (NINE, 26)])

@@ -26,7 +26,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from hrm.config.paths import install_hint
-from hrm.data.builders.common import check_at_least, option, recorded, run_command
+from hrm.data.builders.common import (
+    check_at_least,
+    count_known,
+    count_repeats,
+    option,
+    recorded,
+    remarks,
+    run_command,
+)
 from hrm.data.pack import SPLITS, PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
 from hrm.errors import UserError, shortened
 from hrm.reading import parse_json, read_text
@@ -39,6 +47,7 @@ from hrm.tasks.arc import (
     VOCAB_SIZE,
     ArcTask,
     Augmentation,
+    Grid,
     Pair,
     Tokens,
     encode,
@@ -192,6 +201,24 @@ def collect_tasks(arguments: argparse.Namespace) -> tuple[list[ArcTask], str]:
     # In an order of their own, so that the same tasks from another source make the same pack.
     tasks = sorted(itertools.chain(*sources.values()), key=lambda task: (task.evaluated, task.name))
     return tasks, " and ".join(sources)
+
+
+def faults(tasks: Sequence[ArcTask]) -> str:
+    """What a reader of results should know of tasks that somebody else made, for the summary."""
+
+    def key(*grids: Grid) -> bytes:
+        return b"".join(bytes(grid.shape) + grid.tobytes() for grid in grids)
+
+    trained = [key(*pair) for task in tasks for pair in (task.train if task.evaluated else [*task.train, *task.test])]
+    tested = [key(*pair) for task in tasks if task.evaluated for pair in task.test]
+    whole = [b"".join(sorted(key(*pair) for pair in (*task.train, *task.test))) for task in tasks]
+    return remarks(
+        {
+            "test pairs are also trained on": count_known(tested, trained),
+            "test pairs repeat another one": count_repeats(tested),
+            "tasks repeat another one under another name": count_repeats(whole),
+        }
+    )
 
 
 # Augmentations.
@@ -454,7 +481,7 @@ def build(arguments: argparse.Namespace) -> str:
     return (
         f"{arguments.output_dir}: {len(tasks):,} tasks ({sum(task.evaluated for task in tasks):,} of them evaluated) "
         f"with up to {arguments.num_aug:,} augmentations each, {rows['train']:,} training and {rows['test']:,} test "
-        f"examples, from {source}, in {time.perf_counter() - begin:.1f} s"
+        f"examples, from {source}, in {time.perf_counter() - begin:.1f} s{faults(tasks)}"
     )
 
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from numpy.typing import NDArray
 
 from hrm.data.pack import SPLITS
 from hrm.errors import UserError, printable_lines
 from hrm.reading import open_lines
 from hrm.unforeseen import EXIT_UNFORESEEN, tell, unforeseen
+
+# What `bytes` takes: rows of arrays, and bytes themselves. Python 3.12 has a name for it.
+Buffer: TypeAlias = NDArray[Any] | bytes
 
 MOST_SOURCE = 256
 """Characters of a source's name."""
@@ -118,6 +123,23 @@ def source_name(text: str, path: Path, line: int) -> str:
             f"{path}, line {line}: its source has {len(text):,} characters; give a name of at most {MOST_SOURCE}."
         )
     return sys.intern(text)
+
+
+def count_repeats(items: Iterable[Buffer]) -> int:
+    """How many of the items, such as the rows of an array, are equal to an earlier one."""
+    keys = [bytes(item) for item in items]
+    return len(keys) - len(set(keys))
+
+
+def count_known(items: Iterable[Buffer], others: Iterable[Buffer]) -> int:
+    """How many of the items are among the others, such as the rows of another array of the same type."""
+    known = set(map(bytes, others))
+    return sum(bytes(item) in known for item in items)
+
+
+def remarks(counts: Mapping[str, int]) -> str:
+    """What a reader of results should know of a pack, for the end of a summary: what there is of, and how many."""
+    return "".join(f"; {count:,} {what}" for what, count in counts.items() if count)
 
 
 def local_file(folder: Path, split: str) -> Path:

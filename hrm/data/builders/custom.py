@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from hrm.data.builders.common import check_at_least, recorded, run_command
+from hrm.data.builders.common import check_at_least, count_known, count_repeats, recorded, remarks, run_command
 from hrm.data.pack import (
     SPLITS,
     PackMetadata,
@@ -230,15 +230,21 @@ def pack_examples(
     )
 
 
-def _known_inputs(train: PackSet, test: PackSet) -> int:
-    """Test examples whose input, under the same identifier, is also trained on."""
+def faults(train: PackSet, test: PackSet) -> str:
+    """What a reader of results should know of the examples, for the summary. Inputs differ by identifier, too."""
 
-    def keys(data: PackSet) -> list[tuple[int, bytes]]:
-        owners = np.repeat(data.puzzle_identifiers, np.diff(data.puzzle_indices))
-        return list(zip(owners.tolist(), map(bytes, data.inputs), strict=True))
+    def questions(data: PackSet) -> list[bytes]:
+        owners = np.repeat(data.puzzle_identifiers, np.diff(data.puzzle_indices)).astype(np.int64)
+        return [bytes(owner) + bytes(row) for owner, row in zip(owners, data.inputs, strict=True)]
 
-    trained = set(keys(train))
-    return sum(key in trained for key in keys(test))
+    asked = {split: questions(data) for split, data in zip(SPLITS, (train, test), strict=True)}
+    counts = {"test inputs are also trained on": count_known(asked["test"], asked["train"])}
+    for split, data in zip(SPLITS, (train, test), strict=True):
+        whole = [question + bytes(row) for question, row in zip(asked[split], data.labels, strict=True)]
+        repeats = count_repeats(whole)
+        counts[f"{split} examples repeat another one"] = repeats
+        counts[f"{split} inputs stand there again with another output"] = count_repeats(asked[split]) - repeats
+    return remarks(counts)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -307,11 +313,10 @@ def build(arguments: argparse.Namespace) -> str:
         files = {str(path): path for path in (*arguments.train, *(arguments.test or []))}
         kept = recorded(arguments) | {"shape": _written(shape)}  # the shape is needed to read its grids
         write_provenance(folder, "dataset/build_custom_dataset.py", kept, "your own examples", files, task=TASK.name)
-    known = _known_inputs(sets["train"], sets["test"])
     return (
         f"{arguments.output_dir}: {len(train):,} training and {len(test):,} test examples of {_written(shape)} cells, "
         f"{len(vocabulary.symbols):,} symbols, {len(identifiers) - 1:,} named puzzles, in "
-        f"{time.perf_counter() - begin:.1f} s" + f"; {known:,} test inputs are also trained on" * bool(known)
+        f"{time.perf_counter() - begin:.1f} s{faults(sets['train'], sets['test'])}"
     )
 
 

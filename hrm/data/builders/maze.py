@@ -23,10 +23,12 @@ from numpy.typing import NDArray
 
 from hrm.data.builders.common import (
     check_at_least,
+    count_repeats,
     csv_lines,
     fill_in,
     is_generated,
     recorded,
+    remarks,
     run_command,
     source_files,
 )
@@ -126,9 +128,14 @@ def faults(train: Puzzles, test: Puzzles) -> str:
     wrong = count - np.count_nonzero(is_shortest_path(questions, answers))
     trained = {bytes(image) for images in dihedral_images(train.questions) for image in images}
     known = sum(bytes(maze) in trained for maze in test.questions)
-    said = [f"{wrong:,} answers are not shortest paths"] if wrong else []
-    said += [f"{known:,} test mazes are images of training mazes"] if known else []
-    return "".join(f"; {fault}" for fault in said)
+    return remarks(
+        {
+            "answers are not shortest paths": wrong,
+            "test mazes are images of training mazes": known,
+            "train mazes repeat another one": count_repeats(train.questions),
+            "test mazes repeat another one": count_repeats(test.questions),
+        }
+    )
 
 
 def parse_size(text: str) -> int:

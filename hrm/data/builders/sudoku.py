@@ -21,16 +21,19 @@ from tqdm import tqdm
 
 from hrm.data.builders.common import (
     check_at_least,
+    count_known,
+    count_repeats,
     csv_lines,
     fill_in,
     is_generated,
     recorded,
+    remarks,
     run_command,
     source_files,
     source_name,
 )
 from hrm.data.builders.sudoku_puzzles import all_grids, dig_holes, random_grids, symmetry_invariant
-from hrm.data.pack import PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
+from hrm.data.pack import SPLITS, PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
 from hrm.errors import UserError, shortened
 from hrm.tasks.sudoku import (
     PAD_TOKEN,
@@ -42,10 +45,14 @@ from hrm.tasks.sudoku import (
     parse_grid,
     random_symmetries,
 )
+from hrm.tasks.sudoku_solver import count_ambiguous
 
 COMMAND = "sudoku"  # `hrm data sudoku`
 
 DEFAULT_REPO = "sapientinc/sudoku-extreme"
+
+SECONDS_OF_CHECKING = 10.0
+"""How long to look for a second solution of each split's puzzles."""
 
 # Rows of a CSV file, and augmentations, worked on together: bounds the memory beyond the pack's own arrays.
 CHUNK = 1 << 14
@@ -322,6 +329,24 @@ def _draw_puzzles(
     return Puzzles(boards(list(answers)[:count]), boards(list(answers.values())[:count]))
 
 
+def faults(train: Puzzles, test: Puzzles, shape: BoxShape) -> str:
+    """What a reader of results should know of puzzles that somebody else made, for the summary."""
+    repeats = "{} puzzles repeat another one"
+    counts = {
+        "test puzzles are also trained on": count_known(test.questions, train.questions),
+        "test puzzles have the solution of a training puzzle": count_known(test.answers, train.answers),
+        **{
+            repeats.format(split): count_repeats(puzzles.questions)
+            for split, puzzles in zip(SPLITS, (train, test), strict=True)
+        },
+    }
+    for split, puzzles in zip(SPLITS, (train, test), strict=True):
+        several, checked = count_ambiguous(puzzles.questions, shape, SECONDS_OF_CHECKING)
+        among = f" (of the first {checked:,})" if checked < len(puzzles) else ""
+        counts[f"{split} puzzles{among} have several solutions"] = several
+    return remarks(counts)
+
+
 # The pack.
 
 
@@ -425,6 +450,7 @@ def build(arguments: argparse.Namespace) -> str:
             shape = arguments.generate
             train, test = generate(shape, arguments.train_size, arguments.test_size, arguments.givens, rng)
             held_out, source, files = test.answers, f"generated puzzles with {arguments.givens} givens", {}
+            remark = ""  # different puzzles with one solution each, by construction
         else:
             split_files, source = source_files(arguments)
             files = {file.name: file for file in split_files.values()}
@@ -432,6 +458,7 @@ def build(arguments: argparse.Namespace) -> str:
             held_out = test.answers[:0]
             if arguments.subsample_size is not None and arguments.subsample_size < len(train):
                 train = train.take(np.sort(rng.choice(len(train), arguments.subsample_size, replace=False)))
+            remark = faults(train, test, shape)
         most_images = np.iinfo(np.int32).max // len(train) - 1  # a pack's offsets are int32
         if arguments.num_aug + arguments.hints > most_images:
             raise UserError(
@@ -451,7 +478,7 @@ def build(arguments: argparse.Namespace) -> str:
         f"{arguments.output_dir}: {len(train):,} training puzzles with {arguments.num_aug:,} augmentations"
         f"{f' and {arguments.hints:,} easier ones' if arguments.hints else ''} each and "
         f"{len(test):,} test puzzles of {shape.side}x{shape.side} cells, from {source}, "
-        f"in {time.perf_counter() - begin:.1f} s"
+        f"in {time.perf_counter() - begin:.1f} s{remark}"
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.batch import IGNORE_LABEL_ID
-from hrm.tasks.base import Booleans, Rules, Tokens, View
+from hrm.tasks.base import Booleans, Rules, Solutions, Tokens, View
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,12 +81,21 @@ class Board:
         return bool(self.answer[index] == self.view.blank)
 
 
-def verdict_of(board: Board, rules: Rules | None) -> str:
-    """One sentence: how good the answer is."""
+def verdict_of(board: Board, rules: Rules | None, solutions: Solutions | None = None) -> str:
+    """How good the answer is, in a sentence, and in another one what is odd about the puzzle.
+
+    Args:
+        solutions: what the search for the puzzle's right answers found, if there was one.
+    """
     if wrong := board.num_wrong():
-        return f"{wrong} of {len(board.inputs)} cells are wrong."
+        odd = ""
+        if solutions is not None and not solutions.answers:
+            odd = " The puzzle has no solution." if solutions.is_complete else " No solution was found in time."
+        return f"{wrong} of {len(board.inputs)} cells are wrong.{odd}"
     if rules is None:
         return "Right in every cell." if board.solution is not None else "Nothing tells whether this is right."
+    if solutions is not None and len(solutions.answers) < 2 and not solutions.is_complete:
+        return "Solved; whether there is another solution was not found out in time."
     if rules.solve:
         return f"Solved: this is {'the only solution' if board.solution is not None else 'one of several solutions'}."
     if board.solution is None and not rules.keeps(board.inputs[None], board.answer[None]).all():
