@@ -27,11 +27,12 @@ from hrm.data.pack import Pack, PackMetadata, PackSet, open_pack, write_split
 from hrm.distributed.world import World, join_world
 from hrm.errors import UserError
 from hrm.evaluation.report.plots import pyplot
+from hrm.kernels.presets import AUTO, presets
 from hrm.models.flops import block_flops
 
 # The published code's way: the plain model through torch.compile, with the best attention PyTorch has.
 BASELINE = "compile"
-PRESETS = "naive,compile,cuda_graphs,triton,triton_unrolled,head_parallel,cute,chunked,fp8"
+PRESETS = ",".join(preset.name for preset in presets() if preset.name != AUTO)
 
 
 @dataclass(frozen=True)

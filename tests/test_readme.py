@@ -26,7 +26,7 @@ def test_model_script(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", f"{script}\n{check}"], cwd=tmp_path, check=True)
 
 
-@pytest.mark.parametrize("group", ["arch", "kernels", "data", "optim", "experiment"])
+@pytest.mark.parametrize("group", ["arch", "data", "optim", "experiment"])
 def test_all_choices_are_named(group: str) -> None:
     (row,) = re.findall(rf"^\| `{group}=` \| (.*?) \|", README, re.MULTILINE)
     assert set(re.findall(r"`(\w+)`", row)) == {file.stem for file in (ROOT / "config" / group).glob("*.yaml")}
