@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -36,7 +37,10 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table between the marks of this file")
     arguments = parser.parse_args()
     if arguments.write:
-        write_table(arguments.write)
+        try:
+            write_table(arguments.write)
+        except (UserError, OSError) as error:
+            sys.exit(str(error))
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     request = KernelRequest(device, torch.bfloat16, 64)

@@ -45,9 +45,11 @@ def table() -> str:
 def _read(name: str, file: Path) -> Preset:
     comment = re.match(r"(?:#.*\n)*", file.read_text(encoding="utf-8"))
     text = " ".join(line.lstrip("# ") for line in comment[0].splitlines()) if comment else ""
-    said = re.fullmatch(r"What: (.+) When: (.+)", text)
+    said = re.fullmatch(r"(.+)\. When: (.+)\.", text)
     if said is None:
-        raise UserError(f"{file} must begin with two comments, `# What: ...` and `# When: ...`.")
+        raise UserError(
+            f"{file} must begin with `# WHAT IT IS.` and `# When: WHEN TO TAKE IT.`, each of a line or more."
+        )
     config = OmegaConf.load(file)
     of_experiment = config.get("backend") in backend_names(EXPERIMENTAL)
     return Preset(name, said[1], said[2], of_experiment or said[2].startswith("experiments"))
