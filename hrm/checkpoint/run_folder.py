@@ -45,7 +45,7 @@ def keep_earlier_run(folder: Path, after: int | None = None) -> None:
     left = [path for path, step in steps.items() if after is None or step > after]
     names = [STOPPED_FILE] if after is None or _stopped_after(folder) > after else []
     names += [METRICS_FILE, CONFIG_FILE] if after is None else []
-    left += [file for name in names if (file := folder / name).is_file()]
+    left += [file for name in names if os.path.lexists(file := folder / name)]
     if left:
         number = 1
         while (aside := folder / f"earlier_{number}").exists():

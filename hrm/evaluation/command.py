@@ -12,7 +12,7 @@ from hrm.config import EnsembleConfig, EvaluateConfig
 from hrm.data.loader import EvalLoader
 from hrm.data.pack import Pack, open_pack
 from hrm.distributed.world import World, join_world
-from hrm.errors import UserError
+from hrm.errors import UserError, printable, printable_lines
 from hrm.evaluation.early_halting import EarlyHalting, halting_metrics
 from hrm.evaluation.ensemble import evaluate_ensemble, rules_of, symmetries_of
 from hrm.evaluation.evaluators import evaluators_of, summaries
@@ -25,6 +25,7 @@ from hrm.evaluation.solve import solve_puzzle
 from hrm.kernels import describe
 from hrm.models import ACTLossHead
 from hrm.tasks.base import Evaluator
+from hrm.unforeseen import traceback_folder
 
 
 def evaluate_checkpoint(config: EvaluateConfig) -> None:
@@ -90,15 +91,16 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
     sizes = ModelSizes(batch_size // world.size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
     model = _load(config, checkpoint, sizes, world)
     split = _Split(config, checkpoint, model, pack, loader, sizes, world, folder)
-    if world.is_main:
-        print(f"{checkpoint.weights_file} on {data_path}/test, kernels: {describe(model.kernels)}")
-    if config.ensemble != EnsembleConfig():
-        _evaluate_ensemble(split)
-        return
-    if config.act != "halt":
-        _evaluate_full(split)
-    if config.act != "full":
-        _evaluate_early(split)
+    with traceback_folder(folder):
+        if world.is_main:
+            print(printable(f"{checkpoint.weights_file} on {data_path}/test, kernels: {describe(model.kernels)}"))
+        if config.ensemble != EnsembleConfig():
+            _evaluate_ensemble(split)
+            return
+        if config.act != "halt":
+            _evaluate_full(split)
+        if config.act != "full":
+            _evaluate_early(split)
 
 
 def _load(config: EvaluateConfig, checkpoint: Checkpoint, sizes: ModelSizes, world: World) -> ACTLossHead:
@@ -118,11 +120,11 @@ def _evaluate_full(split: _Split) -> None:
     if config.save_outputs:
         wanted = {name: outputs[name] for name in config.save_outputs}
         file = save_outputs(wanted, split.folder, split.checkpoint.step, world)
-        print(f"Saved {', '.join(wanted)} in {file}.")
+        print(printable(f"Saved {', '.join(wanted)} in {file}."))
     if config.show and world.is_main:
         show_puzzles(outputs, config.show, split.pack, split.checkpoint, split.folder)
     if report and config.report and (page := report.write(Path(config.report), split.checkpoint.weights_file, world)):
-        print(f"Wrote {page}, and GIFs beside it.")
+        print(printable(f"Wrote {page}, and GIFs beside it."))
 
 
 def _evaluate_early(split: _Split) -> None:
@@ -163,7 +165,8 @@ def _print_result(
     rate = throughput.per_second()  # before the summaries, which take their time too
     texts = summaries(evaluators, split.world, split.folder)
     if split.world.is_main:
-        print("\n".join([f"{what}, {rate:,.0f} puzzles/s:", metrics_table(metrics), *filter(None, texts)]))
+        lines = [f"{what}, {rate:,.0f} puzzles/s:", metrics_table(metrics), *filter(None, texts)]
+        print(printable_lines("\n".join(lines)))
 
 
 def _output_folder(config: EvaluateConfig, checkpoint: Checkpoint) -> Path:

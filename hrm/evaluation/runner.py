@@ -21,6 +21,7 @@ from hrm.distributed.world import World
 from hrm.evaluation.metrics import MetricSums, Throughput
 from hrm.models import ACTLossHead
 from hrm.tasks.base import Evaluator
+from hrm.writing import new_file
 
 Runner = Callable[[Batch], tuple[dict[str, Tensor], dict[str, Tensor]]]
 """Takes a batch on the device; returns metrics and outputs of the last ACT step."""
@@ -202,5 +203,6 @@ def save_outputs(outputs: dict[str, Tensor], folder: Path, step: int, world: Wor
     """Write this rank's saved outputs under the published name, `step_<n>_all_preds.<rank>`."""
     file = folder / f"step_{step}_all_preds.{world.rank}"
     if world.is_first_of_part:
-        torch.save(outputs, file)
+        with new_file(file), file.open("xb") as stream:  # a stream of Python says why it cannot be written
+            torch.save(outputs, stream)
     return file

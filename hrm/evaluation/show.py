@@ -12,7 +12,7 @@ from hrm.checkpoint.run_folder import METRICS_FILE
 from hrm.checkpoint.weights import Checkpoint
 from hrm.data.pack import Pack
 from hrm.distributed.world import World
-from hrm.errors import UserError
+from hrm.errors import UserError, printable
 from hrm.evaluation.report.boards import LEGEND, Board, draw_boards, render_text, verdict_of
 from hrm.evaluation.report.plots import draw_curves, pyplot
 from hrm.tasks import task_of
@@ -66,4 +66,4 @@ def show_puzzles(outputs: Mapping[str, Tensor], count: int, pack: Pack, checkpoi
     if (metrics_file := checkpoint.folder / METRICS_FILE).is_file():
         draw_curves(metrics_file, folder / "curves.png")
         drawn.append("curves.png")
-    print(f"Drew {' and '.join(drawn)} in {folder}.")
+    print(printable(f"Drew {' and '.join(drawn)} in {folder}."))

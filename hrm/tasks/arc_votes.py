@@ -16,6 +16,7 @@ from hrm.errors import UserError
 from hrm.reading import read_json
 from hrm.tasks.arc import SEQ_LEN, VOCAB_SIZE, ArcTask, Augmentation, Grid, Pair, decode, split_name
 from hrm.tasks.base import Evaluator, Tokens
+from hrm.writing import new_file
 
 PASS_AT = (1, 2, 5, 10, 100, 1000)
 
@@ -207,7 +208,8 @@ class ArcEvaluator(Evaluator):
             self.scorer.merge(votes)
         result = self.scorer.result()
         file = folder / "submission.json"
-        file.write_text(json.dumps(result.submission) + "\n")
+        with new_file(file):
+            file.write_text(json.dumps(result.submission) + "\n")
         passed, shares = (
             ", ".join(f"{100 * share:.2f} % at {count}" for count, share in counted.items())
             for counted in (result.pass_at, result.share_at)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from hrm.batch import IGNORE_LABEL_ID
 from hrm.tasks.base import Booleans, Rules, Solutions, Tokens, View
+from hrm.writing import new_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,7 +152,8 @@ def draw_boards(boards: Sequence[Board], file: Path) -> None:
     legend = "black: given      blue: filled in, right      orange, boxed: wrong"
     figure.supxlabel(legend, fontsize="small")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    figure.savefig(file, dpi=150)
+    with new_file(file):
+        figure.savefig(file, dpi=150)
     pyplot().close(figure)
 
 

@@ -13,6 +13,7 @@ from hrm.config.paths import install_hint
 from hrm.errors import UserError
 from hrm.evaluation.report.recorder import Trajectories, kinds
 from hrm.tasks.base import View
+from hrm.writing import new_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,10 +71,8 @@ def write_gif(file: Path, shown: Trajectories, row: int, view: View, *, seconds:
     palette = sheet.quantize(128, PIL.Image.Quantize.MAXCOVERAGE)
     indexed = [frame.quantize(palette=palette, dither=PIL.Image.Dither.NONE) for frame in frames]
     durations = [round(1000 * seconds)] * (len(frames) - 1) + [round(4000 * seconds)]
-    try:
+    with new_file(file):
         indexed[0].save(file, save_all=True, append_images=indexed[1:], duration=durations, loop=0, disposal=1)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written ({error.strerror}): choose another folder.") from error
 
 
 def _frame(shown: Trajectories, row: int, view: View, step: int) -> Image:

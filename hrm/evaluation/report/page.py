@@ -23,6 +23,7 @@ from hrm.errors import UserError
 from hrm.evaluation.breakdown import Rating, by_rating, by_source
 from hrm.evaluation.report.recorder import Recording, Scores, Trajectories, kinds
 from hrm.tasks.base import Rules, View
+from hrm.writing import new_file
 
 REPORT_FILE = "report.html"
 
@@ -72,9 +73,10 @@ def write_report(
     file = folder / REPORT_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"report={folder} cannot be written ({error.strerror}): choose another folder.") from error
+    with new_file(file):
+        file.write_text(page, encoding="utf-8")
     return file
 
 

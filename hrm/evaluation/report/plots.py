@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from hrm.config.paths import install_hint
 from hrm.errors import UserError
+from hrm.reading import parse_json, read_text
+from hrm.writing import new_file
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#9AA0A6")
 """Colours that colour-blind readers tell apart (Okabe and Ito)."""
@@ -89,7 +90,7 @@ def draw_panels(panels: Sequence[Panel], x_label: str, file: Path, columns: int 
         axes.grid(alpha=0.3, which="both")
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)
-    with plt.rc_context({"svg.fonttype": "none"}):  # text as text
+    with new_file(file), plt.rc_context({"svg.fonttype": "none"}):  # text as text
         figure.savefig(file, dpi=150)
     plt.close(figure)
 
@@ -130,12 +131,23 @@ def run_panel(metric: Metric, runs: Mapping[str, Sequence[Record]], x: str) -> P
 
 
 def read_records(metrics_file: Path) -> Iterator[dict[str, float]]:
-    """The records of a run, in order."""
-    for line in metrics_file.read_text().splitlines():
+    """The records of a run, in order, as far as they are numbers by name.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        lines = read_text(metrics_file).splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{metrics_file} cannot be read ({error}): move it elsewhere.") from error
+    for line in lines:
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            record = parse_json(line)
+        except ValueError:
             return  # the last line of a run that was killed while it wrote
+        if not isinstance(record, dict):
+            return
+        yield {name: value for name, value in record.items() if type(value) in (int, float) and abs(value) < 1e300}
 
 
 def _split_of(name: str) -> Split:
