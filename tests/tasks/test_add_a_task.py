@@ -1,61 +1,38 @@
 """The task of docs/add-a-task.md, dropped into a copy of the project as one file and one yaml, does what others do."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.entry_points import CPU, ROOT, TINY_MODEL
+from tests.helpers.drop_in import block, copy_project, run_in
+from tests.helpers.entry_points import CPU, TINY_MODEL
 
 pytestmark = pytest.mark.slow
-
-
-def block(language: str) -> str:
-    """The first block of the page in a language."""
-    page = (ROOT / "docs" / "add-a-task.md").read_text()
-    found = re.search(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert found
-    return found[1]
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with the two files, and a pack and a run made by `pretrain.py data=latin`."""
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("hrm", "config"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pretrain.py", "evaluate.py"):
-        shutil.copy(ROOT / name, folder)
-    (folder / "hrm" / "tasks" / "latin.py").write_text(block("python"))
-    (folder / "config" / "data" / "latin.yaml").write_text(block("yaml"))
+    folder = copy_project(tmp_path_factory.mktemp("project"))
+    (folder / "hrm" / "tasks" / "latin.py").write_text(block("add-a-task.md", "python"))
+    (folder / "config" / "data" / "latin.yaml").write_text(block("add-a-task.md", "yaml"))
     options = ["data=latin", "data.build=latin --train-size 240 --test-size 40", "checkpoint_path=run", "epochs=16"]
     options += ["global_batch_size=24", "eval_interval=16", "lr=3e-3", "lr_warmup_steps=10", "augment_act_steps=true"]
-    run(folder, "pretrain.py", *TINY_MODEL, *CPU, "wandb=disabled", *options)
+    run_in(folder, "pretrain.py", *TINY_MODEL, *CPU, "wandb=disabled", *options)
     return folder
 
 
-def run(folder: Path, *command: str) -> str:
-    """What a command prints in the copy; it must succeed."""
-    shared = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], cwd=folder, env=shared, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_its_builder_is_found(project: Path) -> None:
-    assert "latin" in run(project, "-m", "hrm", "data", "--help")
+    assert "latin" in run_in(project, "-m", "hrm", "data", "--help")
     provenance = json.loads((project / "data" / "latin" / "provenance.json").read_text())
     assert provenance["task"] == "latin"
     assert provenance["counts"]["train"]["examples"] == 240
 
 
 def test_it_is_evaluated_shown_and_reported(project: Path) -> None:
-    out = run(project, "evaluate.py", *CPU, "checkpoint=run", "act=both", "show=1", "report=report")
+    out = run_in(project, "evaluate.py", *CPU, "checkpoint=run", "act=both", "show=1", "report=report")
     assert re.search(r"all: \d+\.\d\d % of 40 answers are a Latin square, the label's or another one", out)
     assert re.search(r"^│[ ·\[]\d[ ·\]]", out, re.MULTILINE)
     page = (project / "report" / "report.html").read_text()
@@ -64,7 +41,7 @@ def test_it_is_evaluated_shown_and_reported(project: Path) -> None:
 
 
 def test_its_symmetries_vote_and_its_rules_are_checked(project: Path) -> None:
-    out = run(project, "evaluate.py", *CPU, "checkpoint=run", "ensemble.augmentations=4", "ensemble.check=true")
+    out = run_in(project, "evaluate.py", *CPU, "checkpoint=run", "ensemble.augmentations=4", "ensemble.check=true")
     assert "augmentations of each puzzle: 4, rules checked" in out
     kept = [float(share) for share in re.findall(r"exact_accuracy/of_\d +(\S+)", out)]
     assert len(kept) == 3
@@ -72,7 +49,7 @@ def test_its_symmetries_vote_and_its_rules_are_checked(project: Path) -> None:
 
 def test_it_answers_a_puzzle(project: Path) -> None:
     puzzle = "123434122143432."
-    out = run(project, "evaluate.py", *CPU, "checkpoint=run", f"puzzle={puzzle}", "ensemble.augmentations=32")
+    out = run_in(project, "evaluate.py", *CPU, "checkpoint=run", f"puzzle={puzzle}", "ensemble.augmentations=32")
     lines = [line for line in out.splitlines() if line.startswith("│")]
     assert len(lines) == 4
     answer = "".join(re.findall(r"\d", "".join(lines)))
