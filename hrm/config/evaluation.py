@@ -38,7 +38,8 @@ class EvaluateConfig:
     save_outputs: list[str] = field(default_factory=list)
     output_dir: str | None = None  # folder of saved outputs and pictures; null: the checkpoint's folder
     global_batch_size: int | None = None  # sequences evaluated at a time, over all ranks; null: as in training
-    puzzle: str | None = None  # solve this one board, row by row (digits, 0 or . for blanks), instead of the test split
+    # Solve this one puzzle, row by row, instead of the test split (Sudoku: digits, 0 or . for blanks; mazes: # SGo).
+    puzzle: str | None = None
     show: int = 0  # number of test boards to print and draw, with the training curves, as PNG
     # When sequences halt. full: after all ACT steps; halt: where q_halt > q_continue; both: one after the other,
     # compared.

@@ -62,7 +62,7 @@ class PretrainConfig:
     lr_warmup_steps: int = 2000  # steps in which the rate rises from 0
     curriculum: list[Stage] = field(default_factory=list)  # other steps at first, one stage after the other
     stagger: bool = False  # begin with sequences at all ACT steps, not all at the first, as published
-    augment_act_steps: bool = False  # at every ACT step, show a puzzle as another of its images: Sudoku and mazes
+    augment_act_steps: bool = False  # map puzzles by a symmetry of their task at every ACT step: Sudoku, mazes
     weight_decay: float = 0.1  # of the dense weights, decoupled
     beta1: float = 0.9  # decay of the optimizer's mean of gradients, from one step to the next
     beta2: float = 0.95  # decay of its mean of squared gradients

@@ -13,7 +13,7 @@ from hrm.checkpoint.weights import Checkpoint
 from hrm.data.pack import Pack
 from hrm.distributed.world import World
 from hrm.errors import UserError, printable
-from hrm.evaluation.report.boards import LEGEND, Board, draw_boards, render_text, verdict_of
+from hrm.evaluation.report.boards import LEGEND, Board, draw_boards, outcome_of, render_text
 from hrm.evaluation.report.plots import draw_curves, pyplot
 from hrm.tasks import task_of
 from hrm.tasks.base import PuzzleSize
@@ -60,7 +60,7 @@ def show_puzzles(outputs: Mapping[str, Tensor], count: int, pack: Pack, checkpoi
     boards = [
         Board(view, inputs[index], answers[index], solutions[index], title=f"test puzzle {index}") for index in spread
     ]
-    print("\n".join(f"{render_text(board)}\n{verdict_of(board, rules)}\n" for board in boards) + LEGEND)
+    print("\n".join(f"{render_text(board)}\n{outcome_of(board, rules)}\n" for board in boards) + LEGEND)
     draw_boards(boards, folder / "boards.png")
     drawn = ["boards.png"]
     if (metrics_file := checkpoint.folder / METRICS_FILE).is_file():

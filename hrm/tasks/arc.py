@@ -113,7 +113,7 @@ _LIKE_AUGMENTED = re.compile(r".+_t[0-9]+_[0-9]{6,}|.*\|\|\|.*")
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A symmetry of the square and a permutation of the colours: `colors[c]` takes the place of colour `c`."""
+    """A symmetry of the square and a permutation of the colours: `colors[c]` replaces colour `c`."""
 
     dihedral: int = 0
     colors: tuple[int, ...] = tuple(range(NUM_COLORS))
@@ -122,11 +122,11 @@ class Augmentation:
         return np.array(self.colors, dtype=np.uint8)[dihedral(grid, self.dihedral)]
 
     def undo(self, grid: Grid) -> Grid:
-        """The grid whose image under `apply` this is."""
+        """Inverse of `apply`."""
         return np.argsort(self.colors).astype(np.uint8)[dihedral(grid, INVERSE[self.dihedral])]
 
     def name(self, task: str) -> str:
-        """The identifier of the task's image under this augmentation: `<task>_t<dihedral>_<10 colour digits>`."""
+        """The identifier of the task under this augmentation: `<task>_t<dihedral>_<10 colour digits>`."""
         return f"{task}_t{self.dihedral}_{''.join(map(str, self.colors))}"
 
 

@@ -80,11 +80,11 @@ class ArcScorer:
         self._blank = meta.blank_identifier_id
         self._names = read_identifiers(pack.path, meta.num_puzzle_identifiers)
         self.tests: dict[str, list[Pair]] = {}
-        self._places: dict[int, int] = {}  # of identifiers among the puzzles of the split
+        self._order: dict[int, int] = {}  # of identifiers among the puzzles of the split
         for data in pack.sets.values():
             for puzzle, identifier in enumerate(data.puzzle_identifiers.tolist()):
                 name = self._names[identifier]
-                self._places.setdefault(identifier, len(self._places))
+                self._order.setdefault(identifier, len(self._order))
                 if self._split_name(name)[0] == name:
                     rows = slice(data.puzzle_indices[puzzle], data.puzzle_indices[puzzle + 1])
                     self.tests[name] = [*map(Pair, decode(data.inputs[rows]), decode(data.labels[rows]))]
@@ -97,7 +97,7 @@ class ArcScorer:
         predictions: NDArray[np.integer[Any]],
         q_halt: NDArray[np.floating[Any]],
     ) -> None:
-        """Count a batch of answers; padding (the blank identifier) is passed over.
+        """Count a batch of answers; padding (the blank identifier) is left out.
 
         Args:
             puzzle_identifiers: [B].
@@ -122,7 +122,7 @@ class ArcScorer:
                     f"{self._path}/identifiers.json calls a test example {name!r}, but it is none of {task}'s: the "
                     "file belongs to another pack; build this one again."
                 )
-            _count(tallies, _key(augmentation.undo(answered)), (1, units, self._places[identifier]))
+            _count(tallies, _key(augmentation.undo(answered)), (1, units, self._order[identifier]))
 
     def merge(self, votes: Votes) -> None:
         """Add the `votes` of another scorer of the same pack."""
@@ -147,11 +147,11 @@ class ArcScorer:
         submission = {}
         for task, pairs in self.tests.items():
             ranked = [[key for key, _ in _ranked(self.votes[task, _key(pair.input)])] for pair in pairs]
-            needed.append(np.array([_place(_key(pair.output), keys) for pair, keys in zip(pairs, ranked, strict=True)]))
+            needed.append(np.array([_rank(_key(pair.output), keys) for pair, keys in zip(pairs, ranked, strict=True)]))
             submission[task] = [_attempts(keys) for keys in ranked]
         return ArcResult(
-            {k: float(np.mean([(places <= k).all() for places in needed])) for k in PASS_AT},
-            {k: float(np.mean([(places <= k).mean() for places in needed])) for k in PASS_AT},
+            {k: float(np.mean([(ranks <= k).all() for ranks in needed])) for k in PASS_AT},
+            {k: float(np.mean([(ranks <= k).mean() for ranks in needed])) for k in PASS_AT},
             submission,
         )
 
@@ -175,7 +175,7 @@ def _ranked(tallies: Mapping[bytes, Tally]) -> list[tuple[bytes, Tally]]:
     return sorted(tallies.items(), key=lambda item: (-item[1][0], -item[1][1], item[1][2], item[0]))
 
 
-def _place(truth: bytes, ranked: list[bytes]) -> float:
+def _rank(truth: bytes, ranked: list[bytes]) -> float:
     """From 1; infinite if the truth was never answered."""
     return ranked.index(truth) + 1 if truth in ranked else np.inf
 

@@ -14,7 +14,7 @@ INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)
 
 
 def dihedral(grids: NDArray[_Cell], number: int) -> NDArray[_Cell]:
-    """The images of grids [..., r, c] under one of the symmetries: 0 is the identity, 1 to 3 quarter turns
+    """Grids [..., r, c] mapped by one of the symmetries: 0 is the identity, 1 to 3 quarter turns
     (counterclockwise), 4 mirrors left and right, 5 up and down, 6 is the transpose, 7 the other diagonal's.
     """
     if number < 4:

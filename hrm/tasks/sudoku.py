@@ -182,7 +182,7 @@ class Symmetries:
     relabel: Grids
 
     def apply(self, grids: Grids) -> Grids:
-        """The images of grids `[N, cells]`, the i-th under the i-th symmetry."""
+        """Grids `[N, cells]` mapped, the i-th by the i-th symmetry."""
         return np.take_along_axis(self.relabel, np.take_along_axis(grids, self.source, axis=1).astype(np.intp), axis=1)
 
 

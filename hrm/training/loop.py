@@ -25,6 +25,7 @@ from hrm.distributed.world import World, join_world, share_from_main
 from hrm.errors import UserError
 from hrm.kernels import describe
 from hrm.output import unbreakable_output
+from hrm.tasks import task_of
 from hrm.training.metrics import MetricWindow
 from hrm.training.profiling import step_trace
 from hrm.training.resume import Progress, restore
@@ -178,6 +179,7 @@ def _with_names(config: PretrainConfig) -> tuple[PretrainConfig, Path]:
 
 
 def _check_one_task(train: Pack, test: Pack) -> None:
+    task_of(train)  # refuses a pack that names a task of other sizes, now and not when it is evaluated
     for name in ("seq_len", "vocab_size", "num_puzzle_identifiers"):
         ours, theirs = getattr(train.metadata, name), getattr(test.metadata, name)
         if ours != theirs:

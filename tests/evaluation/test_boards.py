@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hrm.evaluation.report.boards import LEGEND, Board, Cell, draw_boards, render_text, verdict_of
+from hrm.evaluation.report.boards import LEGEND, Board, Cell, draw_boards, outcome_of, render_text
 from hrm.tasks import all_tasks
 from hrm.tasks.base import PuzzleSize, Solutions, View
 from hrm.tasks.sudoku import BoxShape, Grids, encode_tokens, parse_grid
@@ -210,7 +210,7 @@ def test_grids_of_other_symbols() -> None:
         "│  _  [ a ]│",
         "└──────────┘",
     ]
-    assert verdict_of(shown, None) == "1 of 4 cells are wrong."
+    assert outcome_of(shown, None) == "1 of 4 cells are wrong."
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_what_was_found_of_the_solutions_is_told(count: int, is_complete: bool, 
     solutions = Solutions([answer] * count, is_complete)
     broken = np.full(16, count == 0)
     board = Board(all_tasks()["sudoku"].view(PuzzleSize(16, 6)), np.ones(16, np.uint8), answer, solutions.only, broken)
-    assert verdict_of(board, rules, solutions).endswith(words)
+    assert outcome_of(board, rules, solutions).endswith(words)
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ addEventListener("load", async () => {
         steps.push({ status: status(), board: $("boards").innerHTML, wrong: wrong() });
         widest = Math.max(widest, tooWide());
       }
-      puzzles.push({ name: $("puzzle-name").textContent, verdict: $("verdict").textContent,
+      puzzles.push({ name: $("puzzle-name").textContent, outcome: $("outcome").textContent,
         halting: $("halting").textContent, label: tile.getAttribute("aria-label"), steps });
     }
     slide(2);
@@ -195,10 +195,10 @@ def test_a_report_in_the_browser(tmp_path: Path, kind: str) -> None:
             assert puzzle["name"] == name
             right = bool(scores.exact[-1, row])
             assert html.unescape(puzzle["label"]) == f"{name}, {'right' if right else 'wrong'}"
-            assert ("Right" in puzzle["verdict"]) == right
+            assert ("Right" in puzzle["outcome"]) == right
             if right:
                 since = num_steps - int(scores.exact[::-1, row].argmin()) + 1 if not scores.exact[:, row].all() else 1
-                assert puzzle["verdict"].endswith(f"from step {since}")
+                assert puzzle["outcome"].endswith(f"from step {since}")
             halting = int(scores.halting_step()[row])
             assert (f"halt after step {halting}." in puzzle["halting"]) == (halting <= num_steps)
 

@@ -20,7 +20,7 @@ from hrm.errors import UserError
 from hrm.evaluation.ensemble import symmetries_of
 from hrm.tasks.sudoku import BoxShape, decode_tokens, is_solved
 from hrm.training.step import cell_permutations
-from tests.helpers.entry_points import TINY_RUN, evaluated, make_pack, train
+from tests.helpers.entry_points import CPU, TINY_RUN, evaluated, make_pack, run_script, train
 
 
 def run(builder: Callable[[Sequence[str]], int], *argv: str) -> None:
@@ -85,6 +85,26 @@ def test_from_raw_puzzles_to_a_report(kind: str, tmp_path: Path) -> None:
             "evaluation1": 1,
             "evaluation2": 1,
         }
+
+
+def test_mazes_are_shown_and_solved(tmp_path: Path) -> None:
+    pack, folder = tmp_path / "pack", tmp_path / "run"
+    make_mazes(pack)
+    train(*TINY_RUN, f"data_path={pack}", f"checkpoint_path={folder}")
+    _, out = evaluated(f"checkpoint={folder}", "show=2")
+    rows = [line for line in out.splitlines() if line.startswith("│")]
+    assert len(rows) == 2 * 6
+    assert all(len(row) == 3 * 6 + 2 for row in rows)
+    assert (folder / "boards.png").is_file()
+    maze = "".join("?# SGo"[token] for token in open_pack(pack, "test").sets["all"].inputs[0])
+    outcome = run_script("evaluate.py", *CPU, f"checkpoint={folder}", f"puzzle={maze}", "ensemble.augmentations=8")
+    assert (outcome.status, outcome.err) == (0, "")
+    answer = [line for line in outcome.out.splitlines() if line.startswith("│")]
+    assert len(answer) == 6
+    assert "a shortest path" in outcome.out.splitlines()[-1]
+    two_starts = run_script("evaluate.py", *CPU, f"checkpoint={folder}", f"puzzle={maze.replace('G', 'S')}")
+    assert two_starts.status == 2
+    assert "A maze to solve has one S, one G and no o." in two_starts.err
 
 
 def test_arc_checkpoints_vote_together(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class Board:
         return bool(self.answer[index] == self.view.blank)
 
 
-def verdict_of(board: Board, rules: Rules | None, solutions: Solutions | None = None) -> str:
+def outcome_of(board: Board, rules: Rules | None, solutions: Solutions | None = None) -> str:
     """How good the answer is, in a sentence, and in another one what is odd about the puzzle.
 
     Args:

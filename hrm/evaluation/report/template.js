@@ -329,9 +329,9 @@
     return first < 0 ? null : first + 1;
   }
 
-  function showFacts() {
+  function showFigures() {
     const last = steps - 1;
-    const facts = [
+    const figures = [
       [percent(totals.exact[last]), `puzzles exactly right after ${many(steps, "step")}`],
       [percent(totals.cells[last]), `${cellWord}s right`],
       [totals.halt.steps.toFixed(1), `steps of ${steps} on average if it halts by itself, ${percent(totals.halt.exact)} right`],
@@ -339,7 +339,7 @@
     ];
     $("title").textContent = data.title;
     $("subtitle").textContent = data.subtitle;
-    $("facts").innerHTML = facts.map(([value, name]) => `<div><dt>${name}</dt><dd>${value}</dd></div>`).join("");
+    $("figures").innerHTML = figures.map(([value, name]) => `<div><dt>${name}</dt><dd>${value}</dd></div>`).join("");
   }
 
   function showTotals() {
@@ -427,7 +427,7 @@
     const wrong = range(steps).map((t) => look(puzzle, t + 1).wrong);
     const since = steps - [...wrong].reverse().findIndex((n) => n > 0); // steps before it are not all right
     const valid = puzzle.keepsRules && puzzle.keepsRules[0].toUpperCase() + puzzle.keepsRules.slice(1);
-    $("verdict").innerHTML = valid && wrong[steps - 1]
+    $("outcome").innerHTML = valid && wrong[steps - 1]
       ? `<b class="right-text">✓ ${escape(valid)}</b>, another than the label’s`
       : wrong[steps - 1]
       ? `<b class="wrong-text">✗ Wrong</b> after ${many(steps, "step")}`
@@ -567,7 +567,7 @@
     .join("");
   $("wrong-title").textContent = `Wrong ${cellWord}s`;
   setPlay("Play");
-  showFacts();
+  showFigures();
   showTotals();
   showLegend();
   showTiles();

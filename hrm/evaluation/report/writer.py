@@ -29,7 +29,7 @@ class ReportWriter:
 
     def __init__(self, pack: Pack, evaluators: Sequence[Evaluator]) -> None:
         check_vocabulary(pack.metadata.vocab_size)
-        require_pillow()  # said now, not after minutes of evaluation
+        require_pillow()  # better now than after minutes of evaluation
         self._pack, self._evaluators = pack, evaluators
         self._task, self._size = task_of(pack), PuzzleSize.of(pack)
         self._names = read_identifiers(pack.path, pack.metadata.num_puzzle_identifiers)
