@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import II, DictConfig, OmegaConf
 
-from hrm.config.checks import at_least, choice, fraction, positive
+from hrm.config.checks import MOST_REPEATS, at_least, choice, fraction, positive, sane_counts
 from hrm.config.typed import to_typed
 from hrm.errors import UserError
 
@@ -110,6 +110,7 @@ class HRMConfig:
     def __post_init__(self) -> None:
         if self.puzzle_emb_ndim == II(".hidden_size"):  # made in Python, where nobody resolves interpolations
             self.puzzle_emb_ndim = self.hidden_size
+        sane_counts("arch.", self)
         choice("arch.name", self.name, ARCHITECTURES)
         if self.name == TRM:
             self.H_layers = 0
@@ -126,6 +127,11 @@ class HRMConfig:
             raise UserError(
                 f"arch.grad_updates={self.grad_updates} is out of range: give a number from 2 to the "
                 f"{len(self.updates)} updates of an ACT step, {self.updates}."
+            )
+        if self.prefix_len > MOST_REPEATS:
+            raise UserError(
+                f"arch.puzzle_emb_ndim={self.puzzle_emb_ndim} is too large: give at most {MOST_REPEATS} times "
+                "arch.hidden_size."
             )
         for name in ("expansion", "rope_theta", "rms_norm_eps"):
             positive(f"arch.{name}", getattr(self, name))

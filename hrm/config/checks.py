@@ -51,6 +51,35 @@ def at_least(option: str, value: float, least: float) -> None:
         raise UserError(f"{option}={value} is too large: give a finite number.")
 
 
+MOST_REPEATS = 10_000
+MOST_UPDATES = 1_000
+MOST_WORKERS = 1_024
+
+
+def sane_counts(prefix: str, options: object) -> None:
+    """Refuse counts of layers, cycles, steps and tokens that can only be a mistake, or of a file that means harm.
+
+    Args:
+        prefix: of the options' names.
+        options: a dataclass.
+    """
+    updates = 1
+    for name, value in vars(options).items():
+        if type(value) is int and name.endswith(("_layers", "_cycles", "_steps", "_len")) and value > MOST_REPEATS:
+            raise UserError(f"{prefix}{name}={value} is too large: give at most {MOST_REPEATS}.")
+        if type(value) is int and name.endswith("_cycles"):
+            updates *= max(value, 1)
+    if updates > MOST_UPDATES:
+        raise UserError(
+            f"{prefix}*_cycles stand for {updates} updates in an ACT step or more: give fewer, for {MOST_UPDATES}."
+        )
+
+
+def at_most(option: str, value: float, most: float) -> None:
+    if value > most:
+        raise UserError(f"{option}={value} is too large: give at most {most}.")
+
+
 def positive(option: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise UserError(f"{option}={value} is out of range: give a finite number above 0.")

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from hrm.config.checks import at_least, choice
+from hrm.config.checks import MOST_WORKERS, at_least, at_most, choice
 from hrm.config.entry import DEVICES, SAVEABLE_OUTPUTS
 from hrm.config.kernels import KernelsConfig
+
+MOST_AUGMENTATIONS = 1024  # each votes on each: the vote of more would not fit in memory
 
 ACT_MODES = ("full", "halt", "both")
 
@@ -23,6 +25,7 @@ class EnsembleConfig:
 
     def __post_init__(self) -> None:
         at_least("ensemble.augmentations", self.augmentations, 1)
+        at_most("ensemble.augmentations", self.augmentations, MOST_AUGMENTATIONS)
 
 
 @dataclass
@@ -61,5 +64,6 @@ class EvaluateConfig:
         if self.act_max_steps is not None:
             at_least("act_max_steps", self.act_max_steps, 1)
         at_least("num_workers", self.num_workers, 0)
+        at_most("num_workers", self.num_workers, MOST_WORKERS)
         if self.global_batch_size is not None:
             at_least("global_batch_size", self.global_batch_size, 1)

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import II, MISSING
 
 from hrm.config.arch import updates_of
-from hrm.config.checks import at_least, choice, fraction, positive
+from hrm.config.checks import MOST_WORKERS, at_least, at_most, choice, fraction, positive
 from hrm.config.data import DataConfig
 from hrm.config.entry import DEVICES, SAVEABLE_OUTPUTS
 from hrm.config.kernels import KernelsConfig
@@ -108,6 +108,7 @@ class PretrainConfig:
             raise UserError("ema_decay does not go with parallel.fsdp=true: drop one of them.")
         for name in ("lr", "lr_warmup_steps", "weight_decay", "num_workers", "seed"):
             at_least(name, getattr(self, name), 0)
+        at_most("num_workers", self.num_workers, MOST_WORKERS)
         for name in ("puzzle_emb_lr", "puzzle_emb_weight_decay"):
             at_least(name, getattr(self, name), 0)
         if self.seed >= 2**63:

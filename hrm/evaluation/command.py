@@ -79,6 +79,7 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
             f"{checkpoint.config_file} has global_batch_size: {batch_size}; add global_batch_size=<number>."
         )
     pack = open_pack(data_path, "test")
+    batch_size = _bounded(batch_size, pack, world)
     if config.show:
         check_show(pack, world)
     folder = _output_folder(config, checkpoint)
@@ -101,6 +102,12 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
             _evaluate_full(split)
         if config.act != "full":
             _evaluate_early(split)
+
+
+def _bounded(batch_size: int, pack: Pack, world: World) -> int:
+    """A global batch size, or that of the whole split if it is less: the rest would be padding."""
+    most = max(len(data.inputs) for data in pack.sets.values())
+    return min(batch_size, -(-most // world.size) * world.size)
 
 
 def _load(config: EvaluateConfig, checkpoint: Checkpoint, sizes: ModelSizes, world: World) -> ACTLossHead:

@@ -101,7 +101,8 @@ def vote(answers: Tensor, q_halt: Tensor, valid: Tensor | None = None) -> Tensor
     Returns:
         [N, S].
     """
-    same = (answers.unsqueeze(0) == answers.unsqueeze(1)).all(-1)  # [K, K, N]
+    # [K, K, N]; one member after the other, or comparing cell by cell would take K times as much memory
+    same = torch.stack([(answers == each).all(-1) for each in answers])
     votes = same.sum(0)
     confidence = torch.where(same, q_halt.sigmoid(), 0).sum(1) / votes
     standing = votes + confidence / 2  # confidence / 2 < 1 only decides between equal votes

@@ -13,6 +13,7 @@ from hrm.config import KernelsConfig, arch_config
 from hrm.distributed.world import World
 from hrm.errors import UserError
 from hrm.models import ACTLossHead, build_model
+from hrm.models.memory import ALWAYS_ALLOWED, at_most
 
 
 class ModelSizes(NamedTuple):
@@ -51,6 +52,9 @@ def load_model(
     arch = arch_config(checkpoint.config["arch"], sizes.of_data(), where=f"{checkpoint.config_file}: arch")
     if act_max_steps is not None:
         arch = replace(arch, halt_max_steps=act_max_steps)
-    model = build_model(arch, **sizes._asdict(), kernels=kernels, device=world.device)
+    # A model that is larger than the weights cannot be theirs. A small one is made, so that it is told how they differ.
+    numbers = sum(weight.numel() for weight in weights.values())
+    with at_most(max(numbers, ALWAYS_ALLOWED)):
+        model = build_model(arch, **sizes._asdict(), kernels=kernels, device=world.device)
     load_weights(model, weights, checkpoint.weights_file)
     return model.eval()

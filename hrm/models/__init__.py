@@ -13,6 +13,7 @@ from hrm.kernels import KernelRequest, resolve
 from hrm.kernels.naive import BlockWeights, MixerWeights
 from hrm.models.hrm import AdaptiveComputation, HierarchicalReasoningModel
 from hrm.models.losses import ACTLossHead
+from hrm.models.memory import at_most
 
 __all__ = ["ACTLossHead", "build_model"]
 
@@ -70,13 +71,14 @@ def build_model(
         block_types=(MixerWeights if config.mlp_t else BlockWeights,),
         modules=("H_level", "L_level") if config.H_layers else ("L_level",),
     )
-    inner = HierarchicalReasoningModel(
-        config,
-        seq_len=seq_len,
-        vocab_size=vocab_size,
-        num_puzzle_identifiers=num_puzzle_identifiers,
-        kernels=resolve(kernels_config(kernels), request),
-        generator=torch.Generator().manual_seed(seed),
-    )
+    with at_most():
+        inner = HierarchicalReasoningModel(
+            config,
+            seq_len=seq_len,
+            vocab_size=vocab_size,
+            num_puzzle_identifiers=num_puzzle_identifiers,
+            kernels=resolve(kernels_config(kernels), request),
+            generator=torch.Generator().manual_seed(seed),
+        )
     model = AdaptiveComputation(inner, seed)
     return ACTLossHead(model, config.loss.loss_type, fused=inner.kernels.config.fused_step).to(device)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hrm.models.memory import claim
+
 
 def truncated_normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Tensor:
     """Numbers from a normal distribution cut at two sigma whose *actual* standard deviation is `std`.
@@ -20,6 +22,7 @@ def truncated_normal(shape: tuple[int, ...], std: float, generator: torch.Genera
     Cutting makes a distribution narrower; the sigma of the uncut one is widened to make up for it, as JAX's
     initialisers do (and unlike `torch.nn.init.trunc_normal_`).
     """
+    claim(shape)
     cut = 2.0
     density = math.exp(-(cut**2) / 2) / math.sqrt(2 * math.pi)
     inside = math.erf(cut / math.sqrt(2))
@@ -181,6 +184,7 @@ class SparseEmbedding(nn.Module):
 
     def __init__(self, num_embeddings: int, ndim: int) -> None:
         super().__init__()
+        claim((num_embeddings, ndim))
         self.register_buffer("weights", torch.zeros(num_embeddings, ndim))
         self.local_ids: Tensor | None = None
         self.local_weights: Tensor | None = None

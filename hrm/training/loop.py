@@ -32,6 +32,7 @@ from hrm.training.resume import Progress, restore
 from hrm.training.run import Run
 from hrm.training.run_log import RunLog, cut_records
 from hrm.training.step import TrainState, initial_state
+from hrm.unforeseen import traceback_folder
 
 EXIT_INTERRUPTED = 130
 """Exit status of a run that Ctrl-C stopped, as shells have it."""
@@ -108,6 +109,7 @@ def _pretrain(config: PretrainConfig, world: World) -> Request:
         is_same_run = saved is not None and saved.is_of(folder)
         wandb_id = saved.metadata.wandb_id if saved and is_same_run else None
         with (
+            traceback_folder(folder),
             SavePoints(config.checkpoint_interval, world, config.dist_timeout) as save_points,
             RunLog(config, folder, state.total_steps, world, state.step, wandb_id) as log,
             StateSaver(folder, config.keep_checkpoints, world, config.dist_timeout, log.say) as saver,

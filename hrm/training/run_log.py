@@ -19,7 +19,7 @@ from tqdm import tqdm
 from hrm.checkpoint.run_folder import METRICS_FILE, write_atomically
 from hrm.config import PretrainConfig
 from hrm.distributed.world import World
-from hrm.errors import first_sentence
+from hrm.errors import first_sentence, printable_lines
 from hrm.output import UnbreakableStream
 
 # What W&B takes in WANDB_MODE, by what it means here.
@@ -102,7 +102,7 @@ class RunLog:
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         if self._is_main:
-            tqdm.write(line, file=UnbreakableStream(sys.stdout))
+            tqdm.write(printable_lines(line), file=UnbreakableStream(sys.stdout))
 
     def record(self, record: dict[str, float]) -> None:
         """Keep one record; it has a `step`."""

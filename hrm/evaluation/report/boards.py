@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.batch import IGNORE_LABEL_ID
+from hrm.errors import printable
 from hrm.tasks.base import Booleans, Rules, Solutions, Tokens, View
 from hrm.writing import new_file
 
@@ -76,7 +77,7 @@ class Board:
         return int((self.cells() == Cell.WRONG).sum())
 
     def symbol(self, index: int) -> str:
-        return self.view.symbols[self.answer[index]] or "."
+        return printable(self.view.symbols[self.answer[index]]) or "."
 
     def is_left_blank(self, index: int) -> bool:
         return bool(self.answer[index] == self.view.blank)
@@ -113,7 +114,7 @@ def render_text(board: Board, *, color: bool | None = None) -> str:
     if color is None:
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     (box_rows, box_cols), columns = board.box, board.columns
-    width = max(len(symbol) for symbol in board.view.symbols)
+    width = max(len(printable(symbol)) for symbol in board.view.symbols)
     rule = "─" * ((2 + width) * box_cols)
     stacks = -(-columns // box_cols)
     top, middle, bottom = (left + cross.join([rule] * stacks) + right for left, cross, right in ("┌┬┐", "├┼┤", "└┴┘"))
@@ -160,7 +161,7 @@ def draw_boards(boards: Sequence[Board], file: Path) -> None:
 def _draw(board: Board, axes: Axes) -> None:
     (box_rows, box_cols), columns = board.box, board.columns
     rows = -(-len(board.inputs) // columns)
-    width = max(len(symbol) for symbol in board.view.symbols)
+    width = max(len(printable(symbol)) for symbol in board.view.symbols)
     for index, kind in enumerate(map(Cell, board.cells())):
         row, column = divmod(index, columns)
         frame = {"boxstyle": "square,pad=0.25", "facecolor": "none", "edgecolor": _INK[kind]}
