@@ -13,7 +13,19 @@ if not torch.cuda.is_available():
 os.environ["TQDM_DISABLE"] = "1"  # bars appear on slow machines, among lines that tests count
 
 from hrm.batch import IGNORE_LABEL_ID, Batch
+from hrm.kernels.registry import EXPERIMENTAL, backend_names
 from tests.helpers.entry_points import TINY_RUN, TRAINED_EXAMPLES, make_pack, train
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of experimental backends are slow ones: none is a default, and Triton's interpreter takes long."""
+    experimental = set(backend_names(EXPERIMENTAL))
+    for item in items:
+        values = (
+            item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+        )
+        if experimental & {value for value in values if isinstance(value, str)}:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)

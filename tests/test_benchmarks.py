@@ -67,6 +67,7 @@ def test_plot(tmp_path: Path) -> None:
     assert all(label in picture for label in ("2 ms", "4 ms", "81 tokens, batch 8"))
 
 
+@pytest.mark.slow
 def test_loss_curves_pass_what_is_equal_and_stop_at_what_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """The trained models that come with the package."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,13 +30,30 @@ def test_what_there_is() -> None:
         assert {tensor.dtype for tensor in read_weights(file).values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("puzzle", BOARDS)
-def test_sudoku_is_solved(puzzle: str) -> None:
+def assert_solved(checkpoint: str | Path, puzzle: str) -> None:
     assert (solve(parse_grid(puzzle, BoxShape(3, 3)), BoxShape(3, 3)) > 0).all()
-    outcome = run_script("evaluate.py", *CPU, "checkpoint=sudoku", f"puzzle={puzzle}", "ensemble.augmentations=8")
+    outcome = run_script(
+        "evaluate.py", *CPU, f"checkpoint={checkpoint}", f"puzzle={puzzle}", "ensemble.augmentations=8"
+    )
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out.splitlines()[-1].startswith("Solved: this is the only solution.")
     assert outcome.out.count("[") == 1  # the legend's
+
+
+@pytest.mark.parametrize("puzzle", BOARDS)
+def test_sudoku_is_solved(puzzle: str, tmp_path: Path) -> None:
+    """In float32, which all CPUs multiply fast."""
+    run = Path(shutil.copytree(PRETRAINED / "sudoku", tmp_path / "sudoku"))
+    config = (run / "all_config.yaml").read_text()
+    assert "forward_dtype: bfloat16" in config
+    (run / "all_config.yaml").write_text(config.replace("forward_dtype: bfloat16", "forward_dtype: float32"))
+    assert_solved(run, puzzle)
+
+
+@pytest.mark.slow
+def test_sudoku_is_solved_as_it_comes() -> None:
+    """In bfloat16, which a CPU without instructions for it takes ten seconds or more for."""
+    assert_solved("sudoku", BOARDS[-1])
 
 
 def test_a_run_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,6 +181,7 @@ def wait_for(condition: Callable[[], bool], process: ForkServerProcess) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(config: PretrainConfig, tmp_path: Path) -> None:
     """SIGKILL at 10 random moments, every other one while a training state is being written."""
     config = replace(config, epochs=21, eval_interval=3, checkpoint_interval=ALWAYS)  # 84 steps, 7 evaluations
@@ -268,6 +269,7 @@ def test_handlers_are_given_back(config: PretrainConfig, monkeypatch: pytest.Mon
         signal.signal(signal.SIGUSR1, former)
 
 
+@pytest.mark.slow
 def test_the_same_command_again(pack: Path, tmp_path: Path) -> None:
     """From the shell: a preempted run has an exit status of its own, and the command that started it finishes it."""
     command = [sys.executable, "pretrain.py", *TINY_MODEL, *CPU, f"data_path={pack}", f"checkpoint_path={tmp_path}"]
@@ -339,6 +341,8 @@ class Train:
             raise SystemExit(EXIT_PREEMPTED)
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_two_ranks_go_on_as_two(config: PretrainConfig, tmp_path: Path) -> None:
     """And a signal to one of them stops both, after the same step."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
@@ -351,6 +355,8 @@ def test_two_ranks_go_on_as_two(config: PretrainConfig, tmp_path: Path) -> None:
     assert_same_run(folder, whole)
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_a_rank_is_killed(config: PretrainConfig, tmp_path: Path) -> None:
     """While a training state is written: the other ends too, and both go on from one that is whole."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
@@ -368,6 +374,8 @@ def test_a_rank_is_killed(config: PretrainConfig, tmp_path: Path) -> None:
     assert_same_run(folder, whole)
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("saved_on", [1, 2])
 @pytest.mark.parametrize(
     "parallel",

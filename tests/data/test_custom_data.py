@@ -339,6 +339,7 @@ def test_more_examples_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "--count 0 is too small; choose 1 or more." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "size", "count", "epochs"),
     [("dag_path", 4, 700, 10), ("topological_order", 4, 500, 40), ("tool_routing", 2, 1500, 12)],

@@ -168,6 +168,8 @@ def alone(pack: Path) -> Callable[[dict[str, Any]], Result]:
     return reference
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("name", CASES)
 def test_trains_as_one(
     name: str, pack: Path, alone: Callable[[dict[str, Any]], Result], request: pytest.FixtureRequest
@@ -341,6 +343,8 @@ def two_processes() -> Iterator[Callable[..., list[BaseProcess]]]:
         process.join()
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("what_happens", ["hangs", "dies"])
 def test_a_rank_that_stops_answering_is_named(
     what_happens: str, tmp_path: Path, two_processes: Callable[..., list[BaseProcess]]

@@ -64,6 +64,8 @@ def submit(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[bytes]"]]
             os.killpg(job.pid, signal.SIGTERM)  # not SIGKILL, which torchrun could not pass on
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_goes_on_after_its_time_is_up(tmp_path: Path, submit: Callable[..., "subprocess.Popen[bytes]"]) -> None:
     make_pack(tmp_path / "pack", train_size=12, test_size=4)
     run, log, requeued = tmp_path / "run", tmp_path / "log", tmp_path / "requeued"
@@ -87,6 +89,8 @@ def test_goes_on_after_its_time_is_up(tmp_path: Path, submit: Callable[..., "sub
     assert requeued.read_text() == f"{JOB}\n"  # once
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_a_failure_is_not_requeued(tmp_path: Path, submit: Callable[..., "subprocess.Popen[bytes]"]) -> None:
     assert submit(1, "false").wait(PATIENCE) == 1
     assert not (tmp_path / "requeued").exists()

@@ -249,6 +249,8 @@ def test_labels_are_saved_as_the_model_saw_them(trained: Path, tmp_path: Path) -
 # --- several ranks ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_two_ranks_share_the_work(trained: Path, tmp_path: Path) -> None:
     # Of the last batch, 56 to 63, rank 0 has 56 to 59 and rank 1 nothing but padding.
     batch_size, local = 8, 4

@@ -29,9 +29,9 @@ def answer_alone(run: Path, tokens: np.ndarray, margin: float, max_steps: int) -
     return inner.logits(state)[0].argmax(-1).numpy(), steps
 
 
-@pytest.mark.parametrize("max_steps", [2, 5])
-@pytest.mark.parametrize("early", [1, 30, 59])
-@pytest.mark.parametrize("batch_size", [1, 7])
+@pytest.mark.parametrize(
+    ("early", "max_steps", "batch_size"), [(1, 5, 1), (1, 2, 7), (30, 2, 1), (30, 5, 7), (59, 5, 7), (59, 2, 7)]
+)
 def test_early_halting(early: int, max_steps: int, batch_size: int, trained: Path) -> None:
     """With a margin that so many boards reach at the first step; batches of 7 leave the last slots empty."""
     run, (inputs, labels) = trained / "run", raw_split(trained / "pack")
@@ -146,6 +146,7 @@ def printed_tables(out: str) -> dict[str, list[str]]:
     return tables
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("margin", [-1e9, 1e9])
 def test_accuracy_by_rating_and_source(
     margin: float, described: tuple[Path, Path, dict[str, list[str]]], tmp_path: Path
@@ -161,6 +162,8 @@ def test_accuracy_by_rating_and_source(
     assert '"bySource":{"name":"source","bars":[{"label":"elsewhere"' in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_votes_and_ranks_are_counted_by_rating_and_source(described: tuple[Path, Path, dict[str, list[str]]]) -> None:
     run, pack, said = described
     options = [f"checkpoint={run}", f"data_path={pack}", "global_batch_size=8"]

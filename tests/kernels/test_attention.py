@@ -122,6 +122,7 @@ def test_the_packages_are_called_as_they_ask(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(actual, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdpa", "flash", "math", "triton", pytest.param("cudnn", marks=pytest.mark.gpu)])
 def test_a_compiled_module_has_one_graph(name: str) -> None:
     dtype = torch.bfloat16 if ON_GPU else torch.float32

@@ -23,6 +23,8 @@ from hrm.kernels.experimental.triton_unrolled import run
 from hrm.kernels.ops.triton import linear as triton_linear
 from hrm.kernels.ops.triton import residual_rms
 
+pytestmark = pytest.mark.slow  # an experiment, in Triton's interpreter
+
 EPS = 1e-5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 States = dict[str, Tensor]

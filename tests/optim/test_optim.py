@@ -301,6 +301,8 @@ def sign_step(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_ranks_share_their_gradients(tmp_path: Path) -> None:
     spawn(on_rank, (sign_step, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
     table = make_table(8, torch.float32)

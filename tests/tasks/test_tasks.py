@@ -107,6 +107,7 @@ def test_mazes_are_shown_and_solved(tmp_path: Path) -> None:
     assert "A maze to solve has one S, one G and no o." in two_starts.err
 
 
+@pytest.mark.slow
 def test_arc_checkpoints_vote_together(tmp_path: Path) -> None:
     pack, folder = tmp_path / "pack", tmp_path / "run"
     make_arc(pack)

@@ -521,6 +521,7 @@ def command(pack: Path, folder: Path) -> str:
     return " ".join([sys.executable, "pretrain.py", *options, "global_batch_size=6", "eval_interval=1"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="redirects as a POSIX shell does")
 @pytest.mark.parametrize(
     "redirected",

@@ -422,6 +422,8 @@ def spoilt(
     return loss_of_one_rank
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_ranks_skip_together(config: PretrainConfig, tmp_path: Path) -> None:
     config = replace(config, arch=WIDE, ema_decay=None, lr_warmup_steps=0, kernels=KernelsConfig("naive"))
     config = replace(config, arch=replace(WIDE, H_layers=2, L_layers=2))
@@ -442,6 +444,8 @@ def give_up_on_rank(rank: int, port: int, config: PretrainConfig, folder: Path) 
     (folder / f"sentence.{rank}").write_text(str(error.value))
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_ranks_give_up_together(config: PretrainConfig, tmp_path: Path) -> None:
     config = replace(config, eval_interval=1, epochs=4, abort_after=4, dist_timeout=20.0)
     on_ranks(2, give_up_on_rank, config, tmp_path)

@@ -101,6 +101,7 @@ def train_on_rank(rank: int, port: int, config: PretrainConfig) -> None:
     pretrain(config)
 
 
+@pytest.mark.multiprocess
 def test_two_ranks_train_as_one(config: PretrainConfig, tmp_path: Path) -> None:
     # In float64 forward and backward, so that only the float32 sums over ranks differ. Adam-atan2 would not notice
     # gradients of a wrong scale; AdamW with a large epsilon does.
