@@ -28,7 +28,6 @@ from hrm.distributed.world import World, join_world
 from hrm.errors import UserError
 from hrm.evaluation.report.plots import pyplot
 from hrm.kernels.presets import AUTO, presets
-from hrm.models.flops import block_flops
 
 # The published code's way: the plain model through torch.compile, with the best attention PyTorch has.
 BASELINE = "compile"
@@ -66,10 +65,10 @@ class Trial:
         """Tokens of a sequence, its puzzle prefix included."""
         return int(self.config.arch.prefix_len) + self.shape.seq_len
 
-    def rates(self, ms: float, block_passes: int) -> dict[str, float]:
-        """Columns that follow from the time of a step in which each token goes through so many blocks."""
+    def rates(self, ms: float, sequence_flops: int) -> dict[str, float]:
+        """Columns that follow from the time of a step that does so many operations for each sequence."""
         tokens = self.shape.batch_size * self.num_tokens
-        tflops = tokens * block_passes * block_flops(self.config.arch, self.num_tokens) / ms / 1e9
+        tflops = self.shape.batch_size * sequence_flops / ms / 1e9
         return {
             "puzzles/s": 1000 * self.shape.batch_size / ms,
             "tokens/s": 1000 * tokens / ms,

@@ -10,7 +10,6 @@ from typing import Any
 
 from benchmarks.common import Trial, compare_presets, median_ms, peak_gib
 from hrm.evaluation.runner import make_runner
-from hrm.models.flops import act_step_blocks
 from hrm.training.step import initial_state
 
 
@@ -19,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _measure(trial: Trial) -> dict[str, Any]:
-    device, arch = trial.world.device, trial.config.arch
+    device = trial.world.device
     model = initial_state(trial.config, trial.pack, trial.world).model.eval()
     thinking = make_runner(model, trial.world)
 
@@ -27,11 +26,11 @@ def _measure(trial: Trial) -> dict[str, Any]:
         batch = next(trial.batches)
         return thinking({name: field.to(device, non_blocking=True) for name, field in batch.items()})
 
-    steps = arch.halt_max_steps
+    steps = model.halt_max_steps
     with model.weights_at_hand():
         first_ms = median_ms(answer, device, 0, 1)
         ms = median_ms(answer, device, 2, max(1, trial.repeats // 5)) / steps
-    rates = trial.rates(ms, act_step_blocks(arch))
+    rates = trial.rates(ms, model.act_step_flops())
     return {
         "ms": ms,
         **rates,

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.common import Trial, compare_presets, median_ms, peak_gib
-from hrm.models.flops import train_step_blocks
 from hrm.training.step import initial_state, make_train_step
 
 
@@ -18,13 +17,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _measure(trial: Trial) -> dict[str, Any]:
-    device, arch = trial.world.device, trial.config.arch
-    step = make_train_step(trial.config, trial.world, initial_state(trial.config, trial.pack, trial.world))
+    device, state = trial.world.device, initial_state(trial.config, trial.pack, trial.world)
+    step = make_train_step(trial.config, trial.world, state)
     first_ms = median_ms(lambda: step(next(trial.batches)), device, 0, 1)
     ms = median_ms(lambda: step(next(trial.batches)), device, 5, trial.repeats)
     return {
         "ms": ms,
-        **trial.rates(ms, train_step_blocks(arch)),
+        **trial.rates(ms, state.model.train_step_flops()),
         "GiB": peak_gib(device),
         "first step s": first_ms / 1000,
     }

@@ -22,10 +22,11 @@ from hrm.checkpoint.states import (
     StateMetadata,
     states_in,
 )
-from hrm.config import HRMConfig, PretrainConfig
+from hrm.config import PretrainConfig
 from hrm.data.identity import PackIdentity
 from hrm.data.pack import Pack, sha256_of
 from hrm.errors import UserError
+from hrm.models import arch_config
 
 AUTO = "auto"
 
@@ -104,8 +105,9 @@ def check_options(saved: SavedState, config: PretrainConfig, pack: Pack, identit
     """
     now = _flat({**asdict(config), "pack": asdict(pack.metadata)})
     # Options newer than the state had their defaults.
-    defaults = _flat(asdict(PretrainConfig(arch=HRMConfig())))
-    had = defaults | _flat({**saved.metadata.config, "pack": saved.metadata.pack})
+    defaults = _flat(asdict(PretrainConfig(arch=type(config.arch)())))
+    arch = asdict(arch_config(saved.metadata.config["arch"]))  # by today's names
+    had = defaults | _flat({**saved.metadata.config, "arch": arch, "pack": saved.metadata.pack})
     changed = {name: f"{name}={now.get(name)} (it had {had.get(name)})" for name in sorted(now.keys() | had.keys())}
     changed = {name: text for name, text in changed.items() if not _is_free(name) and now.get(name) != had.get(name)}
     if fixed := [text for name, text in changed.items() if name in _FIXED or name.startswith("pack.")]:

@@ -5,18 +5,6 @@ group. OmegaConf rejects unknown names and wrong types; the `__post_init__` meth
 could use.
 """
 
-from hrm.config.arch import (
-    ARCHITECTURES,
-    FORWARD_DTYPES,
-    LOSS_HEADS,
-    LOSS_TYPES,
-    POS_ENCODINGS,
-    TRM,
-    HRMConfig,
-    LossConfig,
-    arch_config,
-    updates_of,
-)
 from hrm.config.checks import neighbours
 from hrm.config.data import DataConfig
 from hrm.config.entry import DEVICES, SAVEABLE_OUTPUTS
@@ -26,36 +14,25 @@ from hrm.config.optim import OPTIMIZERS, OptimConfig
 from hrm.config.parallel import ParallelConfig
 from hrm.config.paths import CONFIG_DIR, PROJECT_DIR
 from hrm.config.store import register_schemas
-from hrm.config.training import PretrainConfig, Stage
+from hrm.config.training import PretrainConfig
 from hrm.config.typed import option_names, to_typed
 
 __all__ = [
-    "ARCHITECTURES",
     "CONFIG_DIR",
     "DEVICES",
-    "FORWARD_DTYPES",
-    "LOSS_HEADS",
-    "LOSS_TYPES",
     "OPTIMIZERS",
-    "POS_ENCODINGS",
     "PROJECT_DIR",
     "SAVEABLE_OUTPUTS",
-    "TRM",
     "DataConfig",
     "EnsembleConfig",
     "EvaluateConfig",
-    "HRMConfig",
     "KernelsConfig",
-    "LossConfig",
     "OptimConfig",
     "ParallelConfig",
     "PretrainConfig",
-    "Stage",
-    "arch_config",
     "kernels_config",
     "neighbours",
     "option_names",
     "register_schemas",
     "to_typed",
-    "updates_of",
 ]

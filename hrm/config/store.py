@@ -1,10 +1,14 @@
 """The schemas, under the names that the YAML files' defaults lists use."""
 
+import importlib
+
 from hydra.core.config_store import ConfigStore
 
-from hrm.config.arch import HRMConfig
 from hrm.config.evaluation import EvaluateConfig
 from hrm.config.training import PretrainConfig
+
+# Packages above this one with schemas of their own, which they put into Hydra's store when they are imported.
+_WITH_SCHEMAS = ("hrm.models",)
 
 
 def register_schemas() -> None:
@@ -12,4 +16,5 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(name="pretrain_schema", node=PretrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
-    store.store(group="schema/arch", name="hrm_v1", node=HRMConfig)
+    for package in _WITH_SCHEMAS:
+        importlib.import_module(package)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import II, MISSING
 
-from hrm.config.arch import updates_of
 from hrm.config.checks import MOST_WORKERS, at_least, at_most, choice, fraction, positive
 from hrm.config.data import DataConfig
 from hrm.config.entry import DEVICES, SAVEABLE_OUTPUTS
@@ -17,24 +17,6 @@ from hrm.config.parallel import ParallelConfig
 from hrm.errors import UserError
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
-
-
-@dataclass
-class Stage:
-    """Training steps that think less deep, or halt sooner, than the architecture does; null: as it does."""
-
-    until: int = MISSING  # the last of these steps
-    H_cycles: int | None = None
-    L_cycles: int | None = None
-    halt_max_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("until", "H_cycles", "L_cycles", "halt_max_steps"):
-            if getattr(self, name) not in (MISSING, None):
-                at_least(f"curriculum: {name}", getattr(self, name), 1)
-
-
-_AS_THE_ARCHITECTURE = Stage()
 
 
 @dataclass
@@ -60,7 +42,9 @@ class PretrainConfig:
     lr: float = 1e-4  # learning rate of the dense weights, at its highest
     lr_min_ratio: float = 1.0  # the cosine's end, as a share of lr; 1.0: constant after the warm-up
     lr_warmup_steps: int = 2000  # steps in which the rate rises from 0
-    curriculum: list[Stage] = field(default_factory=list)  # other steps at first, one stage after the other
+    # Stages of training, one after the other, each {until: its last step, and the architecture's options that differ in
+    # it}: depth such as H_cycles, or halt_max_steps. After the last stage, all is as the architecture says.
+    curriculum: list[Any] = field(default_factory=list)
     stagger: bool = False  # begin with sequences at all ACT steps, not all at the first, as published
     augment_act_steps: bool = False  # map puzzles by a symmetry of their task at every ACT step: Sudoku, mazes
     weight_decay: float = 0.1  # of the dense weights, decoupled
@@ -131,26 +115,29 @@ class PretrainConfig:
             at_least("stop_after", self.stop_after, 1)
         if self.stop_at_train_accuracy is not None:
             fraction("stop_at_train_accuracy", self.stop_at_train_accuracy)
-        ends = [stage.until for stage in self.curriculum]
+        self._stages = self._checked_stages()
+
+    def _checked_stages(self) -> list[tuple[int, Any]]:
+        """The last step of each stage of the curriculum, and the architecture in it."""
+        stages: list[tuple[int, Any]] = []
+        for stage in self.curriculum:
+            if not isinstance(stage, Mapping) or not isinstance(stage.get("until"), int):
+                raise UserError(
+                    "curriculum: each stage is {until: its last step, option: value, ...}, such as "
+                    "[{until: 5000, halt_max_steps: 4}]."
+                )
+            until, fields = stage["until"], {name: value for name, value in stage.items() if value is not None}
+            at_least("curriculum: until", until, 1)
+            del fields["until"]
+            try:
+                stages.append((until, self.arch.in_stage(fields)))
+            except UserError as error:
+                raise UserError(f"curriculum: the stage until step {until}: {error}") from error
+        ends = [until for until, _ in stages]
         if ends != sorted(set(ends)):
             raise UserError(f"curriculum: stages end at steps {', '.join(map(str, ends))}; give them in order.")
-        least = getattr(self.arch, "grad_updates", 2)
-        for stage in self.curriculum:
-            if len(updates := self.updates_at(stage.until)) < least:
-                raise UserError(
-                    f"curriculum: the stage until step {stage.until} has {len(updates)} updates, {updates}, but "
-                    f"gradients flow through {least} (arch.grad_updates): give it more cycles."
-                )
+        return stages
 
-    def updates_at(self, step: int) -> str:
-        """The updates of L and H in training step `step`, counted from 1."""
-        stage = self._stage_at(step)
-        return updates_of(stage.H_cycles or self.arch.H_cycles, stage.L_cycles or self.arch.L_cycles)
-
-    def halt_max_steps_at(self, step: int) -> int:
-        """ACT steps after which every sequence halts in training step `step`, counted from 1."""
-        most: int = self._stage_at(step).halt_max_steps or self.arch.halt_max_steps
-        return most
-
-    def _stage_at(self, step: int) -> Stage:
-        return next((stage for stage in self.curriculum if step <= stage.until), _AS_THE_ARCHITECTURE)
+    def arch_at(self, step: int) -> Any:
+        """The architecture's options in training step `step`, counted from 1."""
+        return next((arch for until, arch in self._stages if step <= until), self.arch)

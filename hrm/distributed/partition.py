@@ -1,9 +1,9 @@
 """Sharing a model out over processes, and bringing the gradients together, with the model's code left alone.
 
-Tensor parallelism and a pipeline replace the weights of the levels' blocks by this process's parts of them, and the
+Tensor parallelism and a pipeline replace the weights of the modules' blocks by this process's parts of them, and the
 functions that compute a reasoning module by ones that know of the others (`hrm.distributed.tensor`, `.pipeline`).
-FSDP2 keeps shards and gathers a level's weights when the model asks for them. Everything else, the puzzle table too, is
-on all processes, and those that share a part of the batch compute equal gradients for it.
+FSDP2 keeps shards and gathers a module's weights when the model asks for them. Everything else, the puzzle table too,
+is on all processes, and those that share a part of the batch compute equal gradients for it.
 """
 
 from __future__ import annotations
@@ -41,16 +41,6 @@ class _Cut(NamedTuple):
     shape: torch.Size  # of the whole
 
 
-_BLOCK_WEIGHTS = {
-    "self_attn.qkv_proj.weight": (0, 3),
-    "self_attn.o_proj.weight": (1, 1),
-    "mlp_t.gate_up_proj.weight": (0, 2),
-    "mlp_t.down_proj.weight": (1, 1),
-    "mlp.gate_up_proj.weight": (0, 2),
-    "mlp.down_proj.weight": (1, 1),
-}  # dim and stacked of each
-
-
 class SharedModel:
     """A model of which this process keeps its part.
 
@@ -80,7 +70,7 @@ class SharedModel:
         self._sharded: dict[str, nn.Parameter] = {}
         self.weights = dict(model.named_parameters())
         if self._fsdp:
-            self._shard_levels()
+            self._shard_stacks()
             self._sharded = {name: param for name, param in model.named_parameters() if name in self._cuts}
             # The optimizer works on plain tensors that share their memory with the shards.
             self.weights |= {name: nn.Parameter(_local(param)) for name, param in self._sharded.items()}
@@ -150,28 +140,31 @@ class SharedModel:
         return parts
 
     def _plan(self) -> Iterator[tuple[str, _Cut]]:
-        inner = self._model.model.inner
-        for level_name, level in inner.levels.items():
-            for index, layer in enumerate(level.layers):
-                stage = index * self._world.pipeline.size // len(level.layers)
-                for path, weight in layer.named_parameters():
-                    cut = _Cut(stage, *_BLOCK_WEIGHTS[path], weight.shape)
-                    yield f"model.inner.{level_name}.layers.{index}.{path}", cut
+        for stack_name, stack in self._model.model.inner.stacks.items():
+            for index, block in enumerate(stack.blocks):
+                stage = index * self._world.pipeline.size // len(stack.blocks)
+                cuts = block.cuts()
+                for path, weight in block.named_parameters():
+                    cut = _Cut(stage, *cuts[path], weight.shape)
+                    yield f"model.inner.{stack_name}.layers.{index}.{path}", cut
 
     def _check_divides(self) -> None:
-        world, arch = self._world, self._model.model.inner.config
-        if arch.mlp_t or not arch.H_layers:
+        world, stacks = self._world, self._model.model.inner.stacks
+        blocks = [block for stack in stacks.values() for block in stack.blocks]
+        if option := next((block.INDIVISIBLE for block in blocks if block.INDIVISIBLE), None):
             raise UserError(
-                f"arch.{'mlp_t=true' if arch.mlp_t else 'H_layers=0'} does not go with parallel.tensor, "
-                "parallel.pipeline or parallel.fsdp: share out the batch alone."
+                f"{option} does not go with parallel.tensor, parallel.pipeline or parallel.fsdp: share out the batch "
+                "alone."
             )
-        for option, size, parts in (
-            ("arch.num_heads", arch.num_heads, world.tensor.size),
-            ("arch.H_layers", arch.H_layers, world.pipeline.size),
-            ("arch.L_layers", arch.L_layers, world.pipeline.size),
-            ("arch.hidden_size", arch.hidden_size, world.size * world.tensor.size if self._fsdp else 1),
-            ("the MLP's inner width", arch.inner_size, world.tensor.size * (world.size if self._fsdp else 1)),
-        ):
+        wanted = [(f"{name}.layers", len(stack.blocks), world.pipeline.size) for name, stack in stacks.items()]
+        for block in blocks:
+            wanted += [(option, size, world.tensor.size) for option, size in block.divisible().items()]
+            if self._fsdp:  # whose shards are of each weight's rows
+                wanted += [
+                    (f"rows of {name}", len(weight), world.size * world.tensor.size)
+                    for name, weight in block.named_parameters()
+                ]
+        for option, size, parts in wanted:
             if size % parts:
                 raise UserError(
                     f"{option}={size} does not divide over the {parts} processes that share it: change it, "
@@ -227,13 +220,13 @@ class SharedModel:
             run = looped(module)
             run = chunked(run, config.chunk) if config.chunk else run
         if world.pipeline.size > 1:
-            num_blocks = {name: len(level.layers) for name, level in inner.levels.items()}
+            num_blocks = {name: len(stack.blocks) for name, stack in inner.stacks.items()}
             staged = pipeline.Pipeline(world.pipeline, module, first_token_block, num_blocks, micro_batches)
             module, first_token_block, run = staged.reasoning_module, staged.first_token_block, staged.run
         inner.kernels = replace(kernels, module=module, first_token_block=first_token_block, run=run)
 
-    def _shard_levels(self) -> None:
-        """Let FSDP2 gather a level's weights when the model asks for them, in the compute dtype.
+    def _shard_stacks(self) -> None:
+        """Let FSDP2 gather a module's weights when the model asks for them, in the compute dtype.
 
         They stay gathered until the backward pass has used them: an ACT step uses each many times over, so gathering
         them at each use, as FSDP does for layers used once, would cost many times the traffic to save the 2 bytes that
@@ -246,21 +239,21 @@ class SharedModel:
         policy = MixedPrecisionPolicy(
             param_dtype=inner.dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
         )
-        for level in inner.levels.values():
-            sharded = fully_shard(level, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        for stack in inner.stacks.values():
+            sharded = fully_shard(stack, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
             assert isinstance(sharded, FSDPModule)
             sharded.set_gradient_divide_factor(1.0)  # the loss is divided by the global batch already
             sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor
-            _gather_when_called(level, "weights")
+            _gather_when_called(stack, "weights")
 
 
-def _gather_when_called(level: nn.Module, method: str) -> None:
-    """Let a sharded level gather its weights when the model calls `method`, which takes no arguments."""
-    read: Callable[[], Any] = getattr(level, method)
+def _gather_when_called(stack: nn.Module, method: str) -> None:
+    """Let a sharded module gather its weights when the model calls `method`, which takes no arguments."""
+    read: Callable[[], Any] = getattr(stack, method)
     # FSDP sees it called with one: on CUDA it stumbles over an empty list of them (PyTorch 2.11).
-    setattr(level, method, lambda _: read())
-    register_fsdp_forward_method(level, method)
-    setattr(level, method, partial(getattr(level, method), None))
+    setattr(stack, method, lambda _: read())
+    register_fsdp_forward_method(stack, method)
+    setattr(stack, method, partial(getattr(stack, method), None))
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from hrm.batch import Batch
 from hrm.cuda_graphs import GraphedWork
 from hrm.evaluation.metrics import Throughput, accuracy_sums, compare
 from hrm.evaluation.runner import Part, Predictions
-from hrm.models import ACTLossHead
-from hrm.models.hrm import Carry
+from hrm.models import ACTLossHead, Carry
 
 # Batches on the device at once. At the end of such a pool slots run empty, for at most the steps of one puzzle: a small
 # part of the work when each slot has seen this many.

@@ -9,10 +9,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hrm.checkpoint.weights import Checkpoint, load_weights
-from hrm.config import KernelsConfig, arch_config
+from hrm.config import KernelsConfig
 from hrm.distributed.world import World
 from hrm.errors import UserError
-from hrm.models import ACTLossHead, build_model
+from hrm.models import ACTLossHead, arch_config, build_model
 from hrm.models.memory import ALWAYS_ALLOWED, at_most
 
 

@@ -1,4 +1,4 @@
-"""The architectures, and the one way to build them."""
+"""The architectures, a file each, and the one way to build them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,29 @@ from typing import Any
 
 import torch
 
-from hrm.config import HRMConfig, KernelsConfig, arch_config, kernels_config
+from hrm.config import KernelsConfig, kernels_config
 from hrm.errors import UserError
-from hrm.kernels import KernelRequest, resolve
-from hrm.kernels.naive import BlockWeights, MixerWeights
-from hrm.models.hrm import AdaptiveComputation, HierarchicalReasoningModel
+from hrm.kernels import KernelRequest, make_kernels, resolve
+from hrm.models.act import AdaptiveComputation, Carry
+from hrm.models.architecture import arch_config, architecture_of, architectures, register_architectures
 from hrm.models.losses import ACTLossHead
 from hrm.models.memory import at_most
+from hrm.models.recurrent import DataSizes, RecurrentConfig
 
-__all__ = ["ACTLossHead", "build_model"]
+__all__ = [
+    "ACTLossHead",
+    "Carry",
+    "RecurrentConfig",
+    "arch_config",
+    "architectures",
+    "build_model",
+]
+
+register_architectures()
 
 
 def build_model(
-    arch: Mapping[str, Any] | HRMConfig,
+    arch: Mapping[str, Any] | RecurrentConfig,
     *,
     batch_size: int,
     seq_len: int,
@@ -32,7 +42,8 @@ def build_model(
     """Build a model with fresh weights.
 
     Args:
-        arch: the fields of `config/arch/hrm_v1.yaml`; what is left out has the published default.
+        arch: the fields of a file of `config/arch/`; `name` says which architecture it is (HRM v1), and what else is
+            left out has the published default.
         batch_size: sequences in a training step on this rank. Other sizes work too; backends may prepare for this one.
         seq_len: tokens of a puzzle, without the puzzle prefix.
         vocab_size: number of different tokens.
@@ -59,26 +70,21 @@ def build_model(
         if size < 1:
             raise UserError(f"{name}={size} is too small: give at least 1.")
     device = torch.device(device)
-    config = arch if isinstance(arch, HRMConfig) else arch_config(arch, from_data)
+    config = arch if isinstance(arch, RecurrentConfig) else arch_config(arch, from_data)
+    sizes = DataSizes(seq_len, vocab_size, num_puzzle_identifiers)
+    with at_most():
+        inner = architecture_of(config).model(config, sizes, torch.Generator().manual_seed(seed))
     request = KernelRequest(
         device,
-        getattr(torch, config.forward_dtype),
-        config.hidden_size // config.num_heads,
+        inner.dtype,
+        config.head_size,
         rotary=config.rotation is not None,
-        num_tokens=config.prefix_len + seq_len,
+        num_tokens=inner.num_tokens,
         batch_size=batch_size,
         width=config.hidden_size,
-        block_types=(MixerWeights if config.mlp_t else BlockWeights,),
-        modules=("H_level", "L_level") if config.H_layers else ("L_level",),
+        block_types=inner.block_types,
+        modules=tuple(inner.stacks),
     )
-    with at_most():
-        inner = HierarchicalReasoningModel(
-            config,
-            seq_len=seq_len,
-            vocab_size=vocab_size,
-            num_puzzle_identifiers=num_puzzle_identifiers,
-            kernels=resolve(kernels_config(kernels), request),
-            generator=torch.Generator().manual_seed(seed),
-        )
+    inner.kernels = make_kernels(resolve(kernels_config(kernels), request), tuple(inner.stacks))
     model = AdaptiveComputation(inner, seed)
     return ACTLossHead(model, config.loss.loss_type, fused=inner.kernels.config.fused_step).to(device)

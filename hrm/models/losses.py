@@ -1,9 +1,10 @@
-"""The ACT loss of HRM v1 and its metrics (spec section 3; paper section 2, "Adaptive computational time")."""
+"""The loss of an ACT step and its metrics (spec section 3; paper section 2, "Adaptive computational time")."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrm.batch import IGNORE_LABEL_ID, Batch
+from hrm.config.checks import choice
 from hrm.models.layers import copies_at_hand
 
 if TYPE_CHECKING:
     from hrm.config import KernelsConfig
-    from hrm.models.hrm import AdaptiveComputation, Carry
+    from hrm.models.act import AdaptiveComputation, Carry
 
 
 def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -51,6 +53,19 @@ LOSSES = {
     "stablemax_cross_entropy": stablemax_cross_entropy,
     "softmax_cross_entropy": softmax_cross_entropy,
 }
+LOSS_HEADS = ("losses@ACTLossHead",)
+
+
+@dataclass
+class LossConfig:
+    """The loss of an ACT step."""
+
+    name: str = LOSS_HEADS[0]  # as in the published configs; there is no other
+    loss_type: str = "stablemax_cross_entropy"  # of the tokens, or softmax_cross_entropy
+
+    def __post_init__(self) -> None:
+        choice("arch.loss.name", self.name, LOSS_HEADS)
+        choice("arch.loss.loss_type", self.loss_type, LOSSES)
 
 
 def act_loss(
@@ -67,8 +82,8 @@ def act_loss(
 
     Args:
         logits: [B, S, V].
-        q_halt, q_continue: [B], logits of the values of halting and of going on.
-        target: [B], what the value of going on should be; None leaves its loss out.
+        q_halt, q_continue: [B], logits of the values of halting and of continuing.
+        target: [B], what sigmoid(q_continue) should be; None leaves its loss out.
         labels: [B, S] integers.
         halted, steps: [B], of the carry after the step.
         loss_type: of the tokens, one of `LOSSES`.
@@ -131,12 +146,20 @@ class ACTLossHead(nn.Module):
         """What computes the model."""
         return self.model.inner.kernels.config
 
+    def act_step_flops(self) -> int:
+        """Floating-point operations in the blocks of one ACT step of evaluation, for one sequence."""
+        return self.model.inner.act_step_flops()
+
+    def train_step_flops(self) -> int:
+        """Those of one training step as the curriculum's stage has it, for one sequence, backward pass included."""
+        return self.model.train_step_flops()
+
     def weights_at_hand(self) -> AbstractContextManager[None]:
         """A context in which weights do not change and are cast to the compute dtype once, not at every ACT step."""
         return copies_at_hand(self.parameters(), self.model.inner.dtype)
 
     def initial_carry(self, batch: Batch) -> Carry:
-        """A carry in which every sequence is halted, so that the first call takes `batch`."""
+        """A carry in which every sequence has halted, so that the first call takes `batch`."""
         return self.model.initial_carry(batch)
 
     def forward(

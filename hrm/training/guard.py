@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hrm.models.hrm import Carry
+from hrm.models import Carry
 
 
 class NonFiniteGuard:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hrm.batch import Batch
 from hrm.distributed.world import World, sum_over_ranks
-from hrm.models.flops import peak_tflops
+from hrm.training.throughput import peak_tflops
 
 
 @dataclass

@@ -67,7 +67,7 @@ def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def own_tensors(state: TrainState, window: MetricWindow, world: World) -> dict[str, Tensor]:
     """What each rank has of its own: the carry of its sequences, its random generator, its sums of metrics."""
     assert state.carry is not None
-    tensors = {f"carry.{number}": tensor for number, tensor in enumerate(state.carry.tensors())}
+    tensors = {f"carry.{name}": tensor for name, tensor in state.carry.named_tensors().items()}
     tensors["exploration"] = state.model.model.exploration(world.device).get_state().unsqueeze(0)
     if begun := window.open_sums():
         tensors["window"] = begun.sums.unsqueeze(0)
@@ -109,8 +109,10 @@ def restore(saved: SavedState, state: TrainState, world: World, config: Pretrain
 
     local = config.global_batch_size // world.size
     state.carry = state.model.initial_carry(_blank_batch(local, pack, world))
-    for number, tensor in enumerate(state.carry.tensors()):
-        tensor.copy_(tensors[f"carry.{number}"][world.rank * local : (world.rank + 1) * local])
+    for number, (name, tensor) in enumerate(state.carry.named_tensors().items()):
+        whole = tensors.get(f"carry.{name}", tensors.get(f"carry.{number}"))  # earlier versions saved it by position
+        assert whole is not None
+        tensor.copy_(whole[world.rank * local : (world.rank + 1) * local])
 
     generator, streams = state.model.model.exploration(world.device), tensors["exploration"]
     same_ranks = saved.metadata.num_ranks == world.size

@@ -27,7 +27,6 @@ from hrm.distributed.world import World, is_of_an_exchange, share_from_main
 from hrm.errors import UserError, first_sentence
 from hrm.evaluation.runner import evaluate, save_outputs
 from hrm.models import ACTLossHead
-from hrm.models.flops import block_flops, train_step_blocks
 from hrm.optim.nonfinite import find_nonfinite
 from hrm.training.metrics import MetricWindow
 from hrm.training.resume import Progress, own_tensors, shared_tensors
@@ -73,7 +72,7 @@ class Run:
                 if state.step == state.total_steps:
                     break
                 self.is_between_steps = False
-                self.window.add(step(batch), _sequence_flops(config, self.train_pack, state.step))
+                self.window.add(step(batch), state.model.train_step_flops())
                 progress.batches += 1
                 self.is_between_steps = True
                 self.log.advance()
@@ -330,8 +329,3 @@ class Run:
             weights = self.state.shared.gather(model.state_dict())
             if self.world.is_main:
                 self.saver.run(name, partial(save_weights, on_host(weights), self.folder, name))
-
-
-def _sequence_flops(config: PretrainConfig, pack: Pack, step: int) -> float:
-    tokens = config.arch.prefix_len + pack.metadata.seq_len
-    return float(tokens * train_step_blocks(config.arch, config.updates_at(step)) * block_flops(config.arch, tokens))

@@ -17,8 +17,7 @@ from hrm.distributed.partition import SharedModel
 from hrm.distributed.world import World, broadcast_tensors
 from hrm.errors import UserError
 from hrm.kernels import tensor_parallel_backends
-from hrm.models import ACTLossHead, build_model
-from hrm.models.hrm import Carry, InnerCarry
+from hrm.models import ACTLossHead, Carry, build_model
 from hrm.optim import AdamATan2, SparseSignSGD, learning_rate, set_lr
 from hrm.optim.build import build_optimizers
 from hrm.tasks import task_of
@@ -68,7 +67,7 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
     broadcast_tensors(model.state_dict().values(), world)
     model.model.seed_exploration(config.seed + world.rank)
     if config.augment_act_steps:
-        model.model.show_images(cell_permutations(pack, config.seed).to(world.device))
+        model.model.set_augmentations(cell_permutations(pack, config.seed).to(world.device))
     shared = SharedModel(model, config.parallel, world)
 
     graphed, on_cuda = _is_graphed(config, model, world), world.device.type == "cuda"
@@ -99,14 +98,13 @@ def cell_permutations(pack: Pack, seed: int, count: int = 4096) -> Tensor:
 
 def make_train_step(config: PretrainConfig, world: World, state: TrainState) -> TrainStep:
     """The function that advances `state` by one step, run eagerly or as a CUDA graph as `config.kernels` says."""
-    act, update = state.model.model, _make_update(config, world, state)
+    inner, update = state.model.model.inner, _make_update(config, world, state)
 
     def step(batch: Batch) -> dict[str, Tensor]:
         nonlocal update
         _set_rates(config, state)
-        wanted = config.updates_at(state.step), config.halt_max_steps_at(state.step)
-        if (act.inner.training_updates, act.training_halt_max_steps) != wanted:
-            act.inner.training_updates, act.training_halt_max_steps = wanted
+        if (arch := config.arch_at(state.step)) != inner.training_config:
+            inner.training_config = arch
             update = _make_update(config, world, state)
         for optimizer, _ in state.optimizers:
             if isinstance(optimizer, AdamATan2):
@@ -174,7 +172,7 @@ def _update(config: PretrainConfig, state: TrainState, batch: Batch) -> dict[str
     q_halts: list[Tensor] = []
     for part in passes:
         new, loss, metrics, outputs, _ = state.model(
-            carry=_part_of(carry, part),
+            carry=carry.rows(part),
             batch={name: field[part] for name, field in batch.items()},
             return_keys=["q_halt_logits"],
         )
@@ -190,7 +188,7 @@ def _update(config: PretrainConfig, state: TrainState, batch: Batch) -> dict[str
             for optimizer, _ in state.optimizers:
                 if isinstance(optimizer, SparseSignSGD):
                     optimizer.keep()
-    state.carry = _joined(carries)
+    state.carry = Carry.joined(carries)
     state.shared.finish_gradients(config.grad_clip)
     if state.guard is None:
         _apply_gradients(state)
@@ -233,25 +231,3 @@ def _update_in_place(config: PretrainConfig, state: TrainState, batch: Batch) ->
 
 def _first_carry(config: PretrainConfig, state: TrainState, batch: Batch) -> Carry:
     return state.model.model.staggered_carry(batch) if config.stagger else state.model.initial_carry(batch)
-
-
-def _part_of(carry: Carry, rows: slice) -> Carry:
-    """Some sequences' part of a carry, as views."""
-    inner = carry.inner_carry
-    data = {name: field[rows] for name, field in carry.current_data.items()}
-    return Carry(InnerCarry(inner.z_H[rows], inner.z_L[rows]), carry.steps[rows], carry.halted[rows], data)
-
-
-def _joined(carries: list[Carry]) -> Carry:
-    """One carry from its parts."""
-    if len(carries) == 1:
-        return carries[0]
-    return Carry(
-        InnerCarry(
-            torch.cat([carry.inner_carry.z_H for carry in carries]),
-            torch.cat([carry.inner_carry.z_L for carry in carries]),
-        ),
-        torch.cat([carry.steps for carry in carries]),
-        torch.cat([carry.halted for carry in carries]),
-        {name: torch.cat([carry.current_data[name] for carry in carries]) for name in carries[0].current_data},
-    )

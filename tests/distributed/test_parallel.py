@@ -256,7 +256,7 @@ def test_impossible_options(options: dict[str, Any], sentence: str) -> None:
     ("arch", "kernels", "parallel", "sentence"),
     [
         ({"num_heads": 1}, {}, {"tensor": 2}, r"arch\.num_heads=1 does not divide over the 2 processes"),
-        ({"H_layers": 3}, {}, {"pipeline": 2}, r"arch\.H_layers=3 does not divide over the 2 processes"),
+        ({"H_layers": 3}, {}, {"pipeline": 2}, r"H_level\.layers=3 does not divide over the 2 processes"),
         ({}, {"compile": True}, {"tensor": 2}, r"parallel\.tensor=2 needs kernels\.backend=naive without"),
         ({"num_heads": 2}, {"backend": "triton"}, {"tensor": 2}, r"parallel\.tensor=2 needs .*, not triton"),
         ({}, {"fp8": "H"}, {"pipeline": 2}, r"kernels\.fp8=H does not go with parallel\.tensor or"),

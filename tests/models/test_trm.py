@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hrm.models.flops import act_step_blocks, block_flops, train_step_blocks
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from hrm.errors import UserError
 from hrm.kernels import KernelRequest, describe, make_kernels, naive, resolve
 from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import MixerWeights
-from hrm.models.flops import act_step_blocks, block_flops, train_step_blocks
 from tests.helpers.models import (
     NUM_IDENTIFIERS,
     SEQ_LEN,

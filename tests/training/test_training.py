@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hrm.models.flops import peak_tflops
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from hrm.checkpoint.weights import read_weights
 from hrm.config import DataConfig, KernelsConfig, OptimConfig, PretrainConfig, Stage
 from hrm.data.pack import open_pack
 from hrm.errors import UserError
-from hrm.models.flops import peak_tflops
 from hrm.optim import AdamATan2, SparseSignSGD
 from hrm.training import run
 from hrm.training.loop import EXIT_INTERRUPTED, pretrain

@@ -1,0 +1,240 @@
+"""Adaptive computation time around any architecture (paper section 2; spec section 2): every call is one ACT step.
+
+Shapes: B sequences, S input tokens, P puzzle prefix tokens, T = P + S, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from omegaconf import MISSING
+from torch import Tensor, nn
+
+from hrm.batch import Batch
+from hrm.config.checks import at_least, fraction, neighbours
+from hrm.config.typed import to_typed
+from hrm.errors import UserError
+from hrm.models.losses import LossConfig
+
+if TYPE_CHECKING:
+    from hrm.models.recurrent import RecurrentModel
+
+
+@dataclass
+class ACTConfig:
+    """Options of halting, which all architectures have."""
+
+    # What a curriculum may change in training; subclasses add theirs.
+    CHANGES_IN_TRAINING: ClassVar[frozenset[str]] = frozenset({"halt_max_steps", "halt_exploration_prob"})
+
+    name: str = MISSING  # which architecture it is
+    loss: LossConfig = field(default_factory=LossConfig)
+    halt_exploration_prob: float = 0.1  # share of sequences that may not halt before a random step, in training
+    halt_max_steps: int = 16  # ACT steps after which every sequence halts
+    train_max_steps: int | None = None  # the same in training alone; null: halt_max_steps
+    # Learn q_continue too, from a recurrence more in each step. False: sequences halt where q_halt > 0, and a training
+    # step is about 1.5 times as fast.
+    q_continue: bool = True
+
+    def __post_init__(self) -> None:
+        fraction("arch.halt_exploration_prob", self.halt_exploration_prob)
+        at_least("arch.halt_max_steps", self.halt_max_steps, 1)
+        if self.train_max_steps is not None:
+            at_least("arch.train_max_steps", self.train_max_steps, 1)
+
+    @property
+    def max_steps_in_training(self) -> int:
+        return self.halt_max_steps if self.train_max_steps is None else self.train_max_steps
+
+    def in_stage(self, fields: Mapping[str, Any]) -> Self:
+        """The architecture in a stage of the curriculum that gives `fields` other values; halt_max_steps is training's.
+
+        Raises:
+            UserError: a field may not change in training, or a value is impossible.
+        """
+        for name in fields:
+            if name not in self.CHANGES_IN_TRAINING:
+                raise UserError(f"{name} cannot change in training; {neighbours(name, self.CHANGES_IN_TRAINING)}")
+        given = dict(fields)
+        if (most := given.pop("halt_max_steps", None)) is not None:
+            given["train_max_steps"] = most
+        return to_typed(type(self), asdict(self) | given, "arch")
+
+
+@dataclass(frozen=True)
+class Carry:
+    """All that one ACT step hands to the next."""
+
+    states: dict[str, Tensor]  # of the recurrence, by name, each [B, T, D]
+    steps: Tensor  # [B] int32: ACT steps spent on the sequence
+    halted: Tensor  # [B] bool: the next step begins another sequence here
+    current_data: Batch
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """All of it by name, in a fixed order."""
+        data = {f"data.{name}": self.current_data[name] for name in sorted(self.current_data)}
+        return {**self.states, "steps": self.steps, "halted": self.halted, **data}
+
+    def tensors(self) -> list[Tensor]:
+        """All of it, in the order of `named_tensors`."""
+        return list(self.named_tensors().values())
+
+    def rows(self, rows: slice) -> Carry:
+        """Some sequences' part, as views."""
+        return Carry(
+            {name: state[rows] for name, state in self.states.items()},
+            self.steps[rows],
+            self.halted[rows],
+            {name: field[rows] for name, field in self.current_data.items()},
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Carry]) -> Carry:
+        """One carry of several parts' sequences."""
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        return Carry(
+            {name: torch.cat([part.states[name] for part in parts]) for name in first.states},
+            torch.cat([part.steps for part in parts]),
+            torch.cat([part.halted for part in parts]),
+            {name: torch.cat([part.current_data[name] for part in parts]) for name in first.current_data},
+        )
+
+
+class AdaptiveComputation(nn.Module):
+    """Halting around a model: every call is one ACT step; a sequence that halted makes room for another one."""
+
+    augmentations: Tensor | None  # [N, T] int64: see `set_augmentations`, with the prefix left where it is
+
+    def __init__(self, inner: RecurrentModel, seed: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("augmentations", None, persistent=False)
+        self._exploration: torch.Generator | None = None
+        self.seed_exploration(seed)
+
+    def seed_exploration(self, seed: int) -> None:
+        """Begin anew the stream of random minimum steps. Ranks must differ in `seed`, or they explore alike."""
+        self._seed = seed
+        self._exploration = None
+
+    def exploration(self, device: torch.device) -> torch.Generator:
+        """The generator of random minimum steps, made on first use on the device in use."""
+        if self._exploration is None or self._exploration.device != device:
+            self._exploration = torch.Generator(device).manual_seed(self._seed)
+        return self._exploration
+
+    def set_augmentations(self, cells: Tensor) -> None:
+        """In training, show each sequence as one of its augmentations from now on, another one at each ACT step.
+
+        The states of its tokens are permuted with it. So a puzzle is not the same twice in the many steps that train on
+        it, and cannot be learnt by heart.
+
+        Args:
+            cells: [N, S] int64, permutations that keep the task's rules: token i of augmentation n is the puzzle's
+                token cells[n, i].
+        """
+        prefix = torch.arange(self.inner.prefix_len, device=cells.device).expand(len(cells), -1)
+        self.augmentations = torch.cat([prefix, cells + self.inner.prefix_len], 1)
+
+    def initial_carry(self, batch: Batch) -> Carry:
+        """A carry in which every sequence has halted, so that the first call takes `batch`."""
+        halted = torch.ones_like(batch["inputs"][:, 0], dtype=torch.bool)
+        return Carry(
+            self.inner.empty_states(batch),
+            steps=torch.zeros_like(halted, dtype=torch.int32),
+            halted=halted,
+            current_data={name: torch.zeros_like(field) for name, field in batch.items()},
+        )
+
+    def staggered_carry(self, batch: Batch) -> Carry:
+        """A carry to begin training with whose sequences, the batch's, halt at different times.
+
+        From `initial_carry` all begin together, and until some halt early, training steps see all at one ACT step, and
+        the same ones as many times in a row as there are ACT steps. Here the first of them take fewer steps.
+        """
+        states, steps, data = self.reset_carry(self.initial_carry(batch), batch)
+        most = self.inner.training_config.max_steps_in_training
+        taken = torch.arange(len(steps), device=steps.device, dtype=steps.dtype) % most
+        return Carry(states, taken, torch.zeros_like(steps, dtype=torch.bool), data)
+
+    def reset_carry(self, carry: Carry, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Batch]:
+        """Give sequences that halted the initial states and the batch's data, and count the step."""
+        return self.inner.kernels.reset_carry(
+            carry.states, self.inner.initial_states, carry.halted, carry.steps, carry.current_data, batch
+        )
+
+    def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, dict[str, Tensor]]:
+        """One ACT step: the new carry, detached, and `logits` [B, S, V], `q_halt_logits`, `q_continue_logits` and in
+        training with q_continue `target_q_continue`, each [B].
+        """
+        states, steps, data = self.reset_carry(carry, batch)
+        if self.training and self.augmentations is not None:
+            states, data = self._augmented(states, data, self.augmentations)
+        prepared = self.inner.prepare(data)
+        states = self.inner.recur(states, prepared)
+        q_halt, q_continue = self.inner.q_values(states)
+        outputs = {"logits": self.inner.logits(states), "q_halt_logits": q_halt, "q_continue_logits": q_continue}
+
+        with torch.no_grad():
+            states = {name: state.detach() for name, state in states.items()}
+            last = steps >= self.max_steps
+            halted = last
+            if self.training and self.max_steps > 1:
+                halted = (last | (q_halt > q_continue)) & (steps >= self._min_steps(steps))
+            if self.learns_q_continue:
+                # Bootstrapped target (paper eq. 9): the value of the better action one step on.
+                next_halt, next_continue = self.inner.recur_to_q_values(states, prepared)
+                next_value = torch.where(last, next_halt, torch.maximum(next_halt, next_continue))
+                outputs["target_q_continue"] = torch.sigmoid(next_value)
+        return Carry(states, steps, halted, data), outputs
+
+    def think(self, carry: Carry, batch: Batch, num_steps: int) -> Carry:
+        """What as many calls in evaluation do to a carry, if none of its sequences halts before the last of them."""
+        states, steps, data = self.reset_carry(carry, batch)
+        prepared = self.inner.prepare(data)
+        for _ in range(num_steps):
+            states = self.inner.recur(states, prepared)
+        steps = steps + (num_steps - 1)
+        return Carry(states, steps, steps >= self.max_steps, data)
+
+    @property
+    def max_steps(self) -> int:
+        """ACT steps after which every sequence has halted, in training or in evaluation as the model is set."""
+        config = self.inner.active_config
+        return config.max_steps_in_training if self.training else config.halt_max_steps
+
+    @property
+    def learns_q_continue(self) -> bool:
+        """Whether a step has a target for q_continue, which takes a second recurrence."""
+        return self.training and self.max_steps > 1 and self.inner.config.q_continue
+
+    def train_step_flops(self) -> int:
+        """Floating-point operations in the blocks of a training step for one sequence, backward pass included."""
+        config = self.inner.training_config
+        forward, backward = self.inner.act_step_flops(config), 2 * self.inner.gradient_flops(config)
+        has_target = config.q_continue and config.max_steps_in_training > 1
+        return forward + backward + (self.inner.q_values_flops(config) if has_target else 0)
+
+    def _augmented(self, states: dict[str, Tensor], data: Batch, tables: Tensor) -> tuple[dict[str, Tensor], Batch]:
+        """Each sequence and its states as a random one of the augmentations."""
+        prefix_len = self.inner.prefix_len
+        drawn = torch.randint(
+            len(tables), (len(data["inputs"]),), device=tables.device, generator=self.exploration(tables.device)
+        )
+        tokens = tables[drawn]
+        cells = tokens[:, prefix_len:] - prefix_len
+        data = data | {name: data[name].gather(1, cells) for name in ("inputs", "labels")}
+        moved = {name: state.gather(1, tokens.unsqueeze(-1).expand_as(state)) for name, state in states.items()}
+        return moved, data
+
+    def _min_steps(self, steps: Tensor) -> Tensor:
+        """For exploration: a share of the sequences may not halt before a random step in {2 .. max_steps}."""
+        generator = self.exploration(steps.device)
+        coin = torch.rand(steps.shape, device=steps.device, generator=generator)
+        minimum = torch.randint(2, self.max_steps + 1, steps.shape, device=steps.device, generator=generator)
+        return torch.where(coin < self.inner.active_config.halt_exploration_prob, minimum, 0)
