@@ -16,11 +16,12 @@ import pytest
 import torch
 import yaml
 
-from hrm.config import DataConfig, HRMConfig, PretrainConfig
+from hrm.config import DataConfig, PretrainConfig
 from hrm.config.compose import run
 from hrm.data.builders.missing import ensure_pack
 from hrm.data.pack import PackMetadata, PackSet, write_split
 from hrm.errors import UserError
+from hrm.models.hrm import HRMConfig
 from tests.helpers.entry_points import ROOT, TINY_RUN, Outcome, make_pack, run_script, train
 from tests.helpers.ranks import PATIENCE
 
@@ -107,18 +108,22 @@ BAD_TRAINING = [
     Bad("negative workers", "num_workers=-1", ("num_workers=-1", "at least 0")),
     Bad("negative seed", "seed=-1", ("seed=-1", "at least 0")),
     Bad("seed beyond 64 bits", "seed=99999999999999999999", ("seed=99999999999999999999",)),
-    Bad("gradients through no update", "arch.grad_updates=7", ("arch.grad_updates=7", "2 to the 6", "LLHLLH")),
+    Bad("gradients through no update", "arch.gradient=7", ("arch.gradient=7", "2 to the 6", "one_step")),
+    Bad("misspelt extent of the gradient", "arch.gradient=one_steps", ("arch.gradient=one_steps", "one_step?")),
+    Bad("steps in training", "arch.train_max_steps=0", ("arch.train_max_steps=0", "at least 1")),
+    Bad("another architecture's name", "arch=trm arch.name=transformer", ("arch.name=transformer", "trm@")),
     Bad("stages in no order", stages("until:3,H_cycles:1,L_cycles:2", "until:3,H_cycles:2,L_cycles:2"), ("3, 3",)),
     Bad("empty stage", stages("until:0,H_cycles:1,L_cycles:2"), ("curriculum", "until=0", "at least 1")),
     Bad("endless stage", stages("H_cycles:1,L_cycles:2"), ("curriculum", "until")),
-    Bad(
-        "stage without ACT steps", stages("until:3,halt_max_steps:0"), ("curriculum", "halt_max_steps=0", "at least 1")
-    ),
+    Bad("stage without ACT steps", stages("until:3,halt_max_steps:0"), ("curriculum", "max_steps=0", "at least 1")),
     Bad(
         "stage without the updates of the gradient",
-        f"arch.grad_updates=3 {stages('until:3,H_cycles:1,L_cycles:1')}",
-        ("curriculum", "LH", "arch.grad_updates"),
+        f"arch.gradient=3 {stages('until:3,H_cycles:1,L_cycles:1')}",
+        ("curriculum", "until step 3", "arch.gradient=3", "the 2 updates"),
     ),
+    Bad("stage of another width", stages("until:3,hidden_size:64"), ("curriculum", "hidden_size", "H_cycles")),
+    Bad("stage that is no mapping", "curriculum=[5]", ("curriculum", "until")),
+    Bad("stage of no number", stages("until:3,H_cycles:two"), ("curriculum", "until step 3", "H_cycles")),
     Bad("unknown variable", "run_name=${oc.env:HRM_NOT_SET}", ("run_name", "HRM_NOT_SET")),
     # data and files
     Bad("no data there", "data_path=nowhere", ("data_path=nowhere", "does not exist", "--output-dir nowhere")),

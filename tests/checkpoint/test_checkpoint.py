@@ -21,9 +21,9 @@ from torch import Tensor
 from hrm.batch import Batch
 from hrm.checkpoint.run_folder import save_config
 from hrm.checkpoint.weights import find_checkpoint, load_weights, read_weights, save_weights
-from hrm.config import PretrainConfig, arch_config
+from hrm.config import PretrainConfig
 from hrm.errors import UserError
-from hrm.models import ACTLossHead, build_model
+from hrm.models import ACTLossHead, arch_config, build_model
 
 ARCH: dict[str, Any] = {
     "name": "hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1",
@@ -170,7 +170,8 @@ def test_our_config_has_what_the_published_code_requires(tmp_path: Path) -> None
             assert (name, type(saved[name]), saved[name]) == (name, type(value), value)
     assert saved["arch"] == ARCH | {
         "q_continue": True,
-        "grad_updates": 2,
+        "gradient": "one_step",
+        "train_max_steps": None,
         "mlp_t": False,
         "puzzle_emb_len": 0,
         "expansion": 4.0,

@@ -30,11 +30,12 @@ from hrm.checkpoint.save_points import Request, SavePoints
 from hrm.checkpoint.saving import StateSaver
 from hrm.checkpoint.states import StateMetadata
 from hrm.checkpoint.weights import read_weights
-from hrm.config import DataConfig, HRMConfig, KernelsConfig, OptimConfig, ParallelConfig, PretrainConfig
+from hrm.config import DataConfig, KernelsConfig, OptimConfig, ParallelConfig, PretrainConfig
 from hrm.data.loader import TrainLoader
 from hrm.data.pack import open_pack, sha256_of
 from hrm.distributed.world import World
 from hrm.errors import UserError
+from hrm.models.hrm import HRMConfig
 from hrm.training.loop import EXIT_PREEMPTED, pretrain
 from hrm.training.resume import restore
 from hrm.training.run_log import RunLog
@@ -566,7 +567,7 @@ def test_changes_that_do_not_matter(config: PretrainConfig, stopped: Path, tmp_p
 def test_a_state_from_before_an_option(config: PretrainConfig, stopped: Path) -> None:
     """What a state knows nothing of had its default, in groups too; another value changes the run."""
     had = json.loads((stopped / "state_6" / "state.json").read_text())["config"]
-    had["arch"] = {name: value for name, value in had["arch"].items() if name not in ("q_continue", "grad_updates")}
+    had["arch"] = {name: value for name, value in had["arch"].items() if name not in ("q_continue", "gradient")}
     edit_metadata(stopped / "state_6", config={name: value for name, value in had.items() if name != "curriculum"})
     other = replace(config, resume="auto", arch=replace(config.arch, q_continue=False))
     with pytest.raises(UserError, match=r"arch\.q_continue=False \(it had True\)"):

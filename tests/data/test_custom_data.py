@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hrm.config import DataConfig, HRMConfig, PretrainConfig
+from hrm.config import DataConfig, PretrainConfig
 from hrm.data.builders import custom as builder
 from hrm.data.builders import example_tasks as tasks
 from hrm.data.pack import Pack, open_pack, read_provenance
 from hrm.errors import UserError
+from hrm.models.hrm import HRMConfig
 from hrm.tasks.tokens import Vocabulary, read_vocabulary
 from hrm.training.loop import pretrain
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.entry_points import CPU, TRAINED_EXAMPLES, evaluated, run_script
 from tests.helpers.evaluation import answers_to_images, load_model, raw_split, run_ranks
-from tests.helpers.models import fresh_state
+from tests.helpers.models import fresh_states
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def answer_alone(run: Path, tokens: np.ndarray, margin: float, max_steps: int) -
     """One board until q_halt > q_continue + margin, or the last step: the answer and the steps it took."""
     inner = load_model(run).model.inner
     batch = {"inputs": torch.from_numpy(tokens)[None], "puzzle_identifiers": torch.zeros(1, dtype=torch.int32)}
-    state = fresh_state(inner, batch)
+    state = fresh_states(inner, batch)
     steps = 0
     while steps < max_steps:
         steps += 1
@@ -38,7 +38,7 @@ def test_early_halting(early: int, max_steps: int, batch_size: int, trained: Pat
     model = load_model(run).model.inner
     batch = {"inputs": torch.from_numpy(inputs), "puzzle_identifiers": torch.zeros(len(inputs), dtype=torch.int32)}
     with torch.no_grad():
-        state = model.recur(fresh_state(model, batch), model.prepare(batch))
+        state = model.recur(fresh_states(model, batch), model.prepare(batch))
         q_halt, q_continue = model.q_values(state)
     advantage = (q_halt - q_continue).sort(descending=True).values
     margin = float(advantage[early - 1 : early + 1].mean())  # between two boards, so that rounding decides nothing

@@ -13,7 +13,8 @@ from torch import Tensor
 import hrm
 from hrm.batch import Batch
 from hrm.models import ACTLossHead
-from hrm.models.hrm import Carry, InnerCarry, Prepared
+from hrm.models.act import Carry
+from hrm.models.recurrent import Prepared
 
 Arch = dict[str, Any]
 RandomBatch = Callable[..., Batch]
@@ -44,7 +45,7 @@ def step(model: ACTLossHead, carry: Carry, batch: Batch) -> tuple[Carry, dict[st
 
 def rows(carry: Carry, outputs: dict[str, Tensor], row: int) -> list[Tensor]:
     """All that one sequence has after a step."""
-    state = [carry.inner_carry.z_H, carry.inner_carry.z_L, carry.steps, carry.halted, *carry.current_data.values()]
+    state = [carry.states["z_H"], carry.states["z_L"], carry.steps, carry.halted, *carry.current_data.values()]
     return [tensor[row] for tensor in [*state, *outputs.values()]]
 
 
@@ -72,7 +73,7 @@ def test_halted_places_start_anew_and_others_go_on(tiny_arch: Arch, random_batch
     before, _ = step(model, model.initial_carry(old), old)
     before, _ = step(model, before, old)
     mixed = replace(before, halted=torch.tensor([True, False, True]))
-    untouched = [tensor.clone() for tensor in (mixed.inner_carry.z_H, mixed.inner_carry.z_L, mixed.steps)]
+    untouched = [tensor.clone() for tensor in (mixed.states["z_H"], mixed.states["z_L"], mixed.steps)]
 
     after = step(model, mixed, new)
     going_on = step(model, before, new)
@@ -89,7 +90,7 @@ def test_halted_places_start_anew_and_others_go_on(tiny_arch: Arch, random_batch
     # The carry that came in is the caller's still.
     assert all(
         torch.equal(now, then)
-        for now, then in zip((mixed.inner_carry.z_H, mixed.inner_carry.z_L, mixed.steps), untouched, strict=True)
+        for now, then in zip((mixed.states["z_H"], mixed.states["z_L"], mixed.steps), untouched, strict=True)
     )
 
 
@@ -100,26 +101,26 @@ def test_a_new_sequence_starts_from_the_initial_state(
     inner = model.model.inner
     recur, seen = inner.recur, []
 
-    def recording(carry: InnerCarry, prepared: Prepared) -> InnerCarry:
+    def recording(carry: dict[str, Tensor], prepared: Prepared) -> dict[str, Tensor]:
         seen.append(carry)
         return recur(carry, prepared)
 
     monkeypatch.setattr(inner, "recur", recording)
-    left = InnerCarry(torch.full((3, 6, 32), 7.0), torch.full((3, 6, 32), math.nan))
+    left = {"z_H": torch.full((3, 6, 32), 7.0), "z_L": torch.full((3, 6, 32), math.nan)}
     halted = torch.tensor([True, True, False])
-    model(carry=replace(model.initial_carry(batch), inner_carry=left, halted=halted), batch=batch)
+    model(carry=replace(model.initial_carry(batch), states=left, halted=halted), batch=batch)
     for row in (0, 1):
-        assert all(torch.equal(seen[0].z_H[row, token], inner.H_init) for token in range(6))
-        assert all(torch.equal(seen[0].z_L[row, token], inner.L_init) for token in range(6))
-    assert torch.equal(seen[0].z_H[2], left.z_H[2])
-    assert seen[0].z_L[2].isnan().all()
+        assert all(torch.equal(seen[0]["z_H"][row, token], inner.H_init) for token in range(6))
+        assert all(torch.equal(seen[0]["z_L"][row, token], inner.L_init) for token in range(6))
+    assert torch.equal(seen[0]["z_H"][2], left["z_H"][2])
+    assert seen[0]["z_L"][2].isnan().all()
 
 
 def test_carry_has_no_gradient(tiny_arch: Arch, random_batch: RandomBatch) -> None:
     model, batch = build(tiny_arch), random_batch()
     carry, *_ = model(carry=model.initial_carry(batch), batch=batch)
-    assert not carry.inner_carry.z_H.requires_grad
-    assert not carry.inner_carry.z_L.requires_grad
+    assert not carry.states["z_H"].requires_grad
+    assert not carry.states["z_L"].requires_grad
 
 
 def test_a_staggered_start_shows_every_step_at_once(tiny_arch: Arch, random_batch: RandomBatch) -> None:
@@ -132,7 +133,7 @@ def test_a_staggered_start_shows_every_step_at_once(tiny_arch: Arch, random_batc
     together, expected = step(model, model.initial_carry(first), first)
     for name in ("logits", "q_halt_logits"):
         torch.testing.assert_close(outputs[name], expected[name], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(carry.inner_carry.z_H, together.inner_carry.z_H, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(carry.states["z_H"], together.states["z_H"], rtol=1e-12, atol=1e-12)
     left = []
     for _ in range(6):
         carry, _ = step(model, carry, second)
@@ -165,7 +166,7 @@ def test_training_halts_when_halting_is_worth_more(tiny_arch: Arch, random_batch
     assert halting(with_q(build(tiny_arch), q_halt=0.5, q_continue=0.5), batch, 8) == until_last
 
 
-def scripted_q(pairs: list[tuple[list[float], list[float]]]) -> Callable[[InnerCarry], tuple[Tensor, Tensor]]:
+def scripted_q(pairs: list[tuple[list[float], list[float]]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """Stands in for functions that read q off a state: each call takes the next pair."""
     script: Iterator[tuple[list[float], list[float]]] = iter(pairs)
 
@@ -349,14 +350,14 @@ def test_what_is_thought_of_a_token_moves_with_it(
     arch = tiny_arch | {"puzzle_emb_ndim": puzzle_emb_ndim}
     shown, plain, batch = build(arch), build(arch), random_batch()
     turn = torch.tensor([2, 0, 1, 4, 3])
-    shown.model.show_images(turn.expand(4, -1))
+    shown.model.set_augmentations(turn.expand(4, -1))
 
     def by_hand(carry: Carry) -> Carry:
         prefix = plain.model.inner.prefix_len
         places = torch.cat([torch.arange(prefix), turn + prefix])
-        state = InnerCarry(carry.inner_carry.z_H[:, places], carry.inner_carry.z_L[:, places])
+        state = {name: state[:, places] for name, state in carry.states.items()}
         data = {name: field[:, turn] if field.ndim == 2 else field for name, field in carry.current_data.items()}
-        return replace(carry, inner_carry=state, current_data=data)
+        return replace(carry, states=state, current_data=data)
 
     carry, expected = shown.initial_carry(batch), plain.initial_carry(batch)
     turned = {name: field[:, turn] if field.ndim == 2 else field for name, field in batch.items()}
@@ -374,7 +375,7 @@ def test_images_are_drawn_anew_and_by_seed(tiny_arch: Arch, random_batch: Random
 
     def seen() -> list[Tensor]:
         model = build(tiny_arch)
-        model.model.show_images(torch.stack([torch.arange(5).roll(n) for n in range(5)]))
+        model.model.set_augmentations(torch.stack([torch.arange(5).roll(n) for n in range(5)]))
         carry, inputs = model.initial_carry(batch), []
         for _ in range(4):
             carry, _ = step(model, carry, batch)

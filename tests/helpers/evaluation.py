@@ -10,12 +10,11 @@ import numpy.typing as npt
 import torch
 
 from hrm.checkpoint.weights import find_checkpoint, read_weights
-from hrm.config import arch_config
-from hrm.models import ACTLossHead, build_model
+from hrm.models import ACTLossHead, arch_config, build_model
 from hrm.tasks import all_tasks
 from hrm.tasks.base import PuzzleSize
 from tests.helpers.entry_points import CPU, ROOT
-from tests.helpers.models import fresh_state
+from tests.helpers.models import fresh_states
 from tests.helpers.ranks import PATIENCE, environment, meeting
 
 
@@ -39,7 +38,7 @@ def think_alone(model: ACTLossHead, tokens: npt.NDArray[np.int64]) -> tuple[npt.
     """Logits [S, V] and the halting logit of one board, after all steps, without the wrapper that batches and halts."""
     inner = model.model.inner
     batch = {"inputs": torch.from_numpy(tokens)[None], "puzzle_identifiers": torch.zeros(1, dtype=torch.int32)}
-    state = fresh_state(inner, batch)
+    state = fresh_states(inner, batch)
     for _ in range(inner.config.halt_max_steps):
         state = inner.recur(state, inner.prepare(batch))
     return inner.logits(state)[0].double().numpy(), float(inner.q_values(state)[0])

@@ -9,7 +9,7 @@ from torch import Tensor
 import hrm
 from hrm.batch import Batch
 from hrm.models import ACTLossHead
-from hrm.models.hrm import HierarchicalReasoningModel, InnerCarry
+from hrm.models.recurrent import RecurrentModel
 
 SEQ_LEN, VOCAB_SIZE, NUM_IDENTIFIERS = 5, 7, 4
 
@@ -45,14 +45,15 @@ def randomised(model: ACTLossHead) -> ACTLossHead:
     return model
 
 
-def random_carry(model: ACTLossHead, batch: Batch) -> InnerCarry:
+def random_states(model: ACTLossHead, batch: Batch) -> dict[str, Tensor]:
     generator, inner = torch.Generator().manual_seed(2), model.model.inner
-    shape = (*batch["inputs"].shape, inner.config.hidden_size)
-    shape = (shape[0], inner.prefix_len + shape[1], shape[2])
-    return InnerCarry(*(torch.randn(shape, generator=generator, dtype=torch.float64).to(inner.dtype) for _ in "HL"))
+    return {
+        name: torch.randn(state.shape, generator=generator, dtype=torch.float64).to(inner.dtype)
+        for name, state in inner.empty_states(batch).items()
+    }
 
 
-def fresh_state(inner: HierarchicalReasoningModel, batch: Batch) -> InnerCarry:
-    """The state in which sequences begin."""
-    zeros = inner.initial_carry(batch)
-    return InnerCarry(zeros.z_H + inner.H_init.to(inner.dtype), zeros.z_L + inner.L_init.to(inner.dtype))
+def fresh_states(inner: RecurrentModel, batch: Batch) -> dict[str, Tensor]:
+    """The states in which sequences begin."""
+    empty = inner.empty_states(batch)
+    return {name: empty[name] + initial.to(inner.dtype) for name, initial in inner.initial_states.items()}

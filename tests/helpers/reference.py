@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from hrm.kernels.naive import BlockWeights
-from hrm.models.hrm import InnerCarry
 
 EPS = 1e-5
 
@@ -58,15 +57,15 @@ def reference_step(
     weights: Mapping[str, Tensor],
     puzzle_rows: Tensor,
     inputs: Tensor,
-    carry: InnerCarry,
+    states: Mapping[str, Tensor],
     cycles: tuple[int, int],
     num_heads: int,
     *,
-    grad_updates: int = 2,
+    updates: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """Logits and q's of one ACT step with learned positions, from the state dict's names.
 
-    Only the last `grad_updates` updates are differentiable.
+    Only the last `updates` updates are differentiable.
     """
     width = weights["H_init"].shape[0]
     puzzle = torch.zeros(len(inputs), -(-puzzle_rows.shape[1] // width) * width, dtype=torch.float64)
@@ -80,16 +79,16 @@ def reference_step(
         parts = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
         return [BlockWeights(*(weights[f"{name}.layers.{i}.{part}.weight"] for part in parts)) for i in range(layers)]
 
-    z_H, z_L = carry.z_H, carry.z_L
+    z_H, z_L = states["z_H"], states["z_L"]
     H_cycles, L_cycles = cycles
     left = H_cycles * (L_cycles + 1)
     for _ in range(H_cycles):
         for _ in range(L_cycles):
             z_L = reference_module(z_L, z_H + embeddings, level("L_level"), num_heads, None)
             left -= 1
-            z_L = z_L if left < grad_updates else z_L.detach()
+            z_L = z_L if left < updates else z_L.detach()
         z_H = reference_module(z_H, z_L, level("H_level"), num_heads, None)
         left -= 1
-        z_H = z_H if left < grad_updates else z_H.detach()
+        z_H = z_H if left < updates else z_H.detach()
     logits = z_H[:, puzzle_tokens.shape[1] :] @ weights["lm_head.weight"].T
     return logits, z_H[:, 0] @ weights["q_head.weight"].T + weights["q_head.bias"]

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from hrm.batch import Batch
-from hrm.config import HRMConfig, PretrainConfig
+from hrm.config import PretrainConfig
 from hrm.data.loader import TrainLoader
 from hrm.data.pack import PackMetadata, PackSet, open_pack, write_split
 from hrm.distributed.world import World
+from hrm.models.hrm import HRMConfig
 from hrm.training.step import TrainState, initial_state
 
 ALONE = World(0, 1, torch.device("cpu"))

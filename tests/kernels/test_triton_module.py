@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hrm.batch import Batch
-from hrm.config import KernelsConfig, PretrainConfig, arch_config
+from hrm.config import KernelsConfig, PretrainConfig
 from hrm.data.pack import Pack, PackMetadata
 from hrm.distributed.world import World
-from hrm.models import ACTLossHead, build_model
+from hrm.models import ACTLossHead, arch_config, build_model
 from hrm.training.step import initial_state, make_train_step
 
 pytest.importorskip("triton", reason="Triton is not installed")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hrm.batch import IGNORE_LABEL_ID
-from hrm.models.hrm import AdaptiveComputation, Carry, InnerCarry
+from hrm.models.act import AdaptiveComputation, Carry
 from hrm.models.losses import LOSSES, ACTLossHead, softmax_cross_entropy, stablemax_cross_entropy
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -167,7 +167,7 @@ def scripted_head(loss_type: str, *, with_target: bool = True) -> tuple[ACTLossH
     if with_target:
         outputs["target_q_continue"] = torch.tensor(TARGET)
     data = {"labels": torch.tensor(LABELS, dtype=torch.int32)}
-    state = InnerCarry(torch.zeros(5, 3, 1), torch.zeros(5, 3, 1))
+    state = {"z": torch.zeros(5, 3, 1)}
     carry = Carry(state, torch.tensor(STEPS, dtype=torch.int32), torch.tensor(HALTED), data)
     return ACTLossHead(Scripted(carry, outputs), loss_type), outputs
 

@@ -29,7 +29,7 @@ from tests.helpers.models import (
     VOCAB_SIZE,
     build,
     gradients,
-    random_carry,
+    random_states,
     randomised,
     relative_error,
 )
@@ -382,17 +382,27 @@ def test_every_dtype_trains(
 
 
 @pytest.mark.parametrize(
-    ("cycles", "grad_updates"),
-    [((1, 1), 2), ((2, 3), 2), ((3, 1), 2), ((2, 2), 3), ((2, 2), 4), ((3, 1), 6)],
+    ("cycles", "gradient", "last"),
+    [
+        ((1, 1), "one_step", 2),
+        ((2, 3), "one_step", 2),
+        ((3, 1), "one_step", 2),
+        ((2, 2), "last_cycle", 3),
+        ((2, 3), "last_cycle", 4),
+        ((3, 1), "last_cycle", 2),
+        ((1, 2), "last_cycle", 3),
+        ((2, 2), "4", 4),
+        ((3, 1), "all", 6),
+    ],
 )
 def test_gradient_flows_through_the_last_updates(
-    tiny_arch: Arch, random_batch: RandomBatch, cycles: tuple[int, int], grad_updates: int
+    tiny_arch: Arch, random_batch: RandomBatch, cycles: tuple[int, int], gradient: str, last: int
 ) -> None:
     arch = tiny_arch | {"H_cycles": cycles[0], "L_cycles": cycles[1], "H_layers": 2, "puzzle_emb_ndim": 40}
-    arch |= {"grad_updates": grad_updates}
+    arch |= {"gradient": gradient}
     model = randomised(build(arch | {"pos_encodings": "learned", "forward_dtype": "float64"})).double()
     inner, batch = model.model.inner, random_batch()
-    carry = random_carry(model, batch)
+    carry = random_states(model, batch)
 
     state = inner.recur(carry, inner.prepare(batch))
     logits, q = inner.logits(state), torch.stack(inner.q_values(state), -1)
@@ -405,16 +415,16 @@ def test_gradient_flows_through_the_last_updates(
     rows = weights["puzzle_emb.weights"][batch["puzzle_identifiers"].long()].detach().requires_grad_()
     leaves = {name: rows if name == "puzzle rows" else weights[name] for name in found}
 
-    def reference(grad_updates: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
-        outputs = reference_step(weights, rows, batch["inputs"], carry, cycles, 2, grad_updates=grad_updates)
+    def reference(last: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+        outputs = reference_step(weights, rows, batch["inputs"], carry, cycles, 2, updates=last)
         return outputs, torch.autograd.grad(outputs, list(leaves.values()), towards)
 
-    outputs, expected = reference(grad_updates)
+    outputs, expected = reference(last)
     torch.testing.assert_close((logits, q), outputs, rtol=1e-10, atol=1e-10)
     for name, grad in zip(leaves, expected, strict=True):
         assert relative_error(found[name], grad) < 1e-10, name
     updates = cycles[0] * (cycles[1] + 1)
-    if grad_updates < updates:  # the whole gradient is another one, or this test could not tell them apart
+    if last < updates:  # the whole gradient is another one, or this test could not tell them apart
         _, whole = reference(updates)
         assert all(
             relative_error(found[name], grad) > 1e-3
@@ -445,10 +455,10 @@ def test_updates_in_order(tiny_arch: Arch, random_batch: RandomBatch) -> None:
         return output
 
     inner.kernels = computed_by(inner.kernels, recording)
-    prepared, z = inner.prepare(batch), random_carry(model, batch)
+    prepared, z = inner.prepare(batch), random_states(model, batch)
     result = inner.recur(z, prepared)
     assert [grad for *_, grad in calls] == [False] * 4 + [True] * 2
-    z_H, z_L = z.z_H, z.z_L
+    z_H, z_L = z["z_H"], z["z_L"]
     for number, (state, injection, blocks, output, _) in enumerate(calls):
         if number % 3 < 2:
             assert blocks is prepared.blocks["L_level"]
@@ -460,8 +470,8 @@ def test_updates_in_order(tiny_arch: Arch, random_batch: RandomBatch) -> None:
             assert torch.equal(state, z_H)
             assert torch.equal(injection, z_L)
             z_H = output
-    assert result.z_H is z_H
-    assert result.z_L is z_L
+    assert result["z_H"] is z_H
+    assert result["z_L"] is z_L
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])
@@ -473,7 +483,7 @@ def test_target_needs_the_first_token_only(
     model = randomised(build(arch)).double()
     inner = model.model.inner
     with torch.no_grad():
-        prepared, carry = inner.prepare(random_batch()), random_carry(model, random_batch())
+        prepared, carry = inner.prepare(random_batch()), random_states(model, random_batch())
         expected = inner.q_values(inner.recur(carry, prepared))
         found = inner.recur_to_q_values(carry, prepared)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -486,15 +496,14 @@ def test_chunks_change_nothing(
     model = randomised(build(tiny_arch | {"H_cycles": 3, "forward_dtype": "float64"})).double()
     inner, batch = model.model.inner, random_batch(batch_size=5)
     with torch.no_grad():
-        prepared, carry = inner.prepare(batch), random_carry(model, batch)
-        before = [carry.z_H.clone(), carry.z_L.clone()]
+        prepared, carry = inner.prepare(batch), random_states(model, batch)
+        before = {name: state.clone() for name, state in carry.items()}
         expected = inner.recur(carry, prepared)
         monkeypatch.setattr("hrm.kernels.schedule._WIDEST_ON_CPU", 1)  # with None a sequence at a time
         inner.kernels = replace(inner.kernels, run=chunked(inner.kernels.run, sequences))
         found = inner.recur(carry, prepared)
-    torch.testing.assert_close([found.z_H, found.z_L], [expected.z_H, expected.z_L], rtol=1e-12, atol=1e-12)
-    assert torch.equal(carry.z_H, before[0])
-    assert torch.equal(carry.z_L, before[1])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(carry[name], state) for name, state in before.items())
 
 
 @pytest.mark.parametrize(
@@ -537,7 +546,7 @@ def test_casting_weights_once_changes_nothing(
     inner = each_time.model.inner
     inner.kernels = computed_by(inner.kernels, casting)
     outputs = train_step(once, batch)
-    monkeypatch.setattr("hrm.models.hrm.in_dtype", lambda weights, dtype: tuple(weights))
+    monkeypatch.setattr("hrm.models.recurrent.in_dtype", lambda weights, dtype: tuple(weights))
     expected = train_step(each_time, batch)
     assert all(torch.equal(outputs[name], expected[name]) for name in expected)
     found, wanted = gradients(once), gradients(each_time)
@@ -616,7 +625,7 @@ def test_published_configs_carry_what_the_data_say(tiny_arch: Arch) -> None:
             "arch.pos_encodings=sine is not a choice; there are: learned, none, rope, rope+learned, rope_2d, "
             "rope_2d+learned.",
         ),
-        ({"pos_encodings": "none"}, "arch.pos_encodings=none leaves attention blind to places"),
+        ({"pos_encodings": "none"}, "arch.pos_encodings=none leaves attention blind to positions"),
         ({"forward_dtype": "bf16"}, "arch.forward_dtype=bf16 is not a choice; did you mean bfloat16?"),
         ({"hidden_size": "wide"}, "arch.hidden_size is not usable: Value 'wide'"),
         ({"num_heads": 5}, "arch.hidden_size=32 cannot be split into arch.num_heads=5 equal heads"),

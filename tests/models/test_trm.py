@@ -11,20 +11,25 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from hrm.batch import Batch
-from hrm.config import CONFIG_DIR, HRMConfig, KernelsConfig, ParallelConfig, arch_config, kernels_config
+from hrm.config import CONFIG_DIR, KernelsConfig, ParallelConfig, kernels_config
+from hrm.config.compose import compose
+from hrm.config.training import PretrainConfig
 from hrm.distributed.partition import SharedModel
 from hrm.distributed.world import Axis, World
 from hrm.errors import UserError
 from hrm.kernels import KernelRequest, describe, make_kernels, naive, resolve
 from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import MixerWeights
+from hrm.models import arch_config
+from hrm.models.hrm import HRMConfig
+from hrm.models.trm import NAME, TRMConfig
 from tests.helpers.models import (
     NUM_IDENTIFIERS,
     SEQ_LEN,
     VOCAB_SIZE,
     build,
     gradients,
-    random_carry,
+    random_states,
     randomised,
     relative_error,
 )
@@ -37,24 +42,25 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture
 def trm(tiny_arch: Arch) -> Arch:
     """A tiny one."""
+    del tiny_arch["H_layers"]
     return tiny_arch | {
-        "H_layers": 0,
+        "name": NAME,
         "L_layers": 2,
         "mlp_t": True,
-        "q_continue": False,
         "H_cycles": 2,
         "L_cycles": 3,
-        "grad_updates": 4,
         "pos_encodings": "none",
         "puzzle_emb_len": 3,
     }
 
 
-def published(**fields: Any) -> HRMConfig:
+def published(**fields: Any) -> TRMConfig:
     """`config/arch/trm.yaml` with its defaults."""
-    values = OmegaConf.merge(*(OmegaConf.load(CONFIG_DIR / f"arch/{name}.yaml") for name in ("hrm_v1", "trm")), fields)
+    values = OmegaConf.merge(OmegaConf.load(CONFIG_DIR / "arch/trm.yaml"), fields)
     del values["defaults"]
-    return arch_config(values)
+    config = arch_config(values)
+    assert isinstance(config, TRMConfig)
+    return config
 
 
 def reference_module(state: Tensor, injection: Tensor, blocks: list[MixerWeights]) -> Tensor:
@@ -177,15 +183,15 @@ def reference_step(
 def test_one_module_serves_both_levels(trm: Arch, random_batch: Callable[..., Batch]) -> None:
     model = randomised(build(trm | {"forward_dtype": "float64"})).double()
     inner, batch = model.model.inner, random_batch()
-    carry, prepared = random_carry(model, batch), inner.prepare(batch)
+    carry, prepared = random_states(model, batch), inner.prepare(batch)
     state = inner.recur(carry, prepared)
-    towards = torch.randn(state.z_H.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    state.z_H.backward(towards)
+    towards = torch.randn(state["z_H"].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    state["z_H"].backward(towards)
     found = {name: weight.grad for name, weight in inner.named_parameters() if name.startswith("L_level")}
 
     weights = {name: weight.detach().clone().requires_grad_() for name, weight in inner.state_dict().items()}
-    z_H, z_L = reference_step(weights, prepared.embeddings.detach(), carry.z_H, carry.z_L)
-    torch.testing.assert_close([state.z_H, state.z_L], [z_H, z_L], rtol=1e-10, atol=1e-10)
+    z_H, z_L = reference_step(weights, prepared.embeddings.detach(), carry["z_H"], carry["z_L"])
+    torch.testing.assert_close([state["z_H"], state["z_L"]], [z_H, z_L], rtol=1e-10, atol=1e-10)
     expected = torch.autograd.grad(z_H, [weights[name] for name in found], towards)
     assert len(found) == 8
     for name, grad in zip(found, expected, strict=True):
@@ -202,7 +208,7 @@ def test_kernels_share_the_module_too(backend: str, trm: Arch, random_batch: Cal
         model = randomised(build(arch, kernels={"backend": kernels}, device=DEVICE)).to(getattr(torch, dtype))
         carry, loss, *_ = model(carry=model.initial_carry(batch), batch=batch)
         loss.backward()
-        results.append([carry.inner_carry.z_H, carry.inner_carry.z_L, loss, *gradients(model).values()])
+        results.append([carry.states["z_H"], carry.states["z_L"], loss, *gradients(model).values()])
     for exact, found in zip(*results, strict=True):
         assert relative_error(found, exact) < 5e-5  # of float32, through eight updates of two blocks
 
@@ -211,18 +217,34 @@ def test_target_needs_the_first_token_only(trm: Arch, random_batch: Callable[...
     model = randomised(build(trm | {"forward_dtype": "float64", "q_continue": True})).double()
     inner = model.model.inner
     with torch.no_grad():
-        prepared, carry = inner.prepare(random_batch()), random_carry(model, random_batch())
+        prepared, carry = inner.prepare(random_batch()), random_states(model, random_batch())
         expected = inner.q_values(inner.recur(carry, prepared))
         torch.testing.assert_close(inner.recur_to_q_values(carry, prepared), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_work_of_a_step() -> None:
-    config = published(mlp_t=True)
-    assert act_step_blocks(config) == 3 * 7 * 2
-    assert train_step_blocks(config) == 3 * 7 * 2 + 2 * 7 * 2
-    # A token's share of the MLP over 96 tokens: 3 * 96 * 256 products for each of 512 features, over 96 tokens.
-    assert block_flops(config, 96) == 2 * (3 * 256 * 512 + 3 * 1536 * 512)
-    assert block_flops(published(), 97) == block_flops(HRMConfig(), 97)
+def test_an_hrm_with_one_module_is_a_trm(trm: Arch, random_batch: Callable[..., Batch]) -> None:
+    """Earlier versions knew TRM as an HRM with H_layers=0; such configs give the same numbers."""
+    as_hrm = trm | {"name": HRMConfig.name, "H_layers": 0, "q_continue": False, "grad_updates": 4}
+    batch, results = random_batch(), []
+    for arch in (trm, as_hrm):
+        model = randomised(build(arch))
+        _, loss, *_ = model(carry=model.initial_carry(batch), batch=batch)
+        loss.backward()
+        results.append([loss, *gradients(model).values()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("L_cycles", [1, 3])
+def test_gradients_flow_through_the_last_cycle(L_cycles: int) -> None:
+    """However TRM is asked for: by a mapping, by a command line, or as it was saved before `gradient` had a name."""
+    by_mapping = arch_config({"name": NAME, "L_cycles": L_cycles, "hidden_size": 64, "num_heads": 1})
+    overrides = ["arch=trm", f"arch.L_cycles={L_cycles}", "arch.hidden_size=64", "arch.num_heads=1"]
+    assert compose(PretrainConfig, "pretrain", overrides).arch == by_mapping
+    schedule = list(by_mapping.schedule())
+    assert len(schedule) == 3 * (L_cycles + 1)
+    assert len(schedule) - by_mapping.gradient_start(schedule) == L_cycles + 1
+    saved = arch_config({"name": NAME, "L_cycles": L_cycles, "grad_updates": L_cycles + 1})
+    assert saved.gradient_start(schedule) == by_mapping.gradient_start(schedule)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +288,7 @@ def test_auto_compiles(capability: tuple[int, int], fused: bool, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("fields", "said"),
-    [({}, "arch.mlp_t=true"), ({"mlp_t": False, "pos_encodings": "rope"}, "arch.H_layers=0")],
+    [({}, "arch.mlp_t=true")],
 )
 def test_only_the_batch_is_shared_out(trm: Arch, fields: Arch, said: str) -> None:
     axis = Axis(0, 2, None)
@@ -318,7 +340,7 @@ def test_published_config() -> None:
     assert arch_config(theirs | {"mlp_t": True, "pos_encodings": "none", "H_layers": 2}) == published(
         mlp_t=True, pos_encodings="none"
     )
-    assert arch_config(theirs | {"L_cycles": 4, "no_ACT_continue": False}).grad_updates == 5
+    assert arch_config(theirs | {"L_cycles": 4, "no_ACT_continue": False}).gradient == "last_cycle"
     assert arch_config(theirs | {"no_ACT_continue": False}).q_continue
     left_out = {name: value for name, value in theirs.items() if name not in ("puzzle_emb_len", "no_ACT_continue")}
     assert arch_config(left_out) == published()

@@ -47,11 +47,11 @@ def test_hard_sudoku(experiment: str, named: str, presets: list[str], pack: Path
     assert [row["ACT steps"] for row in json.loads(table.read_text())["rows"]] == [2, 4]
 
 
-def test_the_speedrun_has_no_value_of_going_on(pack: Path, tmp_path: Path) -> None:
+def test_the_speedrun_has_no_q_continue(pack: Path, tmp_path: Path) -> None:
     stage = "curriculum=[{until:3,H_cycles:1,L_cycles:2,halt_max_steps:1}]"
     records = run("sudoku_speedrun", pack, tmp_path / "run", stage)
     assert not any("train/q_continue_loss" in record for record in records)
     assert any("train/q_halt_loss" in record for record in records)
     saved = yaml.safe_load((tmp_path / "run" / "all_config.yaml").read_text())
-    assert (saved["arch"]["q_continue"], saved["arch"]["H_layers"], saved["arch"]["mlp_t"]) == (False, 0, True)
+    assert (saved["arch"]["q_continue"], saved["arch"]["train_max_steps"], saved["arch"]["mlp_t"]) == (False, 4, True)
     assert saved["curriculum"] == [{"until": 3, "H_cycles": 1, "L_cycles": 2, "halt_max_steps": 1}]

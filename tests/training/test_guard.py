@@ -171,7 +171,7 @@ def test_poisoned_sequences_start_afresh(config: PretrainConfig) -> None:
     assert state.carry is not None
     state.carry.halted[:] = False
     healthy.carry.halted[:] = False  # type: ignore[union-attr]
-    state.carry.inner_carry.z_L[2, 5] = math.nan  # somewhere in the middle of the sequence
+    state.carry.states["z_L"][2, 5] = math.nan  # somewhere in the middle of the sequence
     before = everything(state)
     assert step(second)["skipped"] == 1
     healthy_step(second)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hrm.batch import Batch
 from hrm.checkpoint.weights import read_weights
-from hrm.config import DataConfig, KernelsConfig, OptimConfig, PretrainConfig, Stage
+from hrm.config import DataConfig, KernelsConfig, OptimConfig, PretrainConfig
 from hrm.data.pack import open_pack
 from hrm.errors import UserError
 from hrm.optim import AdamATan2, SparseSignSGD
@@ -25,6 +25,7 @@ from hrm.training.loop import EXIT_INTERRUPTED, pretrain
 from hrm.training.metrics import MetricWindow
 from hrm.training.run_log import RunLog
 from hrm.training.step import initial_state, make_train_step
+from hrm.training.throughput import peak_tflops
 from tests.helpers.entry_points import make_pack
 from tests.helpers.ranks import environment, on_ranks
 from tests.helpers.training import ALONE, ARCH, CLOCKED, records, start, without_clock, write_pack
@@ -194,9 +195,12 @@ def test_staggered_start(config: PretrainConfig) -> None:
 def test_curriculum(config: PretrainConfig, tmp_path: Path) -> None:
     """Its steps are those of a shallower architecture; what comes after, and evaluation, are as deep as ever."""
     shallow = replace(config, arch=replace(ARCH, H_cycles=1, L_cycles=1), checkpoint_path=str(tmp_path / "shallow"))
-    config = replace(config, curriculum=[Stage(3, 1, 1), Stage(5, 1, 2)], epochs=1)
-    assert [config.updates_at(step) for step in (1, 3, 4, 5, 6)] == ["LH", "LH", "LLH", "LLH", "LLHLLH"]
-    config = replace(config, curriculum=[Stage(5, 1, 1)], epochs=2)
+    config = replace(
+        config, curriculum=[{"until": 3, "H_cycles": 1, "L_cycles": 1}, {"until": 5, "H_cycles": 1}], epochs=1
+    )
+    depths = [(arch.H_cycles, arch.L_cycles) for arch in map(config.arch_at, (1, 3, 4, 5, 6))]
+    assert depths == [(1, 1), (1, 1), (1, 2), (1, 2), (2, 2)]
+    config = replace(config, curriculum=[{"until": 5, "H_cycles": 1, "L_cycles": 1}], epochs=2)
     for each in (config, shallow):
         pretrain(each)
     one, other = weights(config.checkpoint_path, 5), weights(shallow.checkpoint_path, 5)
@@ -210,10 +214,10 @@ def test_curriculum(config: PretrainConfig, tmp_path: Path) -> None:
 
 def test_halting_sooner_at_first(config: PretrainConfig) -> None:
     """Sequences halt as the stage says, then as the architecture does; evaluation never halts them sooner."""
-    stage = Stage(4, halt_max_steps=2)
+    stage = {"until": 4, "halt_max_steps": 2}
     config = replace(config, arch=replace(ARCH, halt_max_steps=4), curriculum=[stage], stagger=True)
-    assert [config.updates_at(step) for step in (1, 5)] == [config.arch.updates] * 2
-    assert [config.halt_max_steps_at(step) for step in (1, 4, 5)] == [2, 2, 4]
+    assert [config.arch_at(step).max_steps_in_training for step in (1, 4, 5)] == [2, 2, 4]
+    assert config.arch_at(1) == replace(config.arch, train_max_steps=2)
     state, batches = start(config)
     step = make_train_step(config, ALONE, state)
     halted, taken = [], []
@@ -233,8 +237,10 @@ def test_cuda_graphs_change_nothing(config: PretrainConfig, tmp_path: Path) -> N
     make_pack(tmp_path / "sudoku", train_size=20, test_size=18)
     config = replace(config, data_path=str(tmp_path / "sudoku"), augment_act_steps=True)
     arch = replace(ARCH, forward_dtype="float64", halt_exploration_prob=0.5, halt_max_steps=4)
+    shallow = {"H_cycles": 1, "L_cycles": 1}
+    stages = [{"until": 3, "halt_max_steps": 2, **shallow}, {"until": 6, **shallow}]
     config = replace(config, arch=arch, device="cuda", log_interval=1, eval_save_outputs=["logits"])
-    config = replace(config, curriculum=[Stage(3, 1, 1, 2), Stage(6, 1, 1)])  # a record for each stage
+    config = replace(config, curriculum=stages)  # a record for each stage
     eager, graphed = tmp_path / "eager", tmp_path / "graphed"
     for folder in (eager, graphed):
         kernels = KernelsConfig(cuda_graphs=folder == graphed)
@@ -376,7 +382,10 @@ def test_metrics_file(config: PretrainConfig, tmp_path: Path) -> None:
     evaluations = [record for record in written if "train/lr" not in record]
     # 17 tokens; 2 x 2 updates of L and 2 of H, twice, and backward through one of each. A block has 4 x 32 x 32 weights
     # in its attention and 3 x 32 x 256 in its MLP, and compares 17 tokens in 32 numbers, twice.
-    flops_by_hand = 17 * (2 * 6 + 2 * 2) * (2 * (4 * 32 * 32 + 3 * 32 * 256) + 2 * 2 * 17 * 32)
+    projections, mlp, scores = 2 * 4 * 32 * 32, 2 * 3 * 32 * 256, 2 * 2 * 17 * 32  # of a token
+    block = 17 * (projections + mlp + scores)
+    first_token = 17 * projections // 2 + projections // 2 + mlp + scores  # which needs the others' keys and values
+    flops_by_hand = (6 + 2 * 2) * block + 5 * block + first_token
     # After step 1, every third, and the last before an evaluation.
     assert [record["step"] for record in written] == [1, 3, 5, 5, 6, 9, 10, 10]
     assert [record["step"] for record in training] == [1, 3, 5, 6, 9, 10]
