@@ -23,7 +23,7 @@ class WeightAverage:
 
     def __init__(self, model: ACTLossHead, decay: float) -> None:
         inner, weights = model.model.inner, model.state_dict()
-        averaged = dict(model.named_parameters()).keys()
+        averaged = {name for name, _ in model.named_parameters()}
         if inner.averages_puzzle_table:
             averaged |= {
                 f"{name}.weights" for name, module in model.named_modules() if isinstance(module, SparseEmbedding)
