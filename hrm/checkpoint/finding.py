@@ -103,11 +103,10 @@ def check_options(saved: SavedState, config: PretrainConfig, pack: Pack, identit
     Raises:
         UserError: an option that matters or the pack changed, and `config.resume_changed` does not consent, or cannot.
     """
-    now = _flat({**asdict(config), "pack": asdict(pack.metadata)})
+    now = _comparable(asdict(config) | {"pack": asdict(pack.metadata)})
     # Options newer than the state had their defaults.
-    defaults = _flat(asdict(PretrainConfig(arch=type(config.arch)())))
-    arch = asdict(arch_config(saved.metadata.config["arch"]))  # by today's names
-    had = defaults | _flat({**saved.metadata.config, "arch": arch, "pack": saved.metadata.pack})
+    defaults = _comparable(asdict(PretrainConfig(arch=type(config.arch)())))
+    had = defaults | _comparable(saved.metadata.config | {"pack": saved.metadata.pack})
     changed = {name: f"{name}={now.get(name)} (it had {had.get(name)})" for name in sorted(now.keys() | had.keys())}
     changed = {name: text for name, text in changed.items() if not _is_free(name) and now.get(name) != had.get(name)}
     if fixed := [text for name, text in changed.items() if name in _FIXED or name.startswith("pack.")]:
@@ -140,6 +139,16 @@ _FIXED = ("global_batch_size", "eval_interval", "optim.name")
 def _is_free(name: str) -> bool:
     # How a pack is made (which one is read is data_path), and who computes what of the same steps.
     return name in _FREE or name.startswith(("data.", "parallel."))
+
+
+def _comparable(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their dotted names, by today's names and in today's form."""
+    arch = arch_config(options["arch"]).effective_options()
+    # Stages of the curriculum once had null for what they left as it was.
+    stages = [
+        {name: value for name, value in stage.items() if value is not None} for stage in options.get("curriculum", [])
+    ]
+    return _flat({**options, "arch": arch, "curriculum": stages})
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple
 
@@ -118,6 +118,11 @@ class RecurrentConfig(ACTConfig):
                 f"arch.gradient={self.gradient} is out of range: give {', '.join(GRADIENTS)}, or a number from {least} "
                 f"to the {len(schedule)} updates of an ACT step."
             )
+
+    def effective_options(self) -> dict[str, Any]:
+        """The options as a mapping, equal where steps are: `gradient` is a number of updates, whatever its name."""
+        schedule = list(self.schedule())
+        return asdict(self) | {"gradient": len(schedule) - self.gradient_start(schedule)}
 
     def gradient_start(self, schedule: Schedule) -> int:
         """The index of the first update that gradients flow through."""
