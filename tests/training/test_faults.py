@@ -24,9 +24,10 @@ import yaml
 from safetensors.torch import load_file
 
 from hrm.checkpoint import run_folder
-from hrm.config import DataConfig, HRMConfig, PretrainConfig
+from hrm.config import DataConfig, PretrainConfig
 from hrm.data.loader import TrainLoader
 from hrm.errors import UserError
+from hrm.models.hrm import HRMConfig
 from hrm.training import run
 from hrm.training.loop import EXIT_INTERRUPTED, EXIT_PREEMPTED, pretrain
 from hrm.training.run_log import RunLog
