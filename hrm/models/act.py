@@ -14,7 +14,7 @@ from omegaconf import MISSING
 from torch import Tensor, nn
 
 from hrm.batch import Batch
-from hrm.config.checks import at_least, fraction, neighbours
+from hrm.config.checks import at_least, fraction, neighbours, sane_counts
 from hrm.config.typed import to_typed
 from hrm.errors import UserError
 from hrm.models.losses import LossConfig
@@ -40,6 +40,7 @@ class ACTConfig:
     q_continue: bool = True
 
     def __post_init__(self) -> None:
+        sane_counts("arch.", self)
         fraction("arch.halt_exploration_prob", self.halt_exploration_prob)
         at_least("arch.halt_max_steps", self.halt_max_steps, 1)
         if self.train_max_steps is not None:

@@ -18,7 +18,7 @@ from omegaconf import II
 from torch import Tensor, nn
 
 from hrm.batch import Batch
-from hrm.config.checks import at_least, choice, neighbours, positive
+from hrm.config.checks import MOST_REPEATS, at_least, choice, neighbours, positive
 from hrm.config.renamed import OldNames, Renamed
 from hrm.errors import UserError
 from hrm.kernels import Kernels
@@ -92,6 +92,11 @@ class RecurrentConfig(ACTConfig):
             at_least(f"arch.{name}", getattr(self, name), 1)
         for name in ("puzzle_emb_ndim", "puzzle_emb_len"):
             at_least(f"arch.{name}", getattr(self, name), 0)
+        if self.prefix_len > MOST_REPEATS:
+            raise UserError(
+                f"arch.puzzle_emb_ndim={self.puzzle_emb_ndim} is too large: give at most {MOST_REPEATS} times "
+                "arch.hidden_size."
+            )
         for name in ("expansion", "rope_theta", "rms_norm_eps"):
             positive(f"arch.{name}", getattr(self, name))
         if self.hidden_size % self.num_heads:

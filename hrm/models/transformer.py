@@ -25,7 +25,7 @@ class TransformerConfig(RecurrentConfig):
 
     name: str = NAME  # which architecture it is
     halt_max_steps: int = 1  # ACT steps after which every sequence halts; 1: no loop
-    layers: int = 8  # blocks, its depth
+    num_layers: int = 8  # blocks, its depth
 
     def schedule(self) -> Iterator[Update]:
         """One pass through all blocks."""
@@ -33,7 +33,7 @@ class TransformerConfig(RecurrentConfig):
 
     def __post_init__(self) -> None:
         choice("arch.name", self.name, [NAME])
-        at_least("arch.layers", self.layers, 1)
+        at_least("arch.num_layers", self.num_layers, 1)
         super().__post_init__()
 
 
@@ -42,7 +42,7 @@ class Transformer(RecurrentModel):
 
     def __init__(self, config: TransformerConfig, sizes: DataSizes, generator: torch.Generator) -> None:
         super().__init__(config, sizes, generator)
-        self.add_stack("trunk", config.layers, generator)
+        self.add_stack("trunk", config.num_layers, generator)
         self.add_state("z", "z_init", torch.zeros(config.hidden_size))
         self.add_heads(generator)
 

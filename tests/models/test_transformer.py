@@ -12,7 +12,7 @@ from hrm.kernels.context import KernelContext, RotaryTables
 from hrm.models import ACTLossHead
 from tests.helpers.models import build, randomised
 
-ARCH = {"name": "transformer", "layers": 3, "hidden_size": 32, "num_heads": 2, "forward_dtype": "float64"}
+ARCH = {"name": "transformer", "num_layers": 3, "hidden_size": 32, "num_heads": 2, "forward_dtype": "float64"}
 
 
 def logits_after(model: ACTLossHead, batch: Batch, steps: int) -> Tensor:

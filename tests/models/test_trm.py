@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hrm.models.flops import act_step_blocks, block_flops, train_step_blocks
 from omegaconf import OmegaConf
 from torch import Tensor
 

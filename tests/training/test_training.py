@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hrm.models.flops import peak_tflops
 from omegaconf import OmegaConf
 from torch import Tensor
 
