@@ -68,14 +68,8 @@ def parse_maze(text: str) -> Tokens:
     return tokens
 
 
-def render_text(tokens: NDArray[np.integer[Any]]) -> str:
-    """A maze or answer `[cells]` as lines of `# SGo`; padding shows as `?`."""
-    grid = tokens.reshape(side_of(tokens.size), -1)
-    return "\n".join("".join(("?" + CHARSET)[token] for token in row) for row in grid)
-
-
-def dihedral_images(mazes: NDArray[_Token]) -> NDArray[_Token]:
-    """The 8 images `[N, 8, n, n]` of each maze under the symmetries of the square, the maze itself first.
+def dihedral_variants(mazes: NDArray[_Token]) -> NDArray[_Token]:
+    """The 8 variants `[N, 8, n, n]` of each maze under the symmetries of the square, the maze itself first.
 
     In the order of the published packs, see `hrm.tasks.dihedral`.
     """
@@ -202,8 +196,8 @@ class MazeTask(Task):
         """The first of the eight symmetries of the square."""
         side = side_of(size.seq_len)
         square = np.arange(size.seq_len).reshape(1, side, side)
-        images = dihedral_images(square).reshape(NUM_DIHEDRAL, size.seq_len)
-        return [Symmetry(cells, np.arange(size.vocab_size)) for cells in images[:count]]
+        variants = dihedral_variants(square).reshape(NUM_DIHEDRAL, size.seq_len)
+        return [Symmetry(cells, np.arange(size.vocab_size)) for cells in variants[:count]]
 
     def difficulty(self) -> Difficulty:
         return Difficulty("length of the path", lambda inputs, labels: (labels == PATH).sum(1) + 1)

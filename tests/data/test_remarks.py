@@ -87,7 +87,7 @@ def test_maze(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split, lines in rows.items():
         write_csv(tmp_path / f"{split}.csv", lines)
     remark = said(maze, tmp_path, capsys, "--source-dir", tmp_path)
-    assert "1 test mazes are images of training mazes" in remark
+    assert "1 test mazes are augmentations of training mazes" in remark
     assert "1 train mazes repeat another one" in remark
     assert "test mazes repeat" not in remark
 

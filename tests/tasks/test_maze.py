@@ -81,8 +81,6 @@ def marked(tokens: Sequence[int], path: Sequence[int]) -> list[int]:
 def test_text() -> None:
     tokens = maze.parse_maze("#S oG #  ")
     assert tokens.tolist() == [1, 3, 2, 5, 4, 2, 1, 2, 2]
-    assert maze.render_text(tokens) == "#S \noG \n#  "
-    assert maze.render_text(np.zeros(4, dtype=np.int32)) == "??\n??"
     with pytest.raises(UserError, match=r"Character 3 of the maze is 'x'; write one of '# SGo'"):
         maze.parse_maze("#Sx ")
     for text in ("", "S", "S G"):
@@ -90,9 +88,9 @@ def test_text() -> None:
             maze.parse_maze(text)
 
 
-def test_dihedral_images_are_those_of_the_published_packs() -> None:
+def test_dihedral_variants_are_those_of_the_published_packs() -> None:
     mazes = some_mazes(3, 4, 0)
-    for grid, images in zip(mazes, maze.dihedral_images(mazes), strict=True):
+    for grid, images in zip(mazes, maze.dihedral_variants(mazes), strict=True):
         expected = [
             grid,
             np.rot90(grid),
@@ -204,7 +202,7 @@ def test_random_mazes(side: int, min_length: int, count: int) -> None:
         assert on_path[label.index(GOAL)] == moves == label.count(PATH) + 1
         assert [FREE if token == PATH else token for token in label] == tokens
     assert 0.25 < np.mean(mazes == WALL) < 0.5
-    images = maze.dihedral_images(mazes).reshape(count, 8, -1)
+    images = maze.dihedral_variants(mazes).reshape(count, 8, -1)
     assert len({min(map(bytes, row)) for row in images}) == count
 
 
@@ -233,7 +231,7 @@ def run(output: Path, *arguments: object) -> tuple[Pack, Pack]:
 
 def write_csv(path: Path, mazes: Mazes, answers: Mazes) -> Path:
     lines = [
-        [maze.render_text(tokens.ravel()).replace("\n", "") for tokens in pair]
+        ["".join(("?" + maze.CHARSET)[token] for token in tokens.ravel()) for tokens in pair]
         for pair in zip(mazes, answers, strict=True)
     ]
     with (gzip.open if path.suffix == ".gz" else open)(path, "wt", newline="") as stream:
@@ -255,7 +253,7 @@ def sources(tmp_path: Path) -> tuple[Mazes, Mazes]:
 
 def test_generated_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, test = run(tmp_path / "pack", "--generate", "6x6", "--train-size", 30, "--test-size", 20, "--aug")
-    assert "30 training mazes with 7 images each and 20 test mazes" in capsys.readouterr().out
+    assert "30 training mazes with 7 augmentations each and 20 test mazes" in capsys.readouterr().out
     for pack, groups, size in ((train, 30, 8), (test, 20, 1)):
         metadata, data = pack.metadata, pack.sets["all"]
         assert (metadata.pad_id, metadata.ignore_label_id, metadata.blank_identifier_id) == (0, 0, 0)
@@ -267,7 +265,7 @@ def test_generated_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert maze.is_shortest_path(data.inputs, data.labels).all()
         assert ((data.labels == PATH).sum(1) + 1).min() >= 12
     groups_of_images = train.sets["all"].inputs.reshape(30, 8, 6, 6)
-    np.testing.assert_array_equal(groups_of_images, maze.dihedral_images(groups_of_images[:, 0]))
+    np.testing.assert_array_equal(groups_of_images, maze.dihedral_variants(groups_of_images[:, 0]))
     assert not set(map(bytes, train.sets["all"].inputs)) & set(map(bytes, test.sets["all"].inputs))
     assert json.loads((tmp_path / "pack" / "identifiers.json").read_text()) == ["<blank>"]
 
@@ -301,11 +299,11 @@ def test_faults_of_a_source_are_told(
 ) -> None:
     mazes, answers = sources
     write_csv(tmp_path / "train.csv", mazes[:6], np.concatenate([mazes[:2], answers[2:6]]))
-    image = maze.dihedral_images(mazes[1:2])[0, 3:4]
+    image = maze.dihedral_variants(mazes[1:2])[0, 3:4]
     write_csv(tmp_path / "test.csv.gz", image, generator.shortest_paths(image))
     run(tmp_path / "pack", "--source-dir", tmp_path)
     said = capsys.readouterr().out
-    assert "; 2 answers are not shortest paths; 1 test mazes are images of training mazes" in said
+    assert "; 2 answers are not shortest paths; 1 test mazes are augmentations of training mazes" in said
 
 
 def test_hub_source(tmp_path: Path, sources: tuple[Mazes, Mazes], monkeypatch: pytest.MonkeyPatch) -> None:

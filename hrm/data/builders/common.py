@@ -25,7 +25,7 @@ MOST_SOURCE = 256
 
 
 def run_command(work: Callable[[argparse.Namespace], str], parse: Callable[[], argparse.Namespace]) -> int:
-    """Print what `work` says of the arguments that `parse` returns, or what is wrong; returns the exit status."""
+    """Print what `work` returns for the arguments that `parse` returns, or what is wrong; returns the exit status."""
     try:
         print(printable_lines(work(parse())))
     except UserError as error:
@@ -82,9 +82,9 @@ def is_generated(
     generating = sources == ["generate"]
     for name in of_files if generating else of_generated:
         if getattr(arguments, name) is not None:
-            place = f"does not apply to generated {what}" if generating else f"applies to generated {what} only"
-            mend = "leave it out" if generating else "leave it out or add --generate"
-            raise UserError(f"{option(name)} {place}; {mend}.")
+            where = f"does not apply to generated {what}" if generating else f"applies to generated {what} only"
+            remedy = "leave it out" if generating else "leave it out or add --generate"
+            raise UserError(f"{option(name)} {where}; {remedy}.")
     if not sources:
         arguments.source_repo = default_repo
     return generating
@@ -156,7 +156,7 @@ def hub_file(repo: str, split: str) -> Path:
 
     try:
         return Path(hf_hub_download(repo, f"{split}.csv", repo_type="dataset"))
-    except Exception as error:  # offline, no such repo, no access, a broken transfer: many types, one mend
+    except Exception as error:  # offline, no such repo, no access, a broken transfer: many types, one remedy
         raise UserError(
             f"{split}.csv of the hub dataset {repo} cannot be downloaded ({type(error).__name__}); check the network "
             "and --source-repo, or build from local files with --source-dir or generated puzzles with --generate."

@@ -50,9 +50,9 @@ Tokens = NDArray[np.int32]  # of such a shape
 
 @dataclass(frozen=True)
 class Example:
-    """One line; `place` is its file and number, which also names its group and puzzle if the line does not."""
+    """One line; `location` is its file and number, which also names its group and puzzle if the line does not."""
 
-    place: str
+    location: str
     input: Tokens
     output: Tokens
     group: str | None
@@ -94,50 +94,50 @@ class Reader:
         final = vocabulary.tokens()
         return vocabulary, np.array([final[symbol] for symbol in self._tokens], dtype=np.int32)
 
-    def _example(self, line: str, place: str) -> Example:
+    def _example(self, line: str, location: str) -> Example:
         try:
             record = parse_json(line)
         except ValueError as error:
-            raise UserError(f"{place}: this is not valid JSON ({error}); correct or remove the line.") from error
+            raise UserError(f"{location}: this is not valid JSON ({error}); correct or remove the line.") from error
         if not isinstance(record, dict):
-            raise UserError(f'{place}: this is no object; write {{"input": [...], "output": [...]}}.')
+            raise UserError(f'{location}: this is no object; write {{"input": [...], "output": [...]}}.')
         for name in record:
             if name not in FIELDS:
-                raise UserError(f"{place}: there is no field {name!r}; a line has {', '.join(FIELDS)}.")
+                raise UserError(f"{location}: there is no field {name!r}; a line has {', '.join(FIELDS)}.")
         for name, needed in FIELDS.items():
             if needed and name not in record:
-                raise UserError(f"{place}: the field {name!r} is missing; add it.")
-        question, answer = (self._cells(record[name], f"{place}, {name}") for name in ("input", "output"))
+                raise UserError(f"{location}: the field {name!r} is missing; add it.")
+        question, answer = (self._cells(record[name], f"{location}, {name}") for name in ("input", "output"))
         if question.ndim != answer.ndim:
-            raise UserError(f"{place}: one of input and output is a list and one a grid; make both the same.")
+            raise UserError(f"{location}: one of input and output is a list and one a grid; make both the same.")
         if not answer.any():
-            raise UserError(f"{place}, output: there is nothing but null; give something to learn.")
-        group, puzzle = (self._name(record.get(name), f"{place}, {name}") for name in ("group", "puzzle"))
-        return Example(place, question, answer, group, puzzle)
+            raise UserError(f"{location}, output: there is nothing but null; give something to learn.")
+        group, puzzle = (self._name(record.get(name), f"{location}, {name}") for name in ("group", "puzzle"))
+        return Example(location, question, answer, group, puzzle)
 
-    def _cells(self, value: object, place: str) -> Tokens:
+    def _cells(self, value: object, location: str) -> Tokens:
         if not isinstance(value, list) or not value:
-            raise UserError(f"{place}: {_shown(value)} is not a list of symbols; give one with at least one symbol.")
+            raise UserError(f"{location}: {_shown(value)} is not a list of symbols; give one with at least one symbol.")
         rows = value if isinstance(value[0], list) else [value]
         for number, row in enumerate(rows, start=1):
             if not isinstance(row, list) or not row or len(row) != len(rows[0]):
-                raise UserError(f"{place}: row {number} is {_shown(row)}; rows of a grid are lists of one length.")
-        tokens = np.array([[self._token(symbol, place) for symbol in row] for row in rows], dtype=np.int32)
+                raise UserError(f"{location}: row {number} is {_shown(row)}; rows of a grid are lists of one length.")
+        tokens = np.array([[self._token(symbol, location) for symbol in row] for row in rows], dtype=np.int32)
         return tokens if isinstance(value[0], list) else tokens[0]
 
-    def _token(self, symbol: object, place: str) -> int:
-        # True equals 1 and would be found in its place.
+    def _token(self, symbol: object, location: str) -> int:
+        # True equals 1 and would be found in its location.
         if not (symbol is None or is_symbol(symbol)):
-            raise UserError(f"{place}: {_shown(symbol)} is not a symbol; symbols are strings and numbers.")
+            raise UserError(f"{location}: {_shown(symbol)} is not a symbol; symbols are strings and numbers.")
         if self._given is None:
             return self._tokens.setdefault(symbol, len(self._tokens))
         if symbol not in self._tokens:
-            raise UserError(f"{place}: {_shown(symbol)} is not in the vocabulary; correct it, or extend --vocab.")
+            raise UserError(f"{location}: {_shown(symbol)} is not in the vocabulary; correct it, or extend --vocab.")
         return self._tokens[symbol]
 
-    def _name(self, value: object, place: str) -> str | None:
+    def _name(self, value: object, location: str) -> str | None:
         if value is not None and (type(value) not in (int, str) or value == ""):
-            raise UserError(f"{place}: {_shown(value)} is no name; give a string or a whole number.")
+            raise UserError(f"{location}: {_shown(value)} is no name; give a string or a whole number.")
         return None if value is None else str(value)
 
 
@@ -151,12 +151,12 @@ def _shown(value: object) -> str:
 
 def check_apart(train: Sequence[Example], test: Sequence[Example]) -> None:
     """UserError if a group is in both."""
-    places = {example.group: example.place for example in train if example.group is not None}
+    locations = {example.group: example.location for example in train if example.group is not None}
     for example in test:
-        if example.group in places:
+        if example.group in locations:
             raise UserError(
-                f"{example.place}: group {example.group!r} is trained on in {places[example.group]}; keep a group in "
-                "one file, or leave it out if these lines are no variants of one another."
+                f"{example.location}: group {example.group!r} is trained on in {locations[example.group]}; keep a "
+                "group in one file, or leave it out if these lines are no variants of one another."
             )
 
 
@@ -164,14 +164,14 @@ def split_groups(
     examples: Sequence[Example], test_fraction: float, rng: np.random.Generator
 ) -> tuple[list[Example], list[Example]]:
     """Training and test examples, in their old order; a random `test_fraction` of the groups is tested."""
-    groups = list(dict.fromkeys(example.group or example.place for example in examples))
+    groups = list(dict.fromkeys(example.group or example.location for example in examples))
     if len(groups) < 2:
         raise UserError("--test-fraction cannot split a single group; give test examples with --test.")
     count = min(max(round(test_fraction * len(groups)), 1), len(groups) - 1)
     tested = {groups[index] for index in rng.choice(len(groups), count, replace=False)}
     sides: tuple[list[Example], list[Example]] = [], []
     for example in examples:
-        sides[(example.group or example.place) in tested].append(example)
+        sides[(example.group or example.location) in tested].append(example)
     return sides
 
 
@@ -190,13 +190,13 @@ def common_shape(examples: Sequence[Example], wanted: Shape | None) -> Shape:
     for example in examples:
         if example.input.ndim != first.input.ndim:
             raise UserError(
-                f"{example.place}: this is {kinds[example.input.ndim]}, but {first.place} has "
+                f"{example.location}: this is {kinds[example.input.ndim]}, but {first.location} has "
                 f"{kinds[first.input.ndim]}; a pack holds one kind."
             )
         size = np.maximum(example.input.shape, example.output.shape)
         if wanted is not None and (len(wanted) != len(size) or (size > wanted).any()):
             raise UserError(
-                f"{example.place}: this example of {_written(size)} does not fit --shape {_written(wanted)}; give a "
+                f"{example.location}: this example of {_written(size)} does not fit --shape {_written(wanted)}; give a "
                 "larger one, or none."
             )
         largest = np.maximum(largest, size)
@@ -213,8 +213,8 @@ def pack_examples(
     """The arrays of one split, groups and puzzles in the order in which they first appear."""
     groups: dict[str, dict[str, list[Example]]] = {}
     for example in examples:
-        puzzles = groups.setdefault(example.group or example.place, {})
-        puzzles.setdefault(example.puzzle or example.place, []).append(example)
+        puzzles = groups.setdefault(example.group or example.location, {})
+        puzzles.setdefault(example.puzzle or example.location, []).append(example)
     all_puzzles = [puzzle for puzzles in groups.values() for puzzle in puzzles.values()]
     dtype = np.min_scalar_type(vocab_size - 1)
     inputs, labels = (np.full((len(examples), *shape), PAD_TOKEN, dtype=dtype) for _ in range(2))

@@ -42,7 +42,7 @@ from hrm.tasks.maze import (
     VOCAB_SIZE,
     Mazes,
     Tokens,
-    dihedral_images,
+    dihedral_variants,
     is_maze,
     is_shortest_path,
     parse_maze,
@@ -111,11 +111,11 @@ def read_csv(path: Path) -> Puzzles:
     return Puzzles(questions, answers)
 
 
-def _parse(text: str | None, place: str) -> Tokens:
+def _parse(text: str | None, location: str) -> Tokens:
     try:
         return parse_maze(text or "")
     except UserError as error:
-        raise UserError(f"{place}: {error}") from error
+        raise UserError(f"{location}: {error}") from error
 
 
 def faults(train: Puzzles, test: Puzzles) -> str:
@@ -126,12 +126,12 @@ def faults(train: Puzzles, test: Puzzles) -> str:
         for mazes in ((train.questions, test.questions), (train.answers, test.answers))
     )
     wrong = count - np.count_nonzero(is_shortest_path(questions, answers))
-    trained = {bytes(image) for images in dihedral_images(train.questions) for image in images}
+    trained = {bytes(variant) for variants in dihedral_variants(train.questions) for variant in variants}
     known = sum(bytes(maze) in trained for maze in test.questions)
     return remarks(
         {
             "answers are not shortest paths": wrong,
-            "test mazes are images of training mazes": known,
+            "test mazes are augmentations of training mazes": known,
             "train mazes repeat another one": count_repeats(train.questions),
             "test mazes repeat another one": count_repeats(test.questions),
         }
@@ -150,10 +150,10 @@ def parse_size(text: str) -> int:
 
 
 def write_puzzles(folder: Path, puzzles: Puzzles, aug: bool) -> None:
-    """Writes one split, with the metadata of the published maze packs: a group is a maze, with `aug` and its images."""
+    """Write one split, with the metadata of the published maze packs: a group is a maze, with `aug` its 8 variants."""
     size = 8 if aug else 1
     inputs, labels = (
-        (dihedral_images(mazes) if aug else mazes).reshape(len(puzzles) * size, -1)
+        (dihedral_variants(mazes) if aug else mazes).reshape(len(puzzles) * size, -1)
         for mazes in (puzzles.questions, puzzles.answers)
     )
     examples = PackSet(
@@ -243,7 +243,7 @@ def build(arguments: argparse.Namespace) -> str:
         write_provenance(folder, "dataset/build_maze_dataset.py", recorded(arguments), source, read, task=TASK.name)
     moves = np.count_nonzero(test.answers == PATH, axis=(1, 2)) + 1
     return (
-        f"{arguments.output_dir}: {len(train):,} training mazes{' with 7 images each' * arguments.aug} and "
+        f"{arguments.output_dir}: {len(train):,} training mazes{' with 7 augmentations each' * arguments.aug} and "
         f"{len(test):,} test mazes of {moves.mean():.1f} moves on average, from {source}, "
         f"in {time.perf_counter() - begin:.1f} s{remark}"
     )

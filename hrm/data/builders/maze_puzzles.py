@@ -16,7 +16,7 @@ from hrm.tasks.maze import (
     Cells,
     Mazes,
     any_cell,
-    dihedral_images,
+    dihedral_variants,
     from_words,
     to_words,
     waves,
@@ -72,14 +72,14 @@ def random_mazes(count: int, side: int, min_length: int, rng: np.random.Generato
         UserError: if random search finds no more.
     """
     batch = max(_DRAWN_CELLS // side**2 // 64, 1) * 64
-    found: dict[bytes, Mazes] = {}  # by what is common to all images
+    found: dict[bytes, Mazes] = {}  # by what is common to all variants
     drawn = accepted = barren = 0
     with tqdm(desc="Generating", total=count, unit=" mazes", delay=2, leave=False) as progress:
         while len(found) < count:
             known = len(found)
             mazes = _draw(batch, side, min_length, rng)
-            for images in dihedral_images(mazes):
-                found.setdefault(min(map(bytes, images)), images[0])
+            for variants in dihedral_variants(mazes):
+                found.setdefault(min(map(bytes, variants)), variants[0])
             drawn, accepted = drawn + batch, accepted + len(mazes)
             progress.update(min(len(found), count) - known)
             barren = 0 if len(found) > known else barren + batch

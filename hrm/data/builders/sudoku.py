@@ -160,7 +160,7 @@ def read_csv(path: Path, min_difficulty: int | None) -> tuple[BoxShape, Puzzles]
 def _csv_chunks(
     rows: Iterator[tuple[int, list[str]]], columns: Mapping[str, int], path: Path, min_difficulty: int | None
 ) -> Iterator[_Lines]:
-    """Chunks of lines, without those rated below `min_difficulty`; `columns` says at which place in a line each is."""
+    """Chunks of lines, without those rated below `min_difficulty`; `columns` says which field of a line each is."""
     lines = _Lines()
     for number, row in tqdm(rows, desc=f"Reading {path.name}", unit=" lines", delay=2, leave=False):
         if not row:
@@ -194,7 +194,7 @@ def _csv_chunks(
 
 @contextmanager
 def _located(path: Path, line: int, column: str) -> Iterator[None]:
-    """Names the place in what is said about a board."""
+    """Names file, line and column in errors about a board."""
     try:
         yield
     except UserError as error:
@@ -353,30 +353,30 @@ def faults(train: Puzzles, test: Puzzles, shape: BoxShape) -> str:
 def augment(
     puzzles: Puzzles, shape: BoxShape, num_aug: int, hints: int, held_out: Grids, rng: np.random.Generator
 ) -> PackSet:
-    """One group for every puzzle: the puzzle itself, `num_aug` random images of it and `hints` more that are easier,
-    each with its one example.
+    """One group for every puzzle: the puzzle itself, `num_aug` random augmentations of it and `hints` more that are
+    easier, each with its one example.
 
-    Easier ones have a share of their blanks filled in, drawn uniformly from none to all for each. Images whose solution
-    is among the complete grids `held_out` (`[M, cells]`, M may be 0) are drawn again.
+    Easier ones have a share of their blanks filled in, drawn uniformly from none to all for each. Augmentations whose
+    solution is among the complete grids `held_out` (`[M, cells]`, M may be 0) are drawn again.
     """
     extra = num_aug + hints
     size = 1 + extra
     inputs, labels = (np.empty((len(puzzles) * size, shape.cells), dtype=np.uint8) for _ in range(2))
     inputs[::size], labels[::size] = encode_tokens(puzzles.questions), encode_tokens(puzzles.answers)
-    images = len(puzzles) * extra
-    for start in tqdm(range(0, images, CHUNK), desc="Augmenting", delay=2, leave=False):
-        image = np.arange(start, min(start + CHUNK, images))
-        while image.size:
-            group, number = np.divmod(image, extra)
+    augmentations = len(puzzles) * extra
+    for start in tqdm(range(0, augmentations, CHUNK), desc="Augmenting", delay=2, leave=False):
+        drawn = np.arange(start, min(start + CHUNK, augmentations))
+        while drawn.size:
+            group, number = np.divmod(drawn, extra)
             row = group * size + 1 + number
-            symmetries = random_symmetries(image.size, shape, rng)
+            symmetries = random_symmetries(drawn.size, shape, rng)
             questions, answers = (symmetries.apply(grids[group]) for grids in (puzzles.questions, puzzles.answers))
             if hints:
-                share = np.where(number < num_aug, 0, rng.random(image.size))
+                share = np.where(number < num_aug, 0, rng.random(drawn.size))
                 filled = rng.random(questions.shape) < share[:, None]
                 questions = np.where(filled, answers, questions)
             inputs[row], labels[row] = encode_tokens(questions), encode_tokens(answers)
-            image = image[np.isin(_row_keys(answers), _row_keys(held_out))]
+            drawn = drawn[np.isin(_row_keys(answers), _row_keys(held_out))]
     return PackSet(
         inputs=inputs,
         labels=labels,
@@ -413,7 +413,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--hints",
         type=int,
         default=0,
-        help="easier images of each training puzzle, some blanks filled in (%(default)s)",
+        help="easier augmentations of each training puzzle, some blanks filled in (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=42, help="of every random choice (%(default)s)")
     source = parser.add_argument_group("source: one of")
@@ -459,11 +459,11 @@ def build(arguments: argparse.Namespace) -> str:
             if arguments.subsample_size is not None and arguments.subsample_size < len(train):
                 train = train.take(np.sort(rng.choice(len(train), arguments.subsample_size, replace=False)))
             remark = faults(train, test, shape)
-        most_images = np.iinfo(np.int32).max // len(train) - 1  # a pack's offsets are int32
-        if arguments.num_aug + arguments.hints > most_images:
+        most = np.iinfo(np.int32).max // len(train) - 1  # a pack's offsets are int32
+        if arguments.num_aug + arguments.hints > most:
             raise UserError(
                 f"--num-aug {arguments.num_aug} and --hints {arguments.hints} of {len(train)} puzzles are more than a "
-                f"pack can hold; choose at most {most_images} together, or fewer puzzles."
+                f"pack can hold; choose at most {most} together, or fewer puzzles."
             )
         examples = augment(train, shape, arguments.num_aug, arguments.hints, held_out, rng)
         write_puzzles(folder / "train", shape, examples)
