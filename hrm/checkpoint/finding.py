@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from hrm.checkpoint.states import (
 from hrm.config import PretrainConfig
 from hrm.data.identity import PackIdentity
 from hrm.data.pack import Pack, sha256_of
-from hrm.errors import UserError
+from hrm.errors import UserError, first_sentence, shortened
 from hrm.models import arch_config
+from hrm.reading import read_json, read_text
 
 AUTO = "auto"
+_MOST_BYTES = 1 << 26  # of the metadata and of the sums
 
 
 def find_state(resume: str, run_folder: Path) -> SavedState | None:
@@ -42,7 +45,7 @@ def find_state(resume: str, run_folder: Path) -> SavedState | None:
         UserError: there is none at that path, or none that is whole.
     """
     folder = run_folder if resume == AUTO else Path(resume)
-    if STATE_NAME.fullmatch(folder.name) and folder.is_dir():
+    if STATE_NAME.fullmatch(folder.name) and os.path.isdir(folder):
         return SavedState(folder, read_metadata(folder))
     states = states_in(folder)
     unusable: list[str] = []
@@ -56,8 +59,8 @@ def find_state(resume: str, run_folder: Path) -> SavedState | None:
     if resume == AUTO:
         return None
     raise UserError(
-        f"resume={resume} is no training state (a folder state_<n>) and no run folder with one; weights alone do not "
-        "say how a run goes on."
+        f"resume={shortened(resume)} is no training state (a folder state_<n>) and no run folder with one; weights "
+        "alone do not say how a run goes on."
     )
 
 
@@ -68,30 +71,60 @@ def read_metadata(folder: Path) -> StateMetadata:
         UserError: a file is missing, changed, or not of this program.
     """
     try:
-        lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(folder / SUMS_FILE, _MOST_BYTES).splitlines()
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no training state, as it has no readable {SUMS_FILE}.") from error
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     found = {file.name for file in folder.iterdir()} - {SUMS_FILE}
     for name in sorted(found | expected.keys()):
         if name not in found:
             raise UserError(f"{folder} lacks {name}, which its {SUMS_FILE} names: resume from another training state.")
-        if expected.get(name) != sha256_of(folder / name):
+        if (digest := _sha256(folder / name)) is None or expected.get(name) != digest:
             raise UserError(
                 f"{folder / name} is not what was saved (its SHA-256 is not that in {SUMS_FILE}): resume from another "
                 "training state."
             )
     try:
-        content = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
+        content = read_json(folder / METADATA_FILE, _MOST_BYTES)
         if content["format"] not in READABLE_FORMATS:
             known = " and ".join(map(str, READABLE_FORMATS))
             raise UserError(
                 f"{folder} has format {content['format']} of training states, but this version reads {known}: resume "
                 "with the version that saved it."
             )
-        return StateMetadata(**content)
+        metadata = StateMetadata(**content)
+        for name, (kind, accepts) in _KINDS.items():
+            if not accepts(value := getattr(metadata, name)):
+                raise ValueError(f"{name} is {shortened(value)}, not {kind}")
+        return metadata
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no training state of this program ({METADATA_FILE}: {error!r}).") from error
+
+
+def _sha256(file: Path) -> str | None:
+    """Of a regular file; None for anything else."""
+    try:
+        return sha256_of(file)
+    except OSError:
+        return None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+# What the fields of a training state's metadata must be: what it is called, and the check.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("step", "num_ranks", "window_steps", "metrics_size"), ("a count", _is_count)),
+    **dict.fromkeys(("progress", "config", "pack"), ("an object", lambda value: isinstance(value, dict))),
+    **dict.fromkeys(("made_by", "pack_identity"), ("an object of strings", _is_texts)),
+    "window_names": ("a list of strings", lambda value: isinstance(value, list) and _is_texts(dict(enumerate(value)))),
+    "wandb_id": ("a string or null", lambda value: value is None or isinstance(value, str)),
+}
 
 
 def check_options(saved: SavedState, config: PretrainConfig, pack: Pack, identity: PackIdentity) -> list[str]:
@@ -163,9 +196,22 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a training state by their names, whole, on the host."""
-    reader = HuggingFaceStorageReader(str(folder))
-    about = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in about.items()}  # type: ignore[union-attr]
-    load(tensors, storage_reader=reader, no_dist=True)
+    """All tensors of a training state by their names, whole, on the host.
+
+    Raises:
+        UserError: its files do not hold them.
+    """
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    try:
+        reader = HuggingFaceStorageReader(str(folder))
+        about: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        claimed = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in about.values())
+        if claimed > stored:
+            raise UserError(f"its tensors claim {claimed:,} bytes, but {stored:,} are stored")
+        tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in about.items()}
+        load(tensors, storage_reader=reader, no_dist=True)
+    except Exception as error:  # what reading raises over files of another kind shares no base class
+        raise UserError(
+            f"{folder} does not hold a training state's tensors ({first_sentence(error)}): resume from another one."
+        ) from error
     return tensors

@@ -14,6 +14,7 @@ executed. Ranks on several hosts need a run folder that all of them see. `hrm.ch
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import re
 import warnings
@@ -70,7 +71,7 @@ class SavedState:
 
 def states_in(folder: Path) -> dict[int, Path]:
     """The training states of a run folder by their steps."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # pathlib raises errors about names that are too long
         return {}
     named = ((STATE_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
     return {int(match[1]): path for match, path in named if match}

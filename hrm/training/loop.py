@@ -94,7 +94,7 @@ def _pretrain(config: PretrainConfig, world: World) -> Request:
         state, progress = initial_state(config, train_pack, world), Progress()
         window = MetricWindow(world, config.global_batch_size)
         if saved is not None:
-            progress = Progress(**saved.metadata.progress)
+            progress = Progress.from_saved(saved)
             if begun := restore(saved, state, world, config, train_pack):
                 window.reopen(begun)
         if world.is_main:

@@ -18,7 +18,7 @@ from hrm.checkpoint.states import SavedState
 from hrm.config import PretrainConfig
 from hrm.data.pack import Pack
 from hrm.distributed.world import World
-from hrm.errors import UserError
+from hrm.errors import UserError, first_sentence, shortened
 from hrm.models import ACTLossHead
 from hrm.training.metrics import MetricWindow, OpenSums
 from hrm.training.step import TrainState
@@ -34,6 +34,24 @@ class Progress:
     best_accuracy: float | None = None  # exact, at the best evaluation
     best_step: int | None = None
     evaluations_since_best: int = 0
+
+    @classmethod
+    def from_saved(cls, saved: SavedState) -> Progress:
+        """Where the run of a training state stood; UserError if it does not say."""
+        try:
+            progress = cls(**saved.metadata.progress)
+        except TypeError as error:
+            raise UserError(
+                f"{saved.folder} has other fields of progress ({error}): resume from another one."
+            ) from error
+        for name, value in vars(progress).items():
+            if not (value is None and name in ("train_accuracy", "best_accuracy", "best_step")):
+                kinds = (int, float) if name.endswith("accuracy") else (int,)
+                if type(value) not in kinds or not 0 <= value < 2**63:
+                    raise UserError(
+                        f"{saved.folder} has {name} {shortened(value)}: resume from another training state."
+                    )
+        return progress
 
 
 def shared_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -88,6 +106,23 @@ def restore(saved: SavedState, state: TrainState, world: World, config: Pretrain
         UserError: the tensors are not those of this model and its optimizers.
     """
     tensors = read_tensors(saved.folder)
+    try:
+        return _restore(saved, tensors, state, world, config, pack)
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{saved.folder} does not hold what a run with these options goes on from ({first_sentence(error)}): "
+            "resume from another training state."
+        ) from error
+
+
+def _restore(
+    saved: SavedState,
+    tensors: Mapping[str, Tensor],
+    state: TrainState,
+    world: World,
+    config: PretrainConfig,
+    pack: Pack,
+) -> OpenSums | None:
     _fill(state, state.model, dict(_below("weights.", tensors)), saved.folder)
     if state.average is not None:  # if it was off before, it starts now
         weights = dict(_below("weights.", tensors))
@@ -101,6 +136,8 @@ def restore(saved: SavedState, state: TrainState, world: World, config: Pretrain
             own[key] = count.clone()
     for path, moment in _below("moments.", tensors):
         key, _, name = path.partition(".")
+        if moment.shape != tensors[f"weights.{name}"].shape:
+            raise ValueError(f"moments.{path} has shape {tuple(moment.shape)}, not its weight's")
         values[list(state.shared.weights).index(name)][key] = state.shared.scatter({name: moment})[name].clone()
     dense, _ = state.optimizers[0]
     # Rates, betas and the like are the options' business.
