@@ -7,34 +7,22 @@ gated MLP.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hrm.kernels.blocks import BlockWeights as BlockWeights
+from hrm.kernels.blocks import MixerWeights as MixerWeights
+from hrm.kernels.blocks import NormGatedBlockWeights, NormGatedMixerWeights
 from hrm.kernels.context import KernelContext
 from hrm.kernels.context import RotaryTables as RotaryTables
 
-
-class BlockWeights(NamedTuple):
-    """The matrices of one block, in the dtype of the activations."""
-
-    qkv: Tensor  # [3 D, D]: the rows of all q heads, then k, then v
-    o: Tensor  # [D, D]
-    gate_up: Tensor  # [2 F, D]: gate, then up
-    down: Tensor  # [D, F]
-
-
-class MixerWeights(NamedTuple):
-    """The matrices of one block that mixes tokens by a gated MLP over them, in the dtype of the activations."""
-
-    token_gate_up: Tensor  # [2 G, T]: gate, then up; G is its inner width
-    token_down: Tensor  # [T, G]
-    gate_up: Tensor  # [2 F, D]: gate, then up
-    down: Tensor  # [D, F]
-
-
+AnyBlock: TypeAlias = BlockWeights | MixerWeights | NormGatedBlockWeights | NormGatedMixerWeights
+_MIXERS = (MixerWeights, NormGatedMixerWeights)
+_NORM_GATED = (NormGatedBlockWeights, NormGatedMixerWeights)
+BLOCK_TYPES = (BlockWeights, MixerWeights, NormGatedBlockWeights, NormGatedMixerWeights)
 Attend: TypeAlias = Callable[[Tensor, RotaryTables | None, int], Tensor]  # qkv, rotary, num_heads: see `sdpa`
 
 
@@ -98,7 +86,11 @@ def sdpa(qkv: Tensor, rotary: RotaryTables | None, num_heads: int) -> Tensor:
 
 
 def attention(
-    x: Tensor, weights: BlockWeights, rotary: RotaryTables | None, num_heads: int, attend: Attend = sdpa
+    x: Tensor,
+    weights: BlockWeights | NormGatedBlockWeights,
+    rotary: RotaryTables | None,
+    num_heads: int,
+    attend: Attend = sdpa,
 ) -> Tensor:
     """Non-causal self-attention over `x` [B, T, D] with its two projections."""
     return F.linear(attend(F.linear(x, weights.qkv), rotary, num_heads), weights.o)
@@ -110,16 +102,43 @@ def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(gate) * up, down)
 
 
-def mix_tokens(x: Tensor, weights: MixerWeights, eps: float) -> Tensor:
+def norm_gated(x: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
+    """An MLP gated by sigmoid(gate) * rms_norm(gate * up), of which the product has no size that could grow.
+
+    The gate of "Speed is Confidence" (arXiv 2601.19085). Between the two matmuls it is computed in float32 at least,
+    where a product of two numbers of float16 does not overflow.
+
+    Args:
+        x: [..., I]; the MLP is over its last dimension.
+        gate_up: [2 F, I], the rows of gate, then up.
+        down: [I, F].
+        eps: of the norm over the F hidden units, which has no gain.
+
+    Returns:
+        [..., I] in the dtype of `x`.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gate, up = F.linear(x, gate_up).to(wide).chunk(2, dim=-1)
+    return F.linear((gate.sigmoid() * rms_norm(gate * up, eps)).to(x.dtype), down)
+
+
+def _mlp(weights: AnyBlock, x: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
+    """The MLP of a block, with two of its matrices."""
+    if isinstance(weights, _NORM_GATED):
+        return norm_gated(x, gate_up, down, eps)
+    return swiglu(x, gate_up, down)
+
+
+def mix_tokens(x: Tensor, weights: MixerWeights | NormGatedMixerWeights, eps: float) -> Tensor:
     """The first half of a block with an MLP over the tokens of `x` [B, T, D]: its norm, too, is over the tokens."""
     features = x.mT
-    return rms_norm(features + swiglu(features, weights.token_gate_up, weights.token_down), eps).mT
+    return rms_norm(features + _mlp(weights, features, weights.token_gate_up, weights.token_down, eps), eps).mT
 
 
 def reasoning_module(
     state: Tensor,
     injection: Tensor,
-    blocks: Sequence[BlockWeights | MixerWeights],
+    blocks: Sequence[AnyBlock],
     context: KernelContext,
     attend: Attend = sdpa,
 ) -> Tensor:
@@ -135,15 +154,15 @@ def reasoning_module(
     """
     x = state + injection
     for weights in blocks:
-        if isinstance(weights, MixerWeights):
+        if isinstance(weights, _MIXERS):
             x = mix_tokens(x, weights, context.eps)
         else:
             x = rms_norm(x + attention(x, weights, context.rotary, context.num_heads, attend), context.eps)
-        x = rms_norm(x + swiglu(x, weights.gate_up, weights.down), context.eps)
+        x = rms_norm(x + _mlp(weights, x, weights.gate_up, weights.down, context.eps), context.eps)
     return x
 
 
-def first_token_block(x: Tensor, weights: BlockWeights | MixerWeights, context: KernelContext) -> Tensor:
+def first_token_block(x: Tensor, weights: AnyBlock, context: KernelContext) -> Tensor:
     """One block where only token 0 of the result is wanted: the others still give their keys and values, or mix.
 
     Args:
@@ -152,14 +171,16 @@ def first_token_block(x: Tensor, weights: BlockWeights | MixerWeights, context: 
     Returns:
         [B, D], what `reasoning_module` would put into token 0.
     """
-    if isinstance(weights, MixerWeights):
+    if isinstance(weights, _MIXERS):
         first = mix_tokens(x, weights, context.eps)[:, 0]
     else:
         first = rms_norm(x[:, 0] + _first_token_attention(x, weights, context.rotary, context.num_heads), context.eps)
-    return rms_norm(first + swiglu(first, weights.gate_up, weights.down), context.eps)
+    return rms_norm(first + _mlp(weights, first, weights.gate_up, weights.down, context.eps), context.eps)
 
 
-def _first_token_attention(x: Tensor, weights: BlockWeights, rotary: RotaryTables | None, num_heads: int) -> Tensor:
+def _first_token_attention(
+    x: Tensor, weights: BlockWeights | NormGatedBlockWeights, rotary: RotaryTables | None, num_heads: int
+) -> Tensor:
     """Token 0 of `attention`, [B, D]."""
     batch, _, width = x.shape
 

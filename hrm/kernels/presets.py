@@ -50,6 +50,5 @@ def _read(name: str, file: Path) -> Preset:
         raise UserError(
             f"{file} must begin with `# WHAT IT IS.` and `# When: WHEN TO TAKE IT.`, each of a line or more."
         )
-    config = OmegaConf.load(file)
-    of_experiment = config.get("backend") in backend_names(EXPERIMENTAL)
+    of_experiment = OmegaConf.select(OmegaConf.load(file), "backend") in backend_names(EXPERIMENTAL)
     return Preset(name, said[1], said[2], of_experiment or said[2].startswith("experiments"))

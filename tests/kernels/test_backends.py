@@ -182,6 +182,18 @@ def test_the_definition_computes_every_type_of_block() -> None:
     assert known <= set(load_backend("naive").block_types)
 
 
+def test_the_normalised_gate() -> None:
+    """By its formula, in float64; in float16 the product of gate and up may be beyond 65504."""
+    generator = torch.Generator().manual_seed(0)
+    x, gate, up, down = (torch.randn(shape, generator=generator).double() for shape in [(3, 8), (6, 8), (6, 8), (5, 6)])
+    g, v = x @ gate.T, x @ up.T
+    product = g * v
+    hidden = torch.sigmoid(g) * product / (product.square().mean(-1, keepdim=True) + EPS).sqrt()
+    torch.testing.assert_close(naive.norm_gated(x, torch.cat([gate, up]), down, EPS), hidden @ down.T)
+    large = naive.norm_gated(torch.full((1, 8), 50.0).half(), torch.full((12, 8), 2.0).half(), torch.eye(6).half(), EPS)
+    assert torch.equal(large, torch.ones_like(large))  # gate and up are 800 each
+
+
 def test_files_in_the_folders_are_the_backends() -> None:
     folder = Path(registry.__file__).parent
     files = {file.stem for name in ("backends", "experimental") for file in (folder / name).glob("[!_]*.py")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hrm.kernels import naive
 from hrm.kernels.backend import Backend, KernelRequest
-from hrm.kernels.naive import BlockWeights, MixerWeights
+from hrm.kernels.blocks import BlockWeights
 from hrm.kernels.requirements import is_measured, why_not_compiled
 
 
@@ -21,7 +21,7 @@ def _default(request: KernelRequest) -> dict[str, bool]:
 BACKEND = Backend(
     naive.reasoning_module,
     naive.first_token_block,
-    block_types=(BlockWeights, MixerWeights),
+    block_types=naive.BLOCK_TYPES,
     default=_default,
     priority=0,
     takes_attention=True,
