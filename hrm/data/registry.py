@@ -33,10 +33,11 @@ def built(pack: Path) -> str:
     """How many puzzles the pack holds to train and to test on, augmentations not counted; or that there is none."""
     if not is_pack(pack):
         return "no"
-    counts = read_provenance(pack).get("counts")
-    if counts is None:
+    try:
+        counts = read_provenance(pack)["counts"]
+        return " + ".join(f"{int(counts[split]['groups']):,}" for split in SPLITS)
+    except (KeyError, TypeError, ValueError):  # of another builder
         return "yes, uncounted"
-    return " + ".join(f"{counts[split]['groups']:,}" for split in SPLITS)
 
 
 def is_pack(folder: Path) -> bool:
@@ -60,8 +61,11 @@ def listing(registry: Mapping[str, DictConfig]) -> str:
 
 
 def _origin(pack: Path) -> str:
-    provenance = read_provenance(pack)
-    return f"{provenance['source']}, by {provenance['builder']}" if provenance else "of unknown origin"
+    try:
+        provenance = read_provenance(pack)
+        return f"{provenance['source']}, by {provenance['builder']}"
+    except KeyError:
+        return "of unknown origin"
 
 
 def _row(cells: Sequence[str]) -> Iterator[str]:
