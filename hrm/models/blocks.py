@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from hrm.kernels.naive import BlockWeights, MixerWeights
+from hrm.kernels.blocks import BlockWeights, MixerWeights, NormGatedBlockWeights, NormGatedMixerWeights
 from hrm.models.layers import Linear, truncated_normal
 
 
@@ -96,7 +96,7 @@ class Block(nn.Module):
 class AttentionBlock(Block):
     """Attention over the tokens, then the MLP."""
 
-    WEIGHTS = BlockWeights
+    WEIGHTS: ClassVar[type] = BlockWeights
 
     def __init__(self, sizes: BlockSizes, generator: torch.Generator) -> None:
         super().__init__(sizes)
@@ -124,7 +124,7 @@ class AttentionBlock(Block):
 class MixerBlock(Block):
     """A gated MLP over the tokens of each feature (Jolicoeur-Martineau 2025, arXiv 2510.04871), then the MLP."""
 
-    WEIGHTS = MixerWeights
+    WEIGHTS: ClassVar[type] = MixerWeights
     INDIVISIBLE = "arch.mlp_t=true"
 
     def __init__(self, sizes: BlockSizes, generator: torch.Generator) -> None:
@@ -147,6 +147,32 @@ class MixerBlock(Block):
     def first_token_flops(self) -> int:
         tokens, width, inner, token_inner, _ = self.sizes
         return 6 * width * (tokens * token_inner + inner)
+
+
+class NormGatedAttentionBlock(AttentionBlock):
+    """The same with the gate sigmoid(g) * rms_norm(g * v) (`naive.norm_gated`), whose norm is over all hidden units."""
+
+    WEIGHTS: ClassVar[type] = NormGatedBlockWeights
+    INDIVISIBLE = "arch.gate=sigmoid_rms"
+
+    def weights(self) -> NormGatedBlockWeights:  # type: ignore[override]
+        return NormGatedBlockWeights(*super().weights())
+
+
+class NormGatedMixerBlock(MixerBlock):
+    """The same with the gate sigmoid(g) * rms_norm(g * v) in both MLPs."""
+
+    WEIGHTS: ClassVar[type] = NormGatedMixerWeights
+
+    def weights(self) -> NormGatedMixerWeights:  # type: ignore[override]
+        return NormGatedMixerWeights(*super().weights())
+
+
+# By `arch.gate`: without and with `arch.mlp_t`.
+BLOCKS: dict[str, tuple[type[AttentionBlock | MixerBlock], type[AttentionBlock | MixerBlock]]] = {
+    "silu": (AttentionBlock, MixerBlock),
+    "sigmoid_rms": (NormGatedAttentionBlock, NormGatedMixerBlock),
+}
 
 
 class Stack(nn.Module):

@@ -26,7 +26,7 @@ from hrm.kernels.context import KernelContext, RotaryTables
 from hrm.kernels.naive import grid_rotary_tables, rotary_tables
 from hrm.kernels.schedule import Schedule, Update, looped
 from hrm.models.act import ACTConfig
-from hrm.models.blocks import AttentionBlock, Block, BlockSizes, MixerBlock, Stack
+from hrm.models.blocks import BLOCKS, Block, BlockSizes, Stack
 from hrm.models.layers import Embedding, Linear, SparseEmbedding, in_dtype, truncated_normal
 
 POS_ENCODINGS = ("rope", "rope_2d", "learned", "rope+learned", "rope_2d+learned", "none")
@@ -48,6 +48,9 @@ class RecurrentConfig(ACTConfig):
     num_heads: int = 8  # of attention
     expansion: float = 4.0  # SwiGLU's inner width is 2/3 of this times hidden_size, rounded up to 256s
     mlp_t: bool = False  # mix tokens by a gated MLP over them, not by attention: for packs of one shape of puzzle
+    # Of the gated MLPs: silu(g) * v, or sigmoid_rms, sigmoid(g) * rms_norm(g * v), with which the sizes of weights do
+    # not matter ("Speed is Confidence", arXiv 2601.19085).
+    gate: str = "silu"
     puzzle_emb_ndim: int = II(".hidden_size")  # numbers in a puzzle's vector; 0: no puzzle prefix
     puzzle_emb_len: int = 0  # tokens of the puzzle prefix, zeros where the vector ends; 0: as many as it fills
     # rope rotates by the position in the row of tokens, rope_2d by row and column of a square grid; learned is added to
@@ -83,6 +86,7 @@ class RecurrentConfig(ACTConfig):
             self.puzzle_emb_ndim = self.hidden_size
         self.gradient = str(self.gradient)
         choice("arch.pos_encodings", self.pos_encodings, POS_ENCODINGS)
+        choice("arch.gate", self.gate, BLOCKS)
         if self.pos_encodings == "none" and not self.mlp_t:
             raise UserError(
                 "arch.pos_encodings=none leaves attention blind to positions: choose another, or mlp_t=true."
@@ -233,7 +237,7 @@ class RecurrentModel(nn.Module):
         config = self.config
         width, tokens = config.hidden_size, self.num_tokens
         sizes = BlockSizes(tokens, width, config.inner_size(width), config.inner_size(tokens), config.num_heads)
-        return MixerBlock(sizes, generator) if config.mlp_t else AttentionBlock(sizes, generator)
+        return BLOCKS[config.gate][config.mlp_t](sizes, generator)
 
     def add_state(self, name: str, buffer: str, initial: Tensor) -> None:
         """Add a state that begins with the vector `initial` [D] at every token, which `state_dict()` calls `buffer`."""
