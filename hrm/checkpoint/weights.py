@@ -172,6 +172,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], file: Path) ->
     model.load_state_dict(weights)
 
 
+def nonfinite_weights(weights: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that hold a NaN or an infinity."""
+    return [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+
+
 def _is_weight(value: object) -> bool:
     return (
         type(value) in (Tensor, nn.Parameter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from hrm.errors import UserError, printable, printable_lines
 from hrm.evaluation.early_halting import EarlyHalting, halting_metrics
 from hrm.evaluation.ensemble import evaluate_ensemble, rules_of, symmetries_of
 from hrm.evaluation.evaluators import evaluators_of, summaries
-from hrm.evaluation.loading import ModelSizes, load_model
+from hrm.evaluation.loading import ModelSizes, load_model, other_identifiers
 from hrm.evaluation.metrics import MetricSums, Throughput, metrics_table
 from hrm.evaluation.report.writer import ReportWriter
 from hrm.evaluation.runner import evaluate, parts_of, save_outputs, show_predictions
@@ -95,6 +96,8 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
     with traceback_folder(folder):
         if world.is_main:
             print(printable(f"{checkpoint.weights_file} on {data_path}/test, kernels: {describe(model.kernels)}"))
+            if warning := other_identifiers(checkpoint, model, pack):
+                print(printable(f"warning: {warning}"), file=sys.stderr)
         if config.ensemble != EnsembleConfig():
             _evaluate_ensemble(split)
             return

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
 
-from hrm.checkpoint.weights import Checkpoint, load_weights
+from hrm.checkpoint.weights import Checkpoint, load_weights, nonfinite_weights
 from hrm.config import KernelsConfig
+from hrm.data.identity import identifiers_hash
+from hrm.data.pack import Pack
 from hrm.distributed.world import World
-from hrm.errors import UserError
+from hrm.errors import UserError, printable
 from hrm.models import ACTLossHead, arch_config, build_model
 from hrm.models.memory import ALWAYS_ALLOWED, at_most
 
@@ -57,4 +60,21 @@ def load_model(
     with at_most(max(numbers, ALWAYS_ALLOWED)):
         model = build_model(arch, **sizes._asdict(), kernels=kernels, device=world.device)
     load_weights(model, weights, checkpoint.weights_file)
+    if world.is_main and (bad := nonfinite_weights(weights)):
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        warning = f"{checkpoint.weights_file} holds NaN or infinities in {bad[0]}{more}: its answers mean nothing."
+        print(printable(f"warning: {warning}"), file=sys.stderr)
     return model.eval()
+
+
+def other_identifiers(checkpoint: Checkpoint, model: ACTLossHead, pack: Pack) -> str | None:
+    """A sentence where the rows of the model's puzzle table stand for other puzzles than the pack's identifiers do."""
+    identity = checkpoint.config.get("pack_identity")
+    trained_on = identity.get("identifiers") if isinstance(identity, dict) else None
+    now = identifiers_hash(pack.path)
+    if not trained_on or not now or trained_on == now or "model.inner.puzzle_emb.weights" not in model.state_dict():
+        return None
+    return (
+        f"{pack.path / 'identifiers.json'} is not that of the pack which {checkpoint.weights_file} was trained on: an "
+        "identifier may stand for another puzzle than it did, and its row of the puzzle table be the wrong one."
+    )
