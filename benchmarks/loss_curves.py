@@ -4,7 +4,7 @@ python -m benchmarks.loss_curves --data data/sudoku-extreme-1k-aug-1000
 
 A preset passes if its curve, from the same seed, stays as close to the definition's as the definition's own curves from
 other seeds do. Exits with 1 if one does not. For a long run of few presets, compare with another one than the
-definition and without a verdict:
+definition and without a judgement:
 
 python -m benchmarks.loss_curves --data data/sudoku-extreme-1k-aug-1000 --reference compile --presets triton,fp8 \\
     --seeds 1 --steps 3000 --window 50 --shape 384x81 --picture benchmarks/results/tables/curves.svg \\
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--window", type=int, default=25, help="steps that a point of a curve averages")
     parser.add_argument(
-        "--seeds", type=int, default=3, help="runs of the reference that make its spread; 1: no spread, no verdict"
+        "--seeds", type=int, default=3, help="runs of the reference that make its spread; 1: no spread, no judgement"
     )
     parser.add_argument("--picture", type=picture_file, help="draw all curves into this SVG or PNG file")
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py, e.g. arch=hrm_small")

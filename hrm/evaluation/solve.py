@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hrm.batch import IGNORE_LABEL_ID
 from hrm.checkpoint.weights import Checkpoint, find_checkpoint, read_weights
-from hrm.config import EvaluateConfig, KernelsConfig
+from hrm.config import EvaluateConfig, kernels_config
 from hrm.data.pack import read_provenance
 from hrm.distributed.world import World
 from hrm.errors import UserError
@@ -41,7 +41,7 @@ def solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, worl
         )
     if config.kernels.backend == "auto":
         # Compiling anything would outlast one puzzle by far.
-        config = replace(config, kernels=KernelsConfig("naive", attention="sdpa"))
+        config = replace(config, kernels=kernels_config("naive"))
     models = [_model_for(checkpoint, weights, size, config, world)]
     for other in map(find_checkpoint, config.ensemble.checkpoints):
         models.append(_model_for(other, read_weights(other.weights_file), size, config, world))

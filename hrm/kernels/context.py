@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class RotaryTables(NamedTuple):
-    """Rotary position embedding, half-split: feature i turns with feature i + K/2."""
+    """Rotary position embedding, half-split: features i and i + K/2 are rotated together."""
 
     cos: Tensor  # [T, K], float32
     sin: Tensor  # [T, K], float32

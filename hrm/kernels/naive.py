@@ -32,7 +32,7 @@ def rotary_tables(num_tokens: int, head_size: int, theta: float) -> RotaryTables
 
 
 def grid_rotary_tables(num_prefix: int, side: int, head_size: int, theta: float) -> RotaryTables:
-    """Angles of RoPE for the cells of a square grid, row by row: half of the pairs turn by the row, half by the column.
+    """Angles of RoPE for the cells of a square grid, row by row: half of the pairs rotate by row, half by column.
 
     The `num_prefix` tokens before the cells belong to none; they stand on the grid's diagonal, just before it.
     """
@@ -50,10 +50,10 @@ def _rotary_tables(coordinates: Sequence[Tensor], head_size: int, theta: float) 
 
 
 def rotate(x: Tensor, rotary: RotaryTables) -> Tensor:
-    """Turn the heads `x` [B, N, T, K] by their positions, in the tables' dtype."""
+    """Rotate the heads `x` [B, N, T, K] by their positions, in the tables' dtype."""
     first, second = x.to(rotary.cos.dtype).chunk(2, dim=-1)
-    turned = torch.cat((first, second), -1) * rotary.cos + torch.cat((-second, first), -1) * rotary.sin
-    return turned.to(x.dtype)
+    rotated = torch.cat((first, second), -1) * rotary.cos + torch.cat((-second, first), -1) * rotary.sin
+    return rotated.to(x.dtype)
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
@@ -63,7 +63,7 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 
 def split_heads(qkv: Tensor, rotary: RotaryTables | None, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v [B, N, T, K] of projected tokens `qkv` [B, T, 3 D], q and k turned by their positions."""
+    """q, k and v [B, N, T, K] of projected tokens `qkv` [B, T, 3 D], q and k rotated by their positions."""
     batch, tokens, _ = qkv.shape
     q, k, v = qkv.view(batch, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     if rotary is not None:
@@ -187,7 +187,7 @@ def _first_token_attention(
     def heads(rows: Tensor) -> Tensor:
         return rows.view(batch, -1, num_heads, width // num_heads).transpose(1, 2)
 
-    q = heads(F.linear(x[:, 0], weights.qkv[:width]))  # rotary positions do not turn token 0
+    q = heads(F.linear(x[:, 0], weights.qkv[:width]))  # position 0 is rotated by no angle
     k, v = map(heads, F.linear(x, weights.qkv[width:]).chunk(2, dim=-1))
     if rotary is not None:
         k = rotate(k, rotary)

@@ -139,7 +139,7 @@ def first_token_block(x: Tensor, weights: BlockWeights, context: KernelContext) 
 
 
 def _default(request: KernelRequest) -> dict[str, bool] | None:
-    """On Hopper GPUs, whole steps recorded, where RoPE turns queries and keys: that is what was measured."""
+    """On Hopper GPUs, whole steps recorded, where RoPE rotates queries and keys: that is what was measured."""
     if not (request.rotary and is_measured(request)):
         return None
     return {"cuda_graphs": True, "fused_step": True}

@@ -83,7 +83,7 @@ def first_token_attention(q: Tensor, kv: Tensor, rotary: RotaryTables | None, nu
     """What `attention` gives for the first token of each sequence; it cannot be differentiated.
 
     Args:
-        q: [B, D], the first token's features of all heads; position 0 turns by no angle.
+        q: [B, D], the first token's features of all heads; position 0 is rotated by no angle.
         kv: [B, T, 2 D] in the dtype of `q`, the features of all heads of k, then v, of every token.
         rotary, num_heads: as for `attention`.
 
