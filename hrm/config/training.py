@@ -43,7 +43,7 @@ class PretrainConfig:
     lr_min_ratio: float = 1.0  # the cosine's end, as a share of lr; 1.0: constant after the warm-up
     lr_warmup_steps: int = 2000  # steps in which the rate rises from 0
     # Stages of training, one after the other, each {until: its last step, and the architecture's options that differ in
-    # it}: depth such as H_cycles, or halt_max_steps. After the last stage, all is as the architecture says.
+    # it, such as halt_max_steps}. After the last stage, all is as the architecture says.
     curriculum: list[Any] = field(default_factory=list)
     stagger: bool = False  # begin with sequences at all ACT steps, not all at the first, as published
     augment_act_steps: bool = False  # map puzzles by a symmetry of their task at every ACT step: Sudoku, mazes

@@ -159,8 +159,7 @@ class AdaptiveComputation(nn.Module):
         the same ones as many times in a row as there are ACT steps. Here the first of them take fewer steps.
         """
         states, steps, data = self.reset_carry(self.initial_carry(batch), batch)
-        most = self.inner.training_config.max_steps_in_training
-        taken = torch.arange(len(steps), device=steps.device, dtype=steps.dtype) % most
+        taken = torch.arange(len(steps), device=steps.device, dtype=steps.dtype) % self.inner.training_plan.max_steps
         return Carry(states, taken, torch.zeros_like(steps, dtype=torch.bool), data)
 
     def reset_carry(self, carry: Carry, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Batch]:
@@ -183,11 +182,12 @@ class AdaptiveComputation(nn.Module):
 
         with torch.no_grad():
             states = {name: state.detach() for name, state in states.items()}
-            last = steps >= self.max_steps
+            config, _, _, max_steps = self.inner.plan
+            last = steps >= max_steps
             halted = last
-            if self.training and self.max_steps > 1:
+            if self.training and max_steps > 1:
                 halted = (last | (q_halt > q_continue)) & (steps >= self._min_steps(steps))
-            if self.learns_q_continue:
+            if self.training and max_steps > 1 and config.q_continue:
                 # Bootstrapped target (paper eq. 9): the value of the better action one step on.
                 next_halt, next_continue = self.inner.recur_to_q_values(states, prepared)
                 next_value = torch.where(last, next_halt, torch.maximum(next_halt, next_continue))
@@ -201,25 +201,7 @@ class AdaptiveComputation(nn.Module):
         for _ in range(num_steps):
             states = self.inner.recur(states, prepared)
         steps = steps + (num_steps - 1)
-        return Carry(states, steps, steps >= self.max_steps, data)
-
-    @property
-    def max_steps(self) -> int:
-        """ACT steps after which every sequence has halted, in training or in evaluation as the model is set."""
-        config = self.inner.active_config
-        return config.max_steps_in_training if self.training else config.halt_max_steps
-
-    @property
-    def learns_q_continue(self) -> bool:
-        """Whether a step has a target for q_continue, which takes a second recurrence."""
-        return self.training and self.max_steps > 1 and self.inner.config.q_continue
-
-    def train_step_flops(self) -> int:
-        """Floating-point operations in the blocks of a training step for one sequence, backward pass included."""
-        config = self.inner.training_config
-        forward, backward = self.inner.act_step_flops(config), 2 * self.inner.gradient_flops(config)
-        has_target = config.q_continue and config.max_steps_in_training > 1
-        return forward + backward + (self.inner.q_values_flops(config) if has_target else 0)
+        return Carry(states, steps, steps >= self.inner.plan.max_steps, data)
 
     def _augmented(self, states: dict[str, Tensor], data: Batch, tables: Tensor) -> tuple[dict[str, Tensor], Batch]:
         """Each sequence and its states as a random one of the augmentations."""
@@ -235,7 +217,8 @@ class AdaptiveComputation(nn.Module):
 
     def _min_steps(self, steps: Tensor) -> Tensor:
         """For exploration: a share of the sequences may not halt before a random step in {2 .. max_steps}."""
+        config, _, _, max_steps = self.inner.plan
         generator = self.exploration(steps.device)
         coin = torch.rand(steps.shape, device=steps.device, generator=generator)
-        minimum = torch.randint(2, self.max_steps + 1, steps.shape, device=steps.device, generator=generator)
-        return torch.where(coin < self.inner.active_config.halt_exploration_prob, minimum, 0)
+        minimum = torch.randint(2, max_steps + 1, steps.shape, device=steps.device, generator=generator)
+        return torch.where(coin < config.halt_exploration_prob, minimum, 0)

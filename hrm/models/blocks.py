@@ -188,7 +188,7 @@ class Stack(nn.Module):
 
     def weights(self) -> list[Any]:
         """The master weights of its blocks."""
-        return [block.weights() for block in self.blocks]
+        return [block.weights() for block in self.layers]  # type: ignore[operator]
 
     def flops(self) -> int:
         """Of an update forward, for one sequence."""

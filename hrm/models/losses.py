@@ -152,7 +152,7 @@ class ACTLossHead(nn.Module):
 
     def train_step_flops(self) -> int:
         """Those of one training step as the curriculum's stage has it, for one sequence, backward pass included."""
-        return self.model.train_step_flops()
+        return self.model.inner.train_step_flops()
 
     def weights_at_hand(self) -> AbstractContextManager[None]:
         """A context in which weights do not change and are cast to the compute dtype once, not at every ACT step."""

@@ -189,6 +189,21 @@ class Prepared(NamedTuple):
     context: KernelContext
 
 
+class StepPlan(NamedTuple):
+    """What an ACT step is under some options, worked out once."""
+
+    config: RecurrentConfig
+    schedule: Schedule
+    gradient_start: int  # the index of the first update that gradients flow through
+    max_steps: int  # ACT steps after which every sequence has halted
+
+    @classmethod
+    def of(cls, config: RecurrentConfig, *, training: bool) -> StepPlan:
+        schedule = list(config.schedule())
+        most = config.max_steps_in_training if training else config.halt_max_steps
+        return cls(config, schedule, config.gradient_start(schedule), most)
+
+
 class RecurrentModel(nn.Module):
     """Embeddings, modules and output heads: one ACT step without the halting.
 
@@ -205,18 +220,20 @@ class RecurrentModel(nn.Module):
         """The embeddings, drawn by `generator` in the order of the published code."""
         super().__init__()
         self.config = config
-        self.training_config = config  # as the stage of the curriculum has it
         self.sizes = sizes
+        self._plans = {training: StepPlan.of(config, training=training) for training in (False, True)}
+        self.output_state = self._plans[False].schedule[-1].state  # which the heads read
         self.dtype: torch.dtype = getattr(torch, config.forward_dtype)
         self.prefix_len = config.prefix_len
         self.num_tokens = self.prefix_len + sizes.seq_len
-        self._stacks: list[str] = []
+        self.stacks: dict[str, Stack] = {}  # the modules that have blocks, by their names in updates and `state_dict()`
         self._initial: dict[str, str] = {}  # the buffer of each state
 
         self.embed_tokens = self._new_table(sizes.vocab_size, generator)
-        if config.learns_positions:
+        self._learns_positions, self._rotates = config.learns_positions, config.rotation is not None
+        if self._learns_positions:
             self.embed_pos = self._new_table(self.num_tokens, generator)
-        if config.rotation is not None:
+        if self._rotates:
             tables = _rotary_tables(config, sizes.seq_len)
             self.register_buffer("rotary_cos", tables.cos, persistent=False)
             self.register_buffer("rotary_sin", tables.sin, persistent=False)
@@ -229,8 +246,8 @@ class RecurrentModel(nn.Module):
 
     def add_stack(self, name: str, num_layers: int, generator: torch.Generator) -> None:
         """Add a module of so many blocks, which updates name by `name`, as `state_dict()` does."""
-        setattr(self, name, Stack([self.new_block(generator) for _ in range(num_layers)]))
-        self._stacks.append(name)
+        self.stacks[name] = Stack([self.new_block(generator) for _ in range(num_layers)])
+        self.add_module(name, self.stacks[name])
 
     def new_block(self, generator: torch.Generator) -> Block:
         """A fresh block of the kind that the options ask for."""
@@ -260,11 +277,6 @@ class RecurrentModel(nn.Module):
     # ---- what others ask
 
     @property
-    def stacks(self) -> dict[str, Stack]:
-        """The modules that have blocks, by their names in updates and in `state_dict()`."""
-        return {name: self.get_submodule(name) for name in self._stacks}  # type: ignore[misc]
-
-    @property
     def initial_states(self) -> dict[str, Tensor]:
         """The vector [D] that each state begins with at every token."""
         return {name: self.get_buffer(buffer) for name, buffer in self._initial.items()}
@@ -275,9 +287,18 @@ class RecurrentModel(nn.Module):
         return tuple(dict.fromkeys(block.WEIGHTS for stack in self.stacks.values() for block in stack.blocks))
 
     @property
-    def active_config(self) -> RecurrentConfig:
-        """The options as they hold now, in training or in evaluation."""
-        return self.training_config if self.training else self.config
+    def plan(self) -> StepPlan:
+        """An ACT step as it is now, in training or in evaluation."""
+        return self._plans[self.training]
+
+    @property
+    def training_plan(self) -> StepPlan:
+        """An ACT step in training, as the stage of the curriculum has it."""
+        return self._plans[True]
+
+    def train_as(self, config: RecurrentConfig) -> None:
+        """Let training steps be as a stage of the curriculum has them; `config` differs in nothing that has weights."""
+        self._plans[True] = StepPlan.of(config, training=True)
 
     def empty_states(self, batch: Batch) -> dict[str, Tensor]:
         """States of zeros for a batch, to be given values when its sequences begin."""
@@ -288,9 +309,7 @@ class RecurrentModel(nn.Module):
 
     def prepare(self, batch: Batch) -> Prepared:
         """Embed a batch and cast the weights, once for all recurrences of an ACT step."""
-        rotary = None
-        if self.config.rotation is not None:
-            rotary = RotaryTables(self.rotary_cos, self.rotary_sin)
+        rotary = RotaryTables(self.rotary_cos, self.rotary_sin) if self._rotates else None
         masters = {name: stack.weights() for name, stack in self.stacks.items()}
         weights = [weight for stack in masters.values() for block in stack for weight in block]
         cast = iter(in_dtype(weights, self.dtype))
@@ -310,7 +329,7 @@ class RecurrentModel(nn.Module):
             puzzle = self.puzzle_emb(puzzle_identifiers, self.dtype)
             puzzle = F.pad(puzzle, (0, self.prefix_len * width - self.config.puzzle_emb_ndim))
             embeddings = torch.cat((puzzle.view(-1, self.prefix_len, width), embeddings), dim=1)
-        if self.config.learns_positions:
+        if self._learns_positions:
             # Two tables of equal variance are summed: scale back to the variance of one.
             (positions,) = in_dtype([self.embed_pos.embedding_weight], self.dtype)
             embeddings = 0.707106781 * (embeddings + positions)
@@ -319,8 +338,9 @@ class RecurrentModel(nn.Module):
 
     def recur(self, states: dict[str, Tensor], prepared: Prepared) -> dict[str, Tensor]:
         """The updates of one ACT step. With gradients on, `gradient` says which of them are differentiable."""
-        schedule = list(self.active_config.schedule())
-        start = self.active_config.gradient_start(schedule) if torch.is_grad_enabled() else len(schedule)
+        _, schedule, start, _ = self.plan
+        if not torch.is_grad_enabled():
+            start = len(schedule)
         states = self._run_without_gradient(states, prepared, schedule[:start])
         if start < len(schedule):
             known = {**states, "embeddings": prepared.embeddings}
@@ -330,7 +350,7 @@ class RecurrentModel(nn.Module):
 
     def recur_to_q_values(self, states: dict[str, Tensor], prepared: Prepared) -> tuple[Tensor, Tensor]:
         """`q_values` after one more ACT step, without gradient and without what only other tokens would need."""
-        *schedule, last = self.active_config.schedule()
+        *schedule, last = self.plan.schedule
         states = self._run_without_gradient(states, prepared, schedule)
         *_, last_block = prepared.blocks[last.module]
         but_last = prepared.no_grad_blocks | {last.module: prepared.no_grad_blocks[last.module][:-1]}
@@ -359,12 +379,6 @@ class RecurrentModel(nn.Module):
         """
         return self._read_q_head(states[self.output_state][:, 0])
 
-    @property
-    def output_state(self) -> str:
-        """The state that the heads read: the one that the schedule's last update replaces."""
-        *_, last = self.config.schedule()
-        return last.state
-
     def _read_q_head(self, first_token: Tensor) -> tuple[Tensor, Tensor]:
         q: Tensor = self.q_head(first_token)
         q_halt, q_continue = q.to(torch.promote_types(q.dtype, torch.float32)).unbind(-1)
@@ -372,20 +386,18 @@ class RecurrentModel(nn.Module):
 
     # ---- what it costs: floating-point operations in the blocks for one sequence, nearly all that a step computes
 
-    def act_step_flops(self, config: RecurrentConfig | None = None) -> int:
-        """Of `recur` forward, as the architecture is or as a stage of the curriculum has it."""
-        return self._flops(list((config or self.config).schedule()))
+    def act_step_flops(self) -> int:
+        """Of an ACT step in evaluation."""
+        return self._flops(self._plans[False].schedule)
 
-    def gradient_flops(self, config: RecurrentConfig | None = None) -> int:
-        """Of the differentiable updates among them, forward; backward takes twice as many."""
-        config = config or self.config
-        schedule = list(config.schedule())
-        return self._flops(schedule[config.gradient_start(schedule) :])
-
-    def q_values_flops(self, config: RecurrentConfig | None = None) -> int:
-        """Of `recur_to_q_values`."""
-        *schedule, last = (config or self.config).schedule()
-        return self._flops(schedule) + self.stacks[last.module].first_token_flops()
+    def train_step_flops(self) -> int:
+        """Of an ACT step in training as the stage of the curriculum has it, backward pass and target included."""
+        config, schedule, start, max_steps = self.training_plan
+        flops = self._flops(schedule) + 2 * self._flops(schedule[start:])
+        if config.q_continue and max_steps > 1:
+            *others, last = schedule
+            flops += self._flops(others) + self.stacks[last.module].first_token_flops()
+        return flops
 
     def _flops(self, schedule: Schedule) -> int:
         each = {name: stack.flops() for name, stack in self.stacks.items()}

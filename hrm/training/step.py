@@ -103,8 +103,8 @@ def make_train_step(config: PretrainConfig, world: World, state: TrainState) -> 
     def step(batch: Batch) -> dict[str, Tensor]:
         nonlocal update
         _set_rates(config, state)
-        if (arch := config.arch_at(state.step)) != inner.training_config:
-            inner.training_config = arch
+        if (arch := config.arch_at(state.step)) != inner.training_plan.config:
+            inner.train_as(arch)
             update = _make_update(config, world, state)
         for optimizer, _ in state.optimizers:
             if isinstance(optimizer, AdamATan2):

@@ -120,7 +120,7 @@ def test_a_stage_of_the_curriculum_changes_what_may_change(config: RecurrentConf
     model = build(config)
     whole = model.train_step_flops()
     for name in sorted(config.CHANGES_IN_TRAINING & {"H_cycles", "L_cycles"}):
-        model.model.inner.training_config = config.in_stage({name: 1})
+        model.model.inner.train_as(config.in_stage({name: 1}))
         assert model.train_step_flops() < whole
 
 
@@ -130,7 +130,7 @@ def outside(model: ACTLossHead, batch: Batch, *, training: bool) -> int:
     width, rows = inner.config.hidden_size, sequences * inner.num_tokens
     passes = 3 if training else 1
     heads = passes * 2 * width * (rows * inner.sizes.vocab_size + 2 * sequences)
-    if model.model.learns_q_continue:
+    if training and inner.config.q_continue:
         heads += 2 * width * 2 * sequences
     table = 2 * 8 * width * sequences * seq_len if training else 0  # 7 rows of the table are made 8
     return heads + table
