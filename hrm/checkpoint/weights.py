@@ -179,7 +179,8 @@ def nonfinite_weights(weights: Mapping[str, Tensor]) -> list[str]:
 
 def _is_weight(value: object) -> bool:
     return (
-        type(value) in (Tensor, nn.Parameter)
+        isinstance(value, Tensor)
+        and type(value) in (Tensor, nn.Parameter)
         and value.layout is torch.strided
         and not value.is_nested
         and value.device.type == "cpu"  # not meta, which holds no numbers

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -245,7 +245,7 @@ def _splits_in(path: Path) -> list[str]:
 def sha256_of(file: Path) -> str:
     """Of a regular file; an OSError for pipes and devices."""
     with open_regular(file) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type] # typeshed wants more of it
 
 
 def _counts(folder: Path, split: str) -> dict[str, int]:
@@ -270,7 +270,7 @@ def _broken(file: Path, problem: str) -> UserError:
     return UserError(f"{file} {problem}; build or download the pack again.")
 
 
-def _is_integer(value: object) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -286,7 +286,10 @@ def _is_name_list(value: object) -> bool:
 _JSON_KINDS: dict[object, tuple[str, Callable[[object], bool]]] = {
     int: ("an integer", _is_integer),
     int | None: ("an integer or null", lambda value: value is None or _is_integer(value)),
-    float: ("a number", lambda value: isinstance(value, float) or (_is_integer(value) and abs(value) < 2**63)),
+    float: (
+        "a number",
+        lambda value: isinstance(value, float) or (_is_integer(value) and abs(value) < 2**63),
+    ),
     tuple[str, ...]: ("a list of at least one set name, none of them twice", _is_name_list),
 }
 
