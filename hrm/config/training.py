@@ -26,55 +26,58 @@ class PretrainConfig:
     arch: Any = MISSING  # typed by the schema that its YAML file names
     data_path: str = II("data.path")  # the pack to train on; default: that of `data`, built first if it is missing
 
-    global_batch_size: int = 768  # sequences in a step, over all ranks
-    epochs: int = 100000  # passes over the training set's groups; a multiple of eval_interval
-    eval_interval: int | None = 10000  # epochs from one evaluation to the next; null: once, at the end
-    checkpoint_every_eval: bool = True  # else only at the end
+    global_batch_size: int = 768  # sequences in a training step, over all ranks
+    epochs: int = 100000  # passes over the groups of the training set; a multiple of eval_interval
+    eval_interval: int | None = 10000  # epochs between evaluations; null: one evaluation, at the end
+    checkpoint_every_eval: bool = True  # save the weights at every evaluation; false: only at the end
 
-    resume: str | None = None  # auto: go on from the run folder's last training state; or its path; null: start anew
-    resume_changed: bool = False  # go on although options differ from those the run had
-    checkpoint_interval: float = 10.0  # minutes from one training state to the next; besides, one at each evaluation
-    keep_checkpoints: int = 2  # newest training states kept, beside the one that was best at its evaluation
-    ema_decay: float | None = None  # of an average of the weights, such as 0.999; it is evaluated and saved too
-    stop_after: int | None = None  # end after this many evaluations without a better exact accuracy
-    stop_at_train_accuracy: float | None = None  # end at an evaluation before which training's exact accuracy was this
+    # The training state to resume from: auto: the last one in the run folder, if any; or its path; null: start anew.
+    resume: str | None = None
+    resume_changed: bool = False  # resume although options differ from those of the saved run
+    checkpoint_interval: float = 10.0  # minutes between training states; one is saved at each evaluation too
+    keep_checkpoints: int = 2  # newest training states to keep, beside the one that was best at its evaluation
+    # Decay of an average of the weights, such as 0.999, which is evaluated and saved too.
+    ema_decay: float | None = None
+    stop_after: int | None = None  # end after this many evaluations without a better exact accuracy; null: never
+    # End at an evaluation once training's exact accuracy is this; null: never.
+    stop_at_train_accuracy: float | None = None
 
-    lr: float = 1e-4  # learning rate of the dense weights, at its highest
-    lr_min_ratio: float = 1.0  # the cosine's end, as a share of lr; 1.0: constant after the warm-up
-    lr_warmup_steps: int = 2000  # steps in which the rate rises from 0
+    lr: float = 1e-4  # peak learning rate of the dense weights
+    lr_min_ratio: float = 1.0  # end of the cosine decay, as a share of the peak; 1.0: constant after the warm-up
+    lr_warmup_steps: int = 2000  # steps in which the learning rate rises linearly from 0
     # Stages of training, one after the other, each {until: its last step, and the architecture's options that differ in
     # it, such as halt_max_steps}. After the last stage, all is as the architecture says.
     curriculum: list[Any] = field(default_factory=list)
-    stagger: bool = False  # begin with sequences at all ACT steps, not all at the first, as published
+    stagger: bool = False  # begin with sequences at all ACT steps, instead of all at the first, as published
     augment_act_steps: bool = False  # map puzzles by a symmetry of their task at every ACT step: Sudoku, mazes
-    weight_decay: float = 0.1  # of the dense weights, decoupled
-    beta1: float = 0.9  # decay of the optimizer's mean of gradients, from one step to the next
-    beta2: float = 0.95  # decay of its mean of squared gradients
-    puzzle_emb_lr: float = 1e-2  # learning rate of the puzzles' vectors, by SignSGD
-    puzzle_emb_weight_decay: float = 0.1  # of the puzzles' vectors
+    weight_decay: float = 0.1  # decoupled weight decay of the dense weights
+    beta1: float = 0.9  # decay of the optimizer's running mean of gradients
+    beta2: float = 0.95  # decay of the optimizer's running mean of squared gradients
+    puzzle_emb_lr: float = 1e-2  # learning rate of the puzzle embeddings, by SignSGD
+    puzzle_emb_weight_decay: float = 0.1  # weight decay of the puzzle embeddings
 
-    seed: int = 0  # of the weights, the order of examples and exploration; the same seed gives the same run
-    project_name: str | None = None  # default: made from data_path
-    run_name: str | None = None  # default: made from the architecture and the time
-    checkpoint_path: str | None = None  # the run folder; default: checkpoints/<project_name>/<run_name>
-    eval_save_outputs: list[str] = field(
-        default_factory=list
-    )  # saved at evaluations, any of inputs, labels, puzzle_identifiers, logits, ...
+    seed: int = 0  # seed of weights, order of examples and exploration; the same seed gives the same run
+    project_name: str | None = None  # project in Weights & Biases and in checkpoint_path; null: made from data_path
+    run_name: str | None = None  # name of the run in its project; null: made from the architecture and the time
+    checkpoint_path: str | None = None  # the run folder; null: checkpoints/<project_name>/<run_name>
+    # Tensors saved at each evaluation: any of inputs, labels, puzzle_identifiers, logits, q_halt_logits and
+    # q_continue_logits.
+    eval_save_outputs: list[str] = field(default_factory=list)
 
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    accumulate: int = 1  # parts of a rank's batch whose gradients are summed one after the other, to save memory
-    grad_clip: float | None = None  # largest global norm of the dense gradients; beyond it they are scaled down
-    skip_nonfinite: bool = True  # leave out, and count, the updates of steps with NaN or Inf in loss or gradients
-    abort_after: int | None = 20  # end the run after so many of these steps in a row; null: never
-    dist_timeout: float = 600.0  # seconds that ranks wait for each other before the run ends naming who is missing
-    device: str = "auto"  # cuda, mps or cpu; auto: the first of these there is
-    num_workers: int = 0  # loader processes; any number gives the same batches
-    log_interval: int = 10  # steps from one reading of the metrics to the next
-    profile: str | None = None  # a folder for a trace of a few steps, one file a rank, for Perfetto or chrome://tracing
-    wandb: str = "auto"  # online, offline or disabled; auto: online when logged in
+    accumulate: int = 1  # passes in which a rank's batch is computed, their gradients summed, to save memory
+    grad_clip: float | None = None  # largest global norm of the dense gradients, beyond which they are scaled down
+    skip_nonfinite: bool = True  # skip, and count, optimizer steps with NaN or Inf in loss or gradients
+    abort_after: int | None = 20  # end the run after so many skipped steps in a row; null: never
+    dist_timeout: float = 600.0  # seconds that ranks wait for one another before the run ends and names who is missing
+    device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is available
+    num_workers: int = 0  # processes that load data; any number gives the same batches
+    log_interval: int = 10  # steps between two records of metrics
+    profile: str | None = None  # folder for a trace of a few steps, one file a rank, for Perfetto or chrome://tracing
+    wandb: str = "auto"  # Weights & Biases: online, offline or disabled; auto: online when logged in
 
     def __post_init__(self) -> None:
         choice("device", self.device, DEVICES)
@@ -89,7 +92,7 @@ class PretrainConfig:
             at_least("abort_after", self.abort_after, 1)
         positive("dist_timeout", self.dist_timeout)
         if self.parallel.fsdp and self.ema_decay is not None:
-            raise UserError("ema_decay does not go with parallel.fsdp=true: drop one of them.")
+            raise UserError("ema_decay cannot be combined with parallel.fsdp=true: drop one of them.")
         for name in ("lr", "lr_warmup_steps", "weight_decay", "num_workers", "seed"):
             at_least(name, getattr(self, name), 0)
         at_most("num_workers", self.num_workers, MOST_WORKERS)
