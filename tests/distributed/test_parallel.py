@@ -23,6 +23,8 @@ from hrm.distributed.partition import SharedModel
 from hrm.distributed.world import World, gather_on_main, join_world, share_from_main, sum_over_ranks
 from hrm.errors import UserError
 from hrm.models import build_model
+from hrm.models.transformer import TransformerConfig
+from hrm.models.trm import TRMConfig
 from hrm.optim.clip import clip_gradients
 from hrm.training.step import initial_state, make_train_step
 from tests.helpers.ranks import PATIENCE, environment, meeting, on_rank, on_ranks, wait_for_all
@@ -40,6 +42,12 @@ MODEL = replace(
     halt_exploration_prob=0.0,
     halt_max_steps=3,
 )
+_COMMON = {
+    name: getattr(MODEL, name)
+    for name in ("hidden_size", "num_heads", "puzzle_emb_ndim", "pos_encodings", "forward_dtype", "halt_max_steps")
+}
+ONE_MODULE = TRMConfig(**_COMMON, puzzle_emb_len=0, H_cycles=2, L_cycles=2, halt_exploration_prob=0.0)
+LOOPED = TransformerConfig(**_COMMON, num_layers=2, halt_exploration_prob=0.0)
 CLIP = 0.05  # below every step's norm
 
 
@@ -77,6 +85,10 @@ CASES = {
     "tensor 2, data 2, clipped": shares(4, {"grad_clip": CLIP}, tensor=2),
     "pipeline 2, clipped": shares(2, {"grad_clip": CLIP}, pipeline=2),
     "fsdp 2, tensor 2, clipped": shares(4, {"grad_clip": CLIP}, fsdp=True, tensor=2),
+    "TRM, tensor 2": shares(2, {"arch": ONE_MODULE}, tensor=2),
+    "TRM, pipeline 2": shares(2, {"arch": ONE_MODULE}, pipeline=2),
+    "TRM, fsdp 2": shares(2, {"arch": ONE_MODULE}, fsdp=True),
+    "looped transformer, pipeline 2, tensor 2": shares(4, {"arch": LOOPED}, pipeline=2, tensor=2),
     "float32, tensor 2": shares(2, {"arch": replace(MODEL, forward_dtype="float32")}, tensor=2),
     "float32, fsdp 2": shares(2, {"arch": replace(MODEL, forward_dtype="float32")}, fsdp=True),
 }
