@@ -198,7 +198,7 @@ def test_a_single_step(tiny_arch: Arch, random_batch: RandomBatch) -> None:
     assert "q_continue_loss" not in metrics
 
 
-# --- the target of going on ---
+# --- the target of q_continue ---
 
 
 def test_target_formula(tiny_arch: Arch, random_batch: RandomBatch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,14 +339,14 @@ def test_evaluation_leaves_the_exploration_stream_alone(tiny_arch: Arch, random_
         assert torch.equal(halting_after(model.train(), 3, batch), expected)
 
 
-# --- images ---
+# --- augmentations ---
 
 
 @pytest.mark.parametrize("puzzle_emb_ndim", [32, 0])
-def test_what_is_thought_of_a_token_moves_with_it(
+def test_states_are_permuted_with_their_tokens(
     puzzle_emb_ndim: int, tiny_arch: Arch, random_batch: RandomBatch
 ) -> None:
-    """Steps that show an image are those of a carry turned by hand; labels move along, evaluation does not."""
+    """Steps that show an augmentation are those of a carry permuted by hand, labels too; evaluation shows none."""
     arch = tiny_arch | {"puzzle_emb_ndim": puzzle_emb_ndim}
     shown, plain, batch = build(arch), build(arch), random_batch()
     turn = torch.tensor([2, 0, 1, 4, 3])
@@ -370,7 +370,7 @@ def test_what_is_thought_of_a_token_moves_with_it(
     torch.testing.assert_close(*evaluated, rtol=0, atol=0)
 
 
-def test_images_are_drawn_anew_and_by_seed(tiny_arch: Arch, random_batch: RandomBatch) -> None:
+def test_augmentations_are_drawn_anew_and_by_seed(tiny_arch: Arch, random_batch: RandomBatch) -> None:
     batch = random_batch()
 
     def seen() -> list[Tensor]:
