@@ -17,8 +17,9 @@ import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -38,7 +39,7 @@ _SPARSE_SHARE = 0.01
 _MOST_EXTENTS = 1 << 12
 
 
-def open_regular(file: Path | str) -> BinaryIO:
+def open_regular(file: Path | str) -> BufferedReader:
     """Open a regular file to read its bytes; of pipes and devices, which may never end, an OSError is raised."""
     # Without O_NONBLOCK, opening a pipe that nobody writes to waits for ever.
     descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))

@@ -90,7 +90,7 @@ def identity(size: PuzzleSize) -> Symmetry:
 class Solutions(NamedTuple):
     """What a search for the right answers to one puzzle found."""
 
-    answers: list[Tokens]  # different ones [S], two at most
+    answers: Sequence[Tokens]  # different ones [S], two at most
     is_complete: bool  # whether there are no others; False where two were found, or the time was up
 
     @property

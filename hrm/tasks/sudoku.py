@@ -93,10 +93,9 @@ class BoxShape:
         return cls(int(match[1]), int(match[2]))
 
 
-def encode_tokens(grids: Grids) -> Grids:
+def encode_tokens(grids: NDArray[np.integer[Any]]) -> Grids:
     """Digits 0..n to the model's tokens 1..n+1."""
-    tokens: Grids = grids + np.uint8(1)
-    return tokens
+    return (grids + 1).astype(np.uint8)
 
 
 def decode_tokens(tokens: NDArray[np.integer[Any]]) -> Grids:

@@ -143,7 +143,7 @@ def count_ambiguous(puzzles: Grids, shape: BoxShape, seconds: float) -> tuple[in
     while checked < len(puzzles) and time.monotonic() < deadline:
         boards = puzzles[checked : checked + _WIDTH]
         owners, _ = search(candidate_masks(boards, shape), shape, 2, deadline)
-        ambiguous += np.count_nonzero(np.bincount(owners, minlength=len(boards)) > 1)
+        ambiguous += int(np.count_nonzero(np.bincount(owners, minlength=len(boards)) > 1))
         checked += len(boards)
     return ambiguous, checked
 

@@ -125,7 +125,7 @@ def faults(train: Puzzles, test: Puzzles) -> str:
         np.concatenate(mazes).reshape(count, -1)
         for mazes in ((train.questions, test.questions), (train.answers, test.answers))
     )
-    wrong = count - np.count_nonzero(is_shortest_path(questions, answers))
+    wrong = count - int(np.count_nonzero(is_shortest_path(questions, answers)))
     trained = {bytes(variant) for variants in dihedral_variants(train.questions) for variant in variants}
     known = sum(bytes(maze) in trained for maze in test.questions)
     return remarks(
