@@ -3,6 +3,9 @@
 SwiGLU, its backward and the residuals are epilogues. The norm is a kernel of its own: quack's epilogue `gemm_rms` gives
 1 / rms of each row but does not multiply by it, so that a second pass over the rows is needed all the same.
 
+It does not pay: with that pass, a rotation before attention and gradients joined by PyTorch, a training step takes 1.23
+times as long as with `triton` on an H200, and one puzzle twice as long (docs/kernels.md).
+
 The packages (flash-attn-4 and quack-kernels, the extra `cute`) are imported, and compile their kernels, at
 first use. They run in the configurations they were made with: to let quack search for better ones takes minutes.
 
