@@ -22,16 +22,8 @@ STEPS = 600
 def test_a_killed_rank_is_started_again(tmp_path: Path) -> None:
     make_pack(tmp_path / "pack", train_size=12, test_size=4)
     run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--max-restarts",
-        "1",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
+    command += ["--nproc-per-node", "2"]
     command += [str(ROOT / "pretrain.py"), *TINY_MODEL, "kernels=naive", "device=cpu", "wandb=disabled", "resume=auto"]
     command += ["global_batch_size=4", f"epochs={STEPS // 3}", "eval_interval=null", "log_interval=1"]
     command += [f"data_path={tmp_path / 'pack'}", f"checkpoint_path={run}", "checkpoint_interval=0.01"]
