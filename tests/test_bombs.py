@@ -119,9 +119,9 @@ def test_weights_are_counted_before_they_are_made() -> None:
     claim((10**15,))  # nobody counts
     with at_most(1000), at_most(), pytest.raises(UserError, match="too large"):
         claim((1001,))
-    sizes = {"batch_size": 1, "seq_len": 4, "vocab_size": 3, "num_puzzle_identifiers": 1}
+    arch = {"hidden_size": 64, "num_heads": 2, "expansion": memory_bytes() / 1e3}
     with pytest.raises(UserError, match="too large for the memory"):
-        build_model({"hidden_size": 64, "num_heads": 2, "expansion": memory_bytes() / 1e3}, **sizes)
+        build_model(arch, batch_size=1, seq_len=4, vocab_size=3, num_puzzle_identifiers=1)
 
 
 def test_a_vote_of_many_takes_memory_for_their_answers_only() -> None:

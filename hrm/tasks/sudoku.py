@@ -253,7 +253,7 @@ class Sudoku(Task):
 
         def solve(inputs: Tokens) -> Solutions:
             found = find_solutions(decode_tokens(inputs), box)
-            return Solutions(list(map(encode_tokens, found.answers)), found.is_complete)
+            return Solutions([encode_tokens(grid.astype(np.uint8)) for grid in found.answers], found.is_complete)
 
         return Rules(keeps, "a solution", broken_at, solve)
 

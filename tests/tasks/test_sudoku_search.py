@@ -45,7 +45,7 @@ def test_hard_boards_have_one(text: str) -> None:
     assert found.is_complete
     assert found.only is not None
     puzzle = parse_grid(text, NINE)
-    assert is_solved(found.only, NINE)
+    assert is_solved(found.only.astype(np.uint8), NINE)
     assert (found.only[puzzle > 0] == puzzle[puzzle > 0]).all()
 
 
@@ -55,8 +55,8 @@ def test_boards_with_several(text: str) -> None:
     assert not found.is_complete
     assert found.only is None
     first, second = found.answers
-    assert is_solved(first, BoxShape.from_cells(len(text)))
-    assert is_solved(second, BoxShape.from_cells(len(text)))
+    assert is_solved(first.astype(np.uint8), BoxShape.from_cells(len(text)))
+    assert is_solved(second.astype(np.uint8), BoxShape.from_cells(len(text)))
     assert (first != second).any()
 
 

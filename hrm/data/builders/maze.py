@@ -130,7 +130,7 @@ def faults(train: Puzzles, test: Puzzles) -> str:
     known = sum(bytes(maze) in trained for maze in test.questions)
     return remarks(
         {
-            "answers are not shortest paths": wrong,
+            "answers are not shortest paths": int(wrong),
             "test mazes are augmentations of training mazes": known,
             "train mazes repeat another one": count_repeats(train.questions),
             "test mazes repeat another one": count_repeats(test.questions),
