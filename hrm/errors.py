@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this", and how text of unknown origin is shown."""
+"""The one exception that means "the user can put this right", and how text of unknown origin is shown."""
 
 import os
 import re
@@ -8,7 +8,7 @@ import unicodedata
 class UserError(Exception):
     """A mistake in what was asked for: an option, a path, a pack, a checkpoint.
 
-    Its text is one clear sentence that names the culprit and the mend. The entry points print it without a traceback
+    Its text is one clear sentence that names the culprit and the way out. The entry points print it without a traceback
     and exit with status 2; anything else that escapes is a bug and keeps its traceback.
     """
 

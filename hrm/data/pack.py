@@ -214,7 +214,7 @@ def open_pack(data_path: Path | str, split: str) -> Pack:
     """Check `<data_path>/<split>` and map it into memory.
 
     Raises:
-        UserError: a file is missing, torn or at odds with the others; names the file, the value and the mend.
+        UserError: a file is missing, torn or at odds with the others; names the file, the value and the way out.
     """
     path = Path(data_path)
     folder = path / split

@@ -575,6 +575,14 @@ def test_a_state_from_before_an_option(config: PretrainConfig, stopped: Path) ->
     pretrain(replace(config, resume="auto"))
 
 
+def test_a_state_of_format_1(config: PretrainConfig, stopped: Path, tmp_path: Path) -> None:
+    """It knew no identity of packs, so that any pack of these sizes will do."""
+    pretrain(in_folder(config, tmp_path / "whole"))
+    edit_metadata(stopped / "state_6", drop="pack_identity", format=1)
+    pretrain(replace(config, resume="auto"))
+    assert_same_run(stopped, tmp_path / "whole")
+
+
 def test_a_state_can_be_branched_from(config: PretrainConfig, stopped: Path, tmp_path: Path) -> None:
     """Another run folder goes on from a state and leaves the run that it was of alone."""
     before = {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()}

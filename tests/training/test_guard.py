@@ -58,17 +58,17 @@ def config(tmp_path: Path) -> PretrainConfig:
     )
 
 
-def poison_losses(monkeypatch: pytest.MonkeyPatch, bad_calls: Sequence[int], factor: float = math.nan) -> None:
+def spoil_losses(monkeypatch: pytest.MonkeyPatch, bad_calls: Sequence[int], factor: float = math.nan) -> None:
     """Multiply the loss of these calls of any model, counted from 1."""
     forward, calls = ACTLossHead.forward, 0
 
-    def poisoned(self: ACTLossHead, **arguments: Any) -> Any:
+    def spoilt_forward(self: ACTLossHead, **arguments: Any) -> Any:
         nonlocal calls
         calls += self.training
         carry, loss, *rest = forward(self, **arguments)
         return carry, loss * factor if calls in bad_calls and self.training else loss, *rest
 
-    monkeypatch.setattr(ACTLossHead, "forward", poisoned)
+    monkeypatch.setattr(ACTLossHead, "forward", spoilt_forward)
 
 
 def everything(state: TrainState) -> dict[str, Tensor]:
@@ -127,7 +127,7 @@ def test_as_if_the_bad_steps_had_not_updated(
     if on_device:
         mask_on_any_device(monkeypatch)
     bad_passes = [(number - 1) * config.accumulate + 1 for number in BAD]
-    poison_losses(monkeypatch, bad_passes, factor)
+    spoil_losses(monkeypatch, bad_passes, factor)
     state, batches = start(config)
     step = make_train_step(config, ALONE, state)
     for number, batch in zip(range(1, STEPS + 1), batches, strict=False):
@@ -160,7 +160,7 @@ def test_the_guard_changes_no_bit_of_good_steps(
     assert_equal(one, other)
 
 
-def test_poisoned_sequences_start_afresh(config: PretrainConfig) -> None:
+def test_spoilt_sequences_start_afresh(config: PretrainConfig) -> None:
     """One sequence's state is spoilt: its place is taken over and the others go on; then training learns."""
     config = replace(config, epochs=60, lr=1e-3)  # over seeds and CPUs, the loss falls to between a quarter and 0.43
     (state, batches), (healthy, _) = start(config), start(config)
@@ -304,7 +304,7 @@ def test_skipped_steps_are_logged(config: PretrainConfig, tmp_path: Path, monkey
         add(self, metrics, sequence_flops)
 
     monkeypatch.setattr(MetricWindow, "add", noting)
-    poison_losses(monkeypatch, [2, 4, 5, 6, 10])
+    spoil_losses(monkeypatch, [2, 4, 5, 6, 10])
     pretrain(config)
     training = [record for record in records(tmp_path / "run") if "train/lr" in record]
     assert [(record["step"], record["train/skipped"]) for record in training] == [
@@ -325,7 +325,7 @@ def test_abort_after(
     config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abort_after: int | None, ends: bool
 ) -> None:
     """Four in a row, and then two more."""
-    poison_losses(monkeypatch, [2, 3, 4, 5, 7, 8])
+    spoil_losses(monkeypatch, [2, 3, 4, 5, 7, 8])
     config = replace(config, abort_after=abort_after)
     if not ends:
         pretrain(config)
@@ -343,7 +343,7 @@ def test_abort_after(
 def test_abort_names_the_training_state(
     config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison_losses(monkeypatch, [6, 7, 8, 9, 10])
+    spoil_losses(monkeypatch, [6, 7, 8, 9, 10])
     with pytest.raises(UserError, match=r"last good weights are in .*run/state_5:"):
         pretrain(replace(config, eval_interval=1, abort_after=3))
     assert (tmp_path / "run" / "state_5" / "state.json").is_file()
@@ -352,8 +352,8 @@ def test_abort_names_the_training_state(
 def test_exit_status(
     config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Through the entry point, with the model's weights poisoned from the start."""
-    poison_losses(monkeypatch, range(100), math.inf)
+    """Through the entry point, with the model's losses spoilt from the start."""
+    spoil_losses(monkeypatch, range(100), math.inf)
     monkeypatch.setattr("sys.argv", ["pretrain.py", "kernels=naive", "abort_after=2"])
     with pytest.raises(SystemExit) as stop:
         run(PretrainConfig, "pretrain", lambda asked: pretrain(replace(config, abort_after=asked.abort_after)), "test")
@@ -438,7 +438,7 @@ def give_up_on_rank(rank: int, port: int, config: PretrainConfig, folder: Path) 
     os.environ |= environment(rank, 2, port)
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            poison_losses(patch, range(4, 100))
+            spoil_losses(patch, range(4, 100))
         with pytest.raises(UserError) as error:
             pretrain(config)
     (folder / f"sentence.{rank}").write_text(str(error.value))
@@ -465,7 +465,7 @@ def test_ranks_give_up_together(config: PretrainConfig, tmp_path: Path) -> None:
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_skips_on_the_gpu(config: PretrainConfig, optim: str, graphs: bool, fused: bool) -> None:
-    """A weight is poisoned for some steps, among them replays: nothing moves, and the host waits for nothing."""
+    """A weight is spoilt for some steps, among them replays: nothing moves, and the host waits for nothing."""
     kernels = KernelsConfig(cuda_graphs=graphs, fused_step=fused)
     config = replace(config, device="cuda", kernels=kernels, optim=OptimConfig(optim), epochs=4, abort_after=2)
     pack = open_pack(config.data_path, "train")
@@ -476,15 +476,15 @@ def test_skips_on_the_gpu(config: PretrainConfig, optim: str, graphs: bool, fuse
         weight = state.model.model.inner.q_head.weight
         told = []
         for number, batch in enumerate(loader.iterate(0), 1):
-            if poisoned := number in (2, 9, 10):
+            if is_bad := number in (2, 9, 10):
                 kept = weight.detach()[0].clone()
                 with torch.no_grad():
                     weight[0] = math.nan
-            before = everything(state) if poisoned else {}
+            before = everything(state) if is_bad else {}
             with no_waiting() if number > 5 else nullcontext():
                 metrics = step(batch)
             told.append((metrics["skipped"].item(), metrics["gave_up"].item()))
-            if poisoned:
+            if is_bad:
                 after = everything(state)
                 for name in after:
                     if not name.startswith("carry."):
