@@ -38,6 +38,7 @@ class PretrainConfig:
     keep_checkpoints: int = 2  # newest training states to keep, beside the one that was best at its evaluation
     # Decay of an average of the weights, such as 0.999, which is evaluated and saved too.
     ema_decay: float | None = None
+    ema_start: int = 0  # steps until which the average is the weights themselves
     stop_after: int | None = None  # end after this many evaluations without a better exact accuracy; null: never
     # End at an evaluation once training's exact accuracy is this; null: never.
     stop_at_train_accuracy: float | None = None
@@ -49,6 +50,7 @@ class PretrainConfig:
     # it, such as halt_max_steps}. After the last stage, all is as the architecture says.
     curriculum: list[Any] = field(default_factory=list)
     stagger: bool = False  # begin with sequences at all ACT steps, instead of all at the first, as published
+    augment_entry: bool = False  # map each puzzle that begins by random symmetries of its task, until it halts
     augment_act_steps: bool = False  # map puzzles by a symmetry of their task at every ACT step: Sudoku, mazes
     weight_decay: float = 0.1  # decoupled weight decay of the dense weights
     beta1: float = 0.9  # decay of the optimizer's running mean of gradients
@@ -114,6 +116,7 @@ class PretrainConfig:
         at_least("keep_checkpoints", self.keep_checkpoints, 1)
         if self.ema_decay is not None:
             fraction("ema_decay", self.ema_decay, below_one=True)
+        at_least("ema_start", self.ema_start, 0)
         if self.stop_after is not None:
             at_least("stop_after", self.stop_after, 1)
         if self.stop_at_train_accuracy is not None:

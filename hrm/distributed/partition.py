@@ -82,8 +82,11 @@ class SharedModel:
             [param for name, param in self.weights.items() if name not in self._sharded], world, config.bucket_mb
         )
 
-    def hidden_matrices(self) -> dict[nn.Parameter, int]:
-        """The weights that are matrices within the blocks, with how many of one kind each has one above the other.
+    def hidden_matrices(self, split: str = "projections") -> dict[nn.Parameter, int]:
+        """The weights that are matrices within the blocks, with how many of one height each has one above the other.
+
+        Args:
+            split: what counts as one, as in `hrm.config.optim.OptimConfig`.
 
         Raises:
             UserError: processes have parts of them.
@@ -93,7 +96,12 @@ class SharedModel:
                 "optim=muon needs whole matrices, which parallel.tensor, parallel.pipeline and parallel.fsdp divide: "
                 "choose optim=adam_atan2, or share out the batch alone."
             )
-        return {self.weights[name]: cut.stacked for name, cut in self._plan()}
+        return {
+            self.weights[f"model.inner.{stack_name}.layers.{index}.{name}"]: count
+            for stack_name, stack in self._model.model.inner.stacks.items()
+            for index, block in enumerate(stack.blocks)
+            for name, count in block.matrices(split).items()
+        }
 
     def last_backward(self) -> None:
         """Announce that with the next backward pass the gradients are complete."""

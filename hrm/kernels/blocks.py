@@ -47,3 +47,12 @@ class NormGatedMixerWeights(NamedTuple):
     token_down: Tensor  # [T, G]
     gate_up: Tensor  # [2 F, D]: gate, then up
     down: Tensor  # [D, F]
+
+
+class NormedBlockWeights(NamedTuple):
+    """Attention normalised before its output projection (`naive.attention`), then an MLP with a normalised gate."""
+
+    qkv: Tensor  # [3 D, D]: the rows of all q heads, then k, then v
+    o: Tensor  # [D, D]
+    gate_up: Tensor  # [2 F, D]: gate, then up
+    down: Tensor  # [D, F]

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from hrm.kernels.blocks import BlockWeights as BlockWeights
 from hrm.kernels.blocks import MixerWeights as MixerWeights
-from hrm.kernels.blocks import NormGatedBlockWeights, NormGatedMixerWeights
+from hrm.kernels.blocks import NormedBlockWeights, NormGatedBlockWeights, NormGatedMixerWeights
 from hrm.kernels.context import KernelContext
 from hrm.kernels.context import RotaryTables as RotaryTables
 
-AnyBlock: TypeAlias = BlockWeights | MixerWeights | NormGatedBlockWeights | NormGatedMixerWeights
+_AttentionBlock: TypeAlias = BlockWeights | NormGatedBlockWeights | NormedBlockWeights
+AnyBlock: TypeAlias = BlockWeights | MixerWeights | NormGatedBlockWeights | NormGatedMixerWeights | NormedBlockWeights
 _MIXERS = (MixerWeights, NormGatedMixerWeights)
-_NORM_GATED = (NormGatedBlockWeights, NormGatedMixerWeights)
-BLOCK_TYPES = (BlockWeights, MixerWeights, NormGatedBlockWeights, NormGatedMixerWeights)
+_NORM_GATED = (NormGatedBlockWeights, NormGatedMixerWeights, NormedBlockWeights)
+BLOCK_TYPES = (BlockWeights, MixerWeights, NormGatedBlockWeights, NormGatedMixerWeights, NormedBlockWeights)
 Attend: TypeAlias = Callable[[Tensor, RotaryTables | None, int], Tensor]  # qkv, rotary, num_heads: see `sdpa`
 
 
@@ -87,13 +88,19 @@ def sdpa(qkv: Tensor, rotary: RotaryTables | None, num_heads: int) -> Tensor:
 
 def attention(
     x: Tensor,
-    weights: BlockWeights | NormGatedBlockWeights,
+    weights: _AttentionBlock,
     rotary: RotaryTables | None,
     num_heads: int,
     attend: Attend = sdpa,
+    eps: float = 1e-5,
 ) -> Tensor:
-    """Non-causal self-attention over `x` [B, T, D] with its two projections."""
-    return F.linear(attend(F.linear(x, weights.qkv), rotary, num_heads), weights.o)
+    """Non-causal self-attention over `x` [B, T, D] with its two projections; `eps` is of the norm between, if any."""
+    return _project(attend(F.linear(x, weights.qkv), rotary, num_heads), weights, eps)
+
+
+def _project(mixed: Tensor, weights: _AttentionBlock, eps: float) -> Tensor:
+    """The second projection of what was attended to, [..., D]."""
+    return F.linear(rms_norm(mixed, eps) if isinstance(weights, NormedBlockWeights) else mixed, weights.o)
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -157,7 +164,8 @@ def reasoning_module(
         if isinstance(weights, _MIXERS):
             x = mix_tokens(x, weights, context.eps)
         else:
-            x = rms_norm(x + attention(x, weights, context.rotary, context.num_heads, attend), context.eps)
+            mixed = attention(x, weights, context.rotary, context.num_heads, attend, context.eps)
+            x = rms_norm(x + mixed, context.eps)
         x = rms_norm(x + _mlp(weights, x, weights.gate_up, weights.down, context.eps), context.eps)
     return x
 
@@ -174,15 +182,14 @@ def first_token_block(x: Tensor, weights: AnyBlock, context: KernelContext) -> T
     if isinstance(weights, _MIXERS):
         first = mix_tokens(x, weights, context.eps)[:, 0]
     else:
-        first = rms_norm(x[:, 0] + _first_token_attention(x, weights, context.rotary, context.num_heads), context.eps)
+        first = rms_norm(x[:, 0] + _first_token_attention(x, weights, context), context.eps)
     return rms_norm(first + _mlp(weights, first, weights.gate_up, weights.down, context.eps), context.eps)
 
 
-def _first_token_attention(
-    x: Tensor, weights: BlockWeights | NormGatedBlockWeights, rotary: RotaryTables | None, num_heads: int
-) -> Tensor:
+def _first_token_attention(x: Tensor, weights: _AttentionBlock, context: KernelContext) -> Tensor:
     """Token 0 of `attention`, [B, D]."""
     batch, _, width = x.shape
+    rotary, num_heads = context.rotary, context.num_heads
 
     def heads(rows: Tensor) -> Tensor:
         return rows.view(batch, -1, num_heads, width // num_heads).transpose(1, 2)
@@ -191,7 +198,7 @@ def _first_token_attention(
     k, v = map(heads, F.linear(x, weights.qkv[width:]).chunk(2, dim=-1))
     if rotary is not None:
         k = rotate(k, rotary)
-    return F.linear(F.scaled_dot_product_attention(q, k, v).reshape(batch, width), weights.o)
+    return _project(F.scaled_dot_product_attention(q, k, v).reshape(batch, width), weights, context.eps)
 
 
 def reset_carry(

@@ -87,4 +87,4 @@ def build_model(
     )
     inner.kernels = make_kernels(resolve(kernels_config(kernels), request), tuple(inner.stacks))
     model = AdaptiveComputation(inner, seed)
-    return ACTLossHead(model, config.loss.loss_type, fused=inner.kernels.config.fused_step).to(device)
+    return ACTLossHead(model, config.loss, fused=inner.kernels.config.fused_step).to(device)

@@ -110,11 +110,14 @@ class AdaptiveComputation(nn.Module):
     """Halting around a model: every call is one ACT step; a sequence that halted makes room for another one."""
 
     augmentations: Tensor | None  # [N, T] int64: see `set_augmentations`, with the prefix left where it is
+    entry_cells: Tensor | None  # [N, S] int64: see `set_entry_symmetries`
+    entry_tokens: Tensor | None  # [N, V] int64
 
     def __init__(self, inner: RecurrentModel, seed: int) -> None:
         super().__init__()
         self.inner = inner
-        self.register_buffer("augmentations", None, persistent=False)
+        for name in ("augmentations", "entry_cells", "entry_tokens"):
+            self.register_buffer(name, None, persistent=False)
         self._exploration: torch.Generator | None = None
         self.seed_exploration(seed)
 
@@ -142,6 +145,16 @@ class AdaptiveComputation(nn.Module):
         prefix = torch.arange(self.inner.prefix_len, device=cells.device).expand(len(cells), -1)
         self.augmentations = torch.cat([prefix, cells + self.inner.prefix_len], 1)
 
+    def set_entry_symmetries(self, cells: Tensor, tokens: Tensor) -> None:
+        """In training, show each sequence that begins as a random symmetry of it from now on, until it halts.
+
+        Args:
+            cells: [N, S] int64, permutations of the cells, and
+            tokens: [N, V] int64, of the tokens: symmetric[i] = tokens[n, puzzle[cells[n, i]]] keeps the task's rules.
+                One after another is applied twice, so there are up to N squared.
+        """
+        self.entry_cells, self.entry_tokens = cells, tokens
+
     def initial_carry(self, batch: Batch) -> Carry:
         """A carry in which every sequence has halted, so that the first call takes `batch`."""
         halted = torch.ones_like(batch["inputs"][:, 0], dtype=torch.bool)
@@ -164,8 +177,9 @@ class AdaptiveComputation(nn.Module):
 
     def reset_carry(self, carry: Carry, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Batch]:
         """Give sequences that halted the initial states and the batch's data, and count the step."""
+        initial, fresh = self.inner.initial_states, self._entering(batch)
         return self.inner.kernels.reset_carry(
-            carry.states, self.inner.initial_states, carry.halted, carry.steps, carry.current_data, batch
+            carry.states, initial, carry.halted, carry.steps, carry.current_data, fresh
         )
 
     def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, dict[str, Tensor]]:
@@ -202,6 +216,22 @@ class AdaptiveComputation(nn.Module):
             states = self.inner.recur(states, prepared)
         steps = steps + (num_steps - 1)
         return Carry(states, steps, steps >= self.inner.plan.max_steps, data)
+
+    def _entering(self, batch: Batch) -> Batch:
+        """The batch, in training each sequence as a random symmetry of it if there are any."""
+        if not self.training or self.entry_cells is None or self.entry_tokens is None:
+            return batch
+        for _ in range(2):
+            device, rows = self.entry_cells.device, (len(batch["inputs"]),)
+            drawn = torch.randint(len(self.entry_cells), rows, device=device, generator=self.exploration(device))
+            cells, tokens = self.entry_cells[drawn], self.entry_tokens[drawn]
+            new = {}
+            for name in ("inputs", "labels"):
+                moved = batch[name].gather(1, cells)
+                mapped = tokens.gather(1, moved.clamp_min(0).long()).to(moved.dtype)
+                new[name] = torch.where(moved < 0, moved, mapped)  # labels may be IGNORE_LABEL_ID
+            batch = batch | new
+        return batch
 
     def _augmented(self, states: dict[str, Tensor], data: Batch, tables: Tensor) -> tuple[dict[str, Tensor], Batch]:
         """Each sequence and its states as a random one of the augmentations."""

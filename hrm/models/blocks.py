@@ -11,7 +11,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from hrm.kernels.blocks import BlockWeights, MixerWeights, NormGatedBlockWeights, NormGatedMixerWeights
+from hrm.kernels.blocks import (
+    BlockWeights,
+    MixerWeights,
+    NormedBlockWeights,
+    NormGatedBlockWeights,
+    NormGatedMixerWeights,
+)
 from hrm.models.layers import Linear, truncated_normal
 
 
@@ -88,6 +94,18 @@ class Block(nn.Module):
         parts = [(name, part) for name, part in self.named_children() if isinstance(part, Attention | SwiGLU)]
         return {f"{name}.{weight}": cut for name, part in parts for weight, cut in part.CUTS.items()}
 
+    def matrices(self, split: str) -> dict[str, int]:
+        """Of how many matrices of one height, one above the other, each weight is made, by its name in the block.
+
+        Args:
+            split: `projections`, or `heads`, which also parts the heads of q, k and v, and leaves gate and up together.
+        """
+        counts = {name: cut.stacked for name, cut in self.cuts().items()}
+        if split == "heads":
+            heads = self.sizes.num_heads
+            counts = {name: count * heads if "qkv_proj" in name else 1 for name, count in counts.items()}
+        return counts
+
     def divisible(self) -> dict[str, int]:
         """The sizes, by their names for the user, that the number of tensor-parallel processes has to divide."""
         return {"arch.num_heads": self.sizes.num_heads, "the MLP's inner width": self.sizes.inner}
@@ -157,6 +175,15 @@ class NormGatedAttentionBlock(AttentionBlock):
 
     def weights(self) -> NormGatedBlockWeights:  # type: ignore[override]
         return NormGatedBlockWeights(*super().weights())
+
+
+class NormedAttentionBlock(NormGatedAttentionBlock):
+    """The same with attention's output normalised too, before its projection."""
+
+    WEIGHTS: ClassVar[type] = NormedBlockWeights
+
+    def weights(self) -> NormedBlockWeights:  # type: ignore[override]
+        return NormedBlockWeights(*super().weights())
 
 
 class NormGatedMixerBlock(MixerBlock):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrm.batch import IGNORE_LABEL_ID, Batch
-from hrm.config.checks import choice
+from hrm.config.checks import at_least, choice, fraction
 from hrm.models.layers import copies_at_hand
 
 if TYPE_CHECKING:
@@ -32,13 +33,22 @@ def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         The loss of each label [...], in float64 (float32 on devices that have no float64).
     """
+    valid, picked = _picked(_log_stablemax(logits), labels)
+    return -torch.where(valid, picked, 0)
+
+
+def _log_stablemax(logits: Tensor) -> Tensor:
+    """Logarithms of probabilities, in the dtype of `stablemax_cross_entropy`."""
     x = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
     # The clamp keeps the branch not taken finite: in float32 an infinite one would make the gradient NaN.
     s = torch.where(x < 0, 1 / (1 - x.clamp(max=0) + 1e-30), x + 1)
-    log_probabilities = torch.log(s / s.sum(-1, keepdim=True))
+    return torch.log(s / s.sum(-1, keepdim=True))
+
+
+def _picked(log_probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which labels count, and the log-probability of each, both [...]; that of an ignored one is any."""
     valid = labels != IGNORE_LABEL_ID
-    picked = log_probabilities.gather(-1, torch.where(valid, labels, 0).long().unsqueeze(-1)).squeeze(-1)
-    return -torch.where(valid, picked, 0)
+    return valid, log_probabilities.gather(-1, torch.where(valid, labels, 0).long().unsqueeze(-1)).squeeze(-1)
 
 
 def softmax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -62,10 +72,33 @@ class LossConfig:
 
     name: str = LOSS_HEADS[0]  # as in the published configs; there is no other
     loss_type: str = "stablemax_cross_entropy"  # of the tokens, or softmax_cross_entropy
+    label_smoothing: float = 0.0  # share of a label's probability that is spread evenly over all tokens
+    smooth_padding: bool = True  # whether the padding token, 0, gets its part of that share
+    q_weight: float = 0.5  # weight of the losses of q_halt and q_continue beside the tokens'
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it is the published loss, with either loss of the tokens: the one that `fused_step` computes."""
+        return self == LossConfig(loss_type=self.loss_type)
 
     def __post_init__(self) -> None:
         choice("arch.loss.name", self.name, LOSS_HEADS)
         choice("arch.loss.loss_type", self.loss_type, LOSSES)
+        fraction("arch.loss.label_smoothing", self.label_smoothing, below_one=True)
+        at_least("arch.loss.q_weight", self.q_weight, 0)
+
+
+def smoothed_cross_entropy(logits: Tensor, labels: Tensor, config: LossConfig) -> Tensor:
+    """Cross-entropy with labels that keep 1 - s of their probability and spread s evenly over the tokens.
+
+    Arguments and result as in `stablemax_cross_entropy`. Without `smooth_padding`, token 0 gets nothing of s.
+    """
+    softmax = config.loss_type == "softmax_cross_entropy"
+    log_probabilities = torch.log_softmax(logits.float(), -1) if softmax else _log_stablemax(logits)
+    valid, picked = _picked(log_probabilities, labels)
+    spread = log_probabilities[..., 0 if config.smooth_padding else 1 :].mean(-1)
+    share = config.label_smoothing
+    return -torch.where(valid, (1 - share) * picked + share * spread, 0)
 
 
 def act_loss(
@@ -76,7 +109,7 @@ def act_loss(
     labels: Tensor,
     halted: Tensor,
     steps: Tensor,
-    loss_type: str,
+    config: LossConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one ACT step, summed over the batch, and its metrics (spec section 3).
 
@@ -86,7 +119,7 @@ def act_loss(
         target: [B], what sigmoid(q_continue) should be; None leaves its loss out.
         labels: [B, S] integers.
         halted, steps: [B], of the carry after the step.
-        loss_type: of the tokens, one of `LOSSES`.
+        config: which loss.
 
     Returns:
         `(loss, metrics)`, all 0-dimensional. Metrics are sums without gradient, over the sequences that halted and have
@@ -107,7 +140,11 @@ def act_loss(
             "steps": torch.where(counted, steps, 0).sum(),
         }
 
-    lm_loss = (LOSSES[loss_type](logits, labels) / divisor.unsqueeze(-1)).sum()
+    if config.label_smoothing:
+        token_losses = smoothed_cross_entropy(logits, labels, config)
+    else:
+        token_losses = LOSSES[config.loss_type](logits, labels)
+    lm_loss = (token_losses / divisor.unsqueeze(-1)).sum()
     q_halt_loss = F.binary_cross_entropy_with_logits(q_halt, exact.to(q_halt.dtype), reduction="sum")
     metrics |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_halt_loss.detach()}
     q_loss = q_halt_loss
@@ -115,7 +152,7 @@ def act_loss(
         q_continue_loss = F.binary_cross_entropy_with_logits(q_continue, target, reduction="sum")
         metrics["q_continue_loss"] = q_continue_loss.detach()
         q_loss = q_loss + q_continue_loss
-    return lm_loss + 0.5 * q_loss, metrics
+    return lm_loss + config.q_weight * q_loss, metrics
 
 
 # A logit of halting so sure that to be right, as an answer without labels is, costs exactly 0.
@@ -125,16 +162,15 @@ _SURE = 1e4
 class ACTLossHead(nn.Module):
     """The model as it is trained and evaluated: one call is one ACT step of every sequence, with loss and metrics."""
 
-    def __init__(self, model: AdaptiveComputation, loss_type: str, *, fused: bool = False) -> None:
-        """With `fused`, the loss is computed by the kernels in Triton, which run on NVIDIA GPUs."""
+    def __init__(self, model: AdaptiveComputation, loss: LossConfig, *, fused: bool = False) -> None:
+        """With `fused`, the published loss is computed by the kernels in Triton, which run on NVIDIA GPUs."""
         super().__init__()
         self.model = model
-        self.loss_type = loss_type
-        self.act_loss = act_loss
-        if fused:
+        self.act_loss: Callable[..., tuple[Tensor, dict[str, Tensor]]] = partial(act_loss, config=loss)
+        if fused and loss.is_published:
             from hrm.kernels.ops.triton import loss as triton_loss  # imported here: Triton is not everywhere
 
-            self.act_loss = triton_loss.act_loss
+            self.act_loss = partial(triton_loss.act_loss, loss_type=loss.loss_type)
 
     @property
     def halt_max_steps(self) -> int:
@@ -193,7 +229,6 @@ class ACTLossHead(nn.Module):
             carry.current_data["labels"],
             carry.halted,
             carry.steps,
-            self.loss_type,
         )
         wanted = {key: outputs[key].detach() for key in return_keys if key in outputs}
         return carry, loss, metrics, wanted, carry.halted.all()

@@ -26,7 +26,7 @@ from hrm.kernels.context import KernelContext, RotaryTables
 from hrm.kernels.naive import grid_rotary_tables, rotary_tables
 from hrm.kernels.schedule import Schedule, Update, looped
 from hrm.models.act import ACTConfig
-from hrm.models.blocks import BLOCKS, Block, BlockSizes, Stack
+from hrm.models.blocks import BLOCKS, Block, BlockSizes, NormedAttentionBlock, Stack
 from hrm.models.layers import Embedding, Linear, SparseEmbedding, in_dtype, truncated_normal
 
 POS_ENCODINGS = ("rope", "rope_2d", "learned", "rope+learned", "rope_2d+learned", "none")
@@ -51,8 +51,10 @@ class RecurrentConfig(ACTConfig):
     # Of the gated MLPs: silu(g) * v, or sigmoid_rms, sigmoid(g) * rms_norm(g * v), with which the sizes of weights do
     # not matter ("Speed is Confidence", arXiv 2601.19085).
     gate: str = "silu"
+    attention_norm: bool = False  # with gate=sigmoid_rms: norm attention's output too, before its projection
     puzzle_emb_ndim: int = II(".hidden_size")  # numbers in a puzzle's vector; 0: no puzzle prefix
     puzzle_emb_len: int = 0  # tokens of the puzzle prefix, zeros where the vector ends; 0: as many as it fills
+    register_tokens: int = 0  # fixed random tokens between the puzzle prefix and the input
     # rope rotates by the position in the row of tokens, rope_2d by row and column of a square grid; learned is added to
     # the input. Also rope+learned and rope_2d+learned: distances and positions. none: for mlp_t, which needs none.
     pos_encodings: str = "rope"
@@ -87,6 +89,8 @@ class RecurrentConfig(ACTConfig):
         self.gradient = str(self.gradient)
         choice("arch.pos_encodings", self.pos_encodings, POS_ENCODINGS)
         choice("arch.gate", self.gate, BLOCKS)
+        if self.attention_norm and (self.mlp_t or self.gate != "sigmoid_rms"):
+            raise UserError("arch.attention_norm=true is for attention with arch.gate=sigmoid_rms: drop it, or mlp_t.")
         if self.pos_encodings == "none" and not self.mlp_t:
             raise UserError(
                 "arch.pos_encodings=none leaves attention blind to positions: choose another, or mlp_t=true."
@@ -94,7 +98,7 @@ class RecurrentConfig(ACTConfig):
         choice("arch.forward_dtype", self.forward_dtype, FORWARD_DTYPES)
         for name in ("hidden_size", "num_heads"):
             at_least(f"arch.{name}", getattr(self, name), 1)
-        for name in ("puzzle_emb_ndim", "puzzle_emb_len"):
+        for name in ("puzzle_emb_ndim", "puzzle_emb_len", "register_tokens"):
             at_least(f"arch.{name}", getattr(self, name), 0)
         if self.prefix_len > MOST_REPEATS:
             raise UserError(
@@ -159,6 +163,11 @@ class RecurrentConfig(ACTConfig):
 
     @property
     def prefix_len(self) -> int:
+        """Tokens before the input's: the puzzle's and the registers."""
+        return self.puzzle_prefix_len + self.register_tokens
+
+    @property
+    def puzzle_prefix_len(self) -> int:
         """Tokens that a puzzle's vector takes."""
         return max(self.puzzle_emb_len, -(-self.puzzle_emb_ndim // self.hidden_size)) if self.puzzle_emb_ndim else 0
 
@@ -214,6 +223,7 @@ class RecurrentModel(nn.Module):
 
     rotary_cos: Tensor  # [T, D / heads], with rope only
     rotary_sin: Tensor
+    registers: Tensor  # [register_tokens, D]
     kernels: Kernels  # set by `hrm.models.build_model`, when it knows the device
 
     def __init__(self, config: RecurrentConfig, sizes: DataSizes, generator: torch.Generator) -> None:
@@ -239,6 +249,9 @@ class RecurrentModel(nn.Module):
             self.register_buffer("rotary_sin", tables.sin, persistent=False)
         if config.puzzle_emb_ndim > 0:
             self.puzzle_emb = SparseEmbedding(sizes.num_puzzle_identifiers, config.puzzle_emb_ndim)
+        if config.register_tokens:  # of the variance of the input's embeddings as the model sees them
+            registers = truncated_normal((config.register_tokens, config.hidden_size), 1.0, generator)
+            self.register_buffer("registers", registers)
 
     def _new_table(self, rows: int, generator: torch.Generator) -> Embedding:
         width = self.config.hidden_size
@@ -254,7 +267,8 @@ class RecurrentModel(nn.Module):
         config = self.config
         width, tokens = config.hidden_size, self.num_tokens
         sizes = BlockSizes(tokens, width, config.inner_size(width), config.inner_size(tokens), config.num_heads)
-        return BLOCKS[config.gate][config.mlp_t](sizes, generator)
+        kind = NormedAttentionBlock if config.attention_norm else BLOCKS[config.gate][config.mlp_t]
+        return kind(sizes, generator)
 
     def add_state(self, name: str, buffer: str, initial: Tensor) -> None:
         """Add a state that begins with the vector `initial` [D] at every token, which `state_dict()` calls `buffer`."""
@@ -325,10 +339,16 @@ class RecurrentModel(nn.Module):
     def _embed(self, inputs: Tensor, puzzle_identifiers: Tensor) -> Tensor:
         width = self.config.hidden_size
         embeddings = self.embed_tokens(inputs, self.dtype)
-        if self.prefix_len:
+        prefix: list[Tensor] = []
+        if puzzle_len := self.config.puzzle_prefix_len:
             puzzle = self.puzzle_emb(puzzle_identifiers, self.dtype)
-            puzzle = F.pad(puzzle, (0, self.prefix_len * width - self.config.puzzle_emb_ndim))
-            embeddings = torch.cat((puzzle.view(-1, self.prefix_len, width), embeddings), dim=1)
+            puzzle = F.pad(puzzle, (0, puzzle_len * width - self.config.puzzle_emb_ndim))
+            prefix.append(puzzle.view(-1, puzzle_len, width))
+        if self.config.register_tokens:
+            registers = (self.registers / math.sqrt(width)).to(self.dtype)  # by which all are multiplied below
+            prefix.append(registers.expand(len(embeddings), -1, -1))
+        if prefix:
+            embeddings = torch.cat((*prefix, embeddings), dim=1)
         if self._learns_positions:
             # Two tables of equal variance are summed: scale back to the variance of one.
             (positions,) = in_dtype([self.embed_pos.embedding_weight], self.dtype)

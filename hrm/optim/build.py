@@ -22,7 +22,7 @@ class Weights(Protocol):
     @property
     def weights(self) -> Mapping[str, nn.Parameter]: ...
 
-    def hidden_matrices(self) -> dict[nn.Parameter, int]: ...
+    def hidden_matrices(self, split: str = ...) -> dict[nn.Parameter, int]: ...
 
 
 def build_optimizers(
@@ -70,14 +70,16 @@ def build_optimizers(
         if config.optim.name == "muon":
             kind = Muon
             options |= {
-                "matrices": shared.hidden_matrices(),
+                "matrices": shared.hidden_matrices(config.optim.split),
                 "momentum": config.optim.momentum,
                 "rest_lr_ratio": config.optim.rest_lr_ratio,
                 "rest_weight_decay": config.optim.rest_weight_decay,
+                "scale": config.optim.scale,
+                "iterations": config.optim.iterations,
             }
         dense = kind(shared.weights.values(), rate(config.lr), betas, config.weight_decay, **options)
     optimizers: list[tuple[torch.optim.Optimizer, float]] = [(dense, config.lr)]
-    if model.model.inner.prefix_len:
+    if model.model.inner.config.puzzle_emb_ndim:
         table = model.model.inner.puzzle_emb
         sparse = SparseSignSGD(
             table, rate(config.puzzle_emb_lr), config.puzzle_emb_weight_decay, fused=fused, group=group

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from hrm.models import ACTLossHead, Carry, build_model
 from hrm.optim import AdamATan2, SparseSignSGD, learning_rate, set_lr
 from hrm.optim.build import build_optimizers
 from hrm.tasks import task_of
-from hrm.tasks.base import PuzzleSize
+from hrm.tasks.base import PuzzleSize, Task
 from hrm.training.average import WeightAverage
 from hrm.training.guard import NonFiniteGuard, halt_nonfinite
 
@@ -66,6 +67,9 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
     )
     broadcast_tensors(model.state_dict().values(), world)
     model.model.seed_exploration(config.seed + world.rank)
+    if config.augment_entry:
+        cells, tokens = symmetries(pack, config.seed)
+        model.model.set_entry_symmetries(cells.to(world.device), tokens.to(world.device))
     if config.augment_act_steps:
         model.model.set_augmentations(cell_permutations(pack, config.seed).to(world.device))
     shared = SharedModel(model, config.parallel, world)
@@ -77,7 +81,7 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
 
     masks = guard is not None and guard.masks
     optimizers = build_optimizers(config, shared, model, world.device, world.group, graphed=graphed, masks=masks)
-    average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
+    average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay, config.ema_start)
     return TrainState(model, shared, optimizers, total_steps, average=average, guard=guard)
 
 
@@ -87,13 +91,30 @@ def cell_permutations(pack: Pack, seed: int, count: int = 4096) -> Tensor:
     Raises:
         UserError: the task has none that are known.
     """
+    task, size = _symmetric_task(pack, "augment_act_steps")
+    return torch.from_numpy(task.cell_permutations(size, seed, count))
+
+
+def symmetries(pack: Pack, seed: int, count: int = 4096) -> tuple[Tensor, Tensor]:
+    """Symmetries of the pack's task, at most `count`: of the cells [N, S] and of the tokens [N, V].
+
+    Raises:
+        UserError: the task has none that are known.
+    """
+    task, size = _symmetric_task(pack, "augment_entry")
+    drawn = task.symmetries(size, int(min(count, task.num_symmetries(size))), seed)
+    cells, tokens = (torch.from_numpy(np.stack(maps)) for maps in zip(*drawn, strict=True))
+    return cells, tokens
+
+
+def _symmetric_task(pack: Pack, option: str) -> tuple[Task, PuzzleSize]:
     task, size = task_of(pack), PuzzleSize.of(pack)
     if task.num_symmetries(size) == 1:
         raise UserError(
-            f"augment_act_steps=true needs a task with known symmetries, and {pack.path} holds {task.name}, which has "
-            "none: leave it out."
+            f"{option}=true needs a task with known symmetries, and {pack.path} holds {task.name}, which has none: "
+            "leave it out."
         )
-    return torch.from_numpy(task.cell_permutations(size, seed, count))
+    return task, size
 
 
 def make_train_step(config: PretrainConfig, world: World, state: TrainState) -> TrainStep:
@@ -159,6 +180,8 @@ def _set_rates(config: PretrainConfig, state: TrainState) -> None:
     for optimizer, base_lr in state.optimizers:
         for group in optimizer.param_groups:
             set_lr(group, current_lr(config, state, base_lr))
+    if state.average is not None:
+        state.average.at_step(state.step)
 
 
 def _update(config: PretrainConfig, state: TrainState, batch: Batch) -> dict[str, Tensor]:

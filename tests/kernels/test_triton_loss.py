@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from hrm.batch import IGNORE_LABEL_ID  # noqa: E402
 from hrm.kernels.ops.triton import loss as triton_loss  # noqa: E402
-from hrm.models.losses import LOSSES, act_loss  # noqa: E402
+from hrm.models.losses import LOSSES, LossConfig, act_loss  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
@@ -57,12 +57,13 @@ def run(
 ) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
     """The loss, the metrics, and the gradients by logits and q's of a third of the loss."""
     logits, q = case["logits"].detach().requires_grad_(), case["q"].detach().requires_grad_()
-    function = triton_loss.act_loss if fused else act_loss
     target = case["target"] if with_target else None
     q_halt, q_continue = q.unbind(-1)
-    loss, metrics = function(
-        logits, q_halt, q_continue, target, case["labels"], case["halted"], case["steps"], loss_type
-    )
+    arguments = (logits, q_halt, q_continue, target, case["labels"], case["halted"], case["steps"])
+    if fused:
+        loss, metrics = triton_loss.act_loss(*arguments, loss_type)
+    else:
+        loss, metrics = act_loss(*arguments, LossConfig(loss_type=loss_type))
     return loss.detach(), metrics, list(torch.autograd.grad(loss / 3, [logits, q]))
 
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from hrm.batch import IGNORE_LABEL_ID
 from hrm.models.act import AdaptiveComputation, Carry
-from hrm.models.losses import LOSSES, ACTLossHead, softmax_cross_entropy, stablemax_cross_entropy
+from hrm.models.losses import (
+    LOSSES,
+    ACTLossHead,
+    LossConfig,
+    act_loss,
+    smoothed_cross_entropy,
+    softmax_cross_entropy,
+    stablemax_cross_entropy,
+)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -169,7 +177,7 @@ def scripted_head(loss_type: str, *, with_target: bool = True) -> tuple[ACTLossH
     data = {"labels": torch.tensor(LABELS, dtype=torch.int32)}
     state = {"z": torch.zeros(5, 3, 1)}
     carry = Carry(state, torch.tensor(STEPS, dtype=torch.int32), torch.tensor(HALTED), data)
-    return ACTLossHead(Scripted(carry, outputs), loss_type), outputs
+    return ACTLossHead(Scripted(carry, outputs), LossConfig(loss_type=loss_type)), outputs
 
 
 def binary_cross_entropy(logit: float, target: float) -> float:
@@ -242,3 +250,36 @@ def test_only_what_is_asked_for_is_returned() -> None:
         assert torch.equal(returned[key], outputs[key])
         assert not returned[key].requires_grad
     assert head(carry=None, batch=None)[3] == {}
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("smooth_padding", [True, False])
+def test_smoothing_mixes_the_label_with_all_tokens(loss_type: str, smooth_padding: bool) -> None:
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.tensor([[1, 2, IGNORE_LABEL_ID], [4, 1, 0]])
+    config = LossConfig(loss_type=loss_type, label_smoothing=0.2, smooth_padding=smooth_padding)
+    found = smoothed_cross_entropy(logits, labels, config)
+    shares = logits.exp() if "softmax" in loss_type else torch.where(logits < 0, 1 / (1 - logits), logits + 1)
+    log_p = (shares / shares.sum(-1, keepdim=True)).log()
+    target = torch.full((2, 3, 5), 0.2 / (5 if smooth_padding else 4), dtype=torch.float64)
+    if not smooth_padding:
+        target[..., 0] = 0
+    target.scatter_add_(-1, labels.clamp_min(0).unsqueeze(-1), torch.full((2, 3, 1), 0.8, dtype=torch.float64))
+    expected = torch.where(labels == IGNORE_LABEL_ID, 0, -(target * log_p).sum(-1))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_losses_of_q_have_a_weight_and_other_losses_than_the_published_are_not_fused() -> None:
+    q_losses = {}
+    for weight in (0.5, 0.05, 0.0):
+        head, _ = scripted_head("softmax_cross_entropy")
+        changed = ACTLossHead(head.model, LossConfig(loss_type="softmax_cross_entropy", q_weight=weight))
+        _, loss, metrics, _, _ = changed(carry=head.model.result[0], batch={})
+        q_losses[weight] = (loss - metrics["lm_loss"]) / (metrics["q_halt_loss"] + metrics["q_continue_loss"])
+    for weight, found in q_losses.items():
+        assert found.item() == pytest.approx(weight)
+    assert LossConfig(loss_type="softmax_cross_entropy").is_published
+    for other in ({"q_weight": 0.05}, {"label_smoothing": 0.2}):
+        config = LossConfig(**other)
+        assert not config.is_published
+        assert ACTLossHead(head.model, config, fused=True).act_loss.func is act_loss  # type: ignore[attr-defined]

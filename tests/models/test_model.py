@@ -16,7 +16,7 @@ from torch import Tensor
 from hrm.batch import Batch
 from hrm.config import CONFIG_DIR, KernelsConfig, kernels_config
 from hrm.errors import UserError
-from hrm.kernels import KernelRequest, Kernels, backend_names, make_kernels, naive, resolve
+from hrm.kernels import KernelRequest, Kernels, backend_names, load_backend, make_kernels, naive, resolve
 from hrm.kernels.backend import ReasoningModule
 from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import BlockWeights, RotaryTables, rotate
@@ -681,8 +681,9 @@ def test_presets_load(preset: str) -> None:
     """And run on the CPU, or say why not."""
     config = kernels_config(preset)
     if config.cuda_graphs:
+        blocks = (BlockWeights,) if config.backend == "auto" else load_backend(config.backend).block_types
         with pytest.raises(UserError, match=r"needs an NVIDIA GPU, not cpu; take kernels=naive\.$"):
-            resolve(config, ON_CPU)
+            resolve(config, ON_CPU._replace(block_types=blocks[:1]))
     elif not config.compile or shutil.which("c++") or shutil.which("g++"):
         assert resolve(config, ON_CPU).backend in backend_names()
         assert callable(make_kernels(resolve(config, ON_CPU), MODULES).module)
@@ -714,3 +715,18 @@ def test_compile_names_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"cannot run on cpu: there is no C\+\+ compiler; take kernels=naive\.$"):
         resolve(KernelsConfig(compile=True), ON_CPU)
+
+
+def test_registers_stand_before_the_input_and_are_not_learned(tiny_arch: Arch, random_batch: RandomBatch) -> None:
+    model = build(tiny_arch | {"register_tokens": 3})
+    inner, batch = model.model.inner, random_batch()
+    assert inner.prefix_len == 4
+    assert "model.inner.registers" in model.state_dict()
+    assert "model.inner.registers" not in dict(model.named_parameters())
+    embeddings = inner.prepare(batch).embeddings
+    assert embeddings.shape == (3, 9, 32)
+    torch.testing.assert_close(embeddings[:, 1:4], inner.registers.expand(3, -1, -1))
+    _, loss, _, outputs, _ = model(carry=model.initial_carry(batch), batch=batch, return_keys=["logits"])
+    assert outputs["logits"].shape == (3, 5, 7)
+    loss.backward()
+    assert inner.registers.grad is None

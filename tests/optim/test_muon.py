@@ -57,6 +57,31 @@ def test_orthogonal(shape: tuple[int, ...]) -> None:
     assert torch.cosine_similarity(found.flatten(), (left @ right).flatten(), dim=0) > 0.97
 
 
+def test_with_few_iterations_small_singular_values_stay_small() -> None:
+    left, right = (torch.linalg.qr(draw(8, 8, seed=seed)).Q for seed in (1, 2))
+    matrix = left @ torch.diag(torch.tensor([1.0] * 4 + [0.01] * 4, device=DEVICE)) @ right
+    few, many = (torch.linalg.svdvals(orthogonal(matrix[None], steps)[0].float()) for steps in (3, 6))
+    assert few[:4].min() > 0.5
+    assert few[4:].max() < 0.25
+    assert many.min() > 0.5
+
+
+def test_spectral_scale() -> None:
+    """Beside Adam's, which is tested against PyTorch's: a factor for each shape, of one matrix or of several."""
+    moves = {}
+    for scale in ("adam", "spectral"):
+        params = [nn.Parameter(draw(*shape, seed=seed)) for seed, shape in enumerate([(64, 16), (48, 16), (16, 40)])]
+        before = [param.detach().clone() for param in params]
+        optimizer = Muon(params, LR, matrices=dict(zip(params, (1, 3, 1), strict=True)), scale=scale)
+        for param in params:
+            param.grad = draw(*param.shape, seed=7)
+        optimizer.step()
+        moves[scale] = [param.detach() - old for param, old in zip(params, before, strict=True)]
+    factors = (2 / (0.2 * 8), 1 / (0.2 * 4), 1 / (0.2 * 40**0.5))
+    for adam, spectral, factor in zip(moves["adam"], moves["spectral"], factors, strict=True):
+        torch.testing.assert_close(spectral, factor * adam, rtol=1e-3, atol=1e-6)
+
+
 def test_orthogonal_of_nothing_is_nothing() -> None:
     assert not orthogonal(torch.zeros(2, 4, 4, device=DEVICE)).any()
 

@@ -53,3 +53,20 @@ def test_what_is_averaged_has_memory_of_its_own_and_what_is_shared_has_not(name:
     assert {name for name in ours if ours[name].data_ptr() == theirs[name].data_ptr()} == average.shared
     assert not any(parameter.requires_grad for parameter in average.model.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_average_is_the_weights_until_its_step() -> None:
+    model = build()
+    average = WeightAverage(model, 0.75, start=2)
+    for step in (1, 2):
+        before = moved(model)
+        average.at_step(step)
+        average.update(torch.tensor(0.0) if step == 2 else None)
+        for name, tensor in average.model.state_dict().items():
+            torch.testing.assert_close(tensor, model.state_dict()[name])
+    before = moved(model)
+    average.at_step(3)
+    average.update(torch.tensor(1.0))  # a step that was skipped
+    average.update()
+    for name, parameter in average.model.named_parameters():
+        torch.testing.assert_close(parameter, before[name] + 0.25, check_dtype=False)
