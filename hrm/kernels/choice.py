@@ -155,7 +155,7 @@ def make_kernels(config: KernelsConfig, modules: Sequence[str]) -> Kernels:
         from hrm.kernels import fp8
 
         run = looped(module, dict.fromkeys(fp8_modules, fp8.reasoning_module))
-    elif backend.run and not config.compile:
+    elif backend.run and (backend.compiles_gradients_alone or not config.compile):
         run = functools.partial(backend.run, **_attend(config.attention))
     else:
         run = looped(module)

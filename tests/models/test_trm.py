@@ -273,8 +273,8 @@ def test_no_attention_is_named(preset: str) -> None:
     assert describe(resolve(kernels_config(preset), request)) == "naive"
 
 
-@pytest.mark.parametrize(("capability", "fused"), [((9, 0), True), ((8, 0), False)])
-def test_auto_compiles(capability: tuple[int, int], fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("capability", "backend", "fused"), [((9, 0), "triton_mixer", True), ((8, 0), "naive", False)])
+def test_auto_compiles(capability: tuple[int, int], backend: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -282,7 +282,7 @@ def test_auto_compiles(capability: tuple[int, int], fused: bool, monkeypatch: py
         KernelsConfig("auto"),
         KernelRequest(torch.device("cuda"), torch.bfloat16, 64, rotary=False, block_types=(naive.MixerWeights,)),
     )
-    assert (config.backend, config.compile, config.cuda_graphs, config.fused_step) == ("naive", True, True, fused)
+    assert (config.backend, config.compile, config.cuda_graphs, config.fused_step) == (backend, True, True, fused)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +296,19 @@ def test_only_the_batch_is_shared_out(trm: Arch, fields: Arch, said: str) -> Non
         UserError, match=f"^{said} does not go with parallel.tensor, parallel.pipeline or parallel.fsdp"
     ):
         SharedModel(build(trm | fields), ParallelConfig(tensor=2), world)
+
+
+def test_matrices_of_heads(trm: Arch) -> None:
+    arch = trm | {"mlp_t": False, "num_heads": 2, "pos_encodings": "rope"}
+    shared = SharedModel(build(arch), ParallelConfig(), World(0, 1, torch.device("cpu")))
+    counts = {name: shared.hidden_matrices("heads").get(weight) for name, weight in shared.weights.items()}
+    first = "L_level.layers.0."
+    assert {name.split(first)[1]: number for name, number in counts.items() if first in name} == {
+        "self_attn.qkv_proj.weight": 6,
+        "self_attn.o_proj.weight": 1,
+        "mlp.gate_up_proj.weight": 1,
+        "mlp.down_proj.weight": 1,
+    }
 
 
 def test_hidden_matrices(trm: Arch) -> None:

@@ -16,6 +16,13 @@ def tile_rows(tokens: int, most: int) -> int:
     return min(most, max(16, 1 << (tokens - 1).bit_length()))
 
 
+def row_wise(rows: int, columns: int) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and tile of a kernel whose programs take some whole rows: the same size where these are short."""
+    width = triton.next_power_of_2(columns)
+    height = max(1, 2048 // width)  # a warp to a row of 512
+    return (triton.cdiv(rows, height),), {"ROWS": height, "COLUMNS": width}
+
+
 @functools.cache
 def multiprocessor_count(device: torch.device) -> int:
     # Without a GPU this is Triton's interpreter, one program at a time.

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hrm.kernels.ops.hopper import device as hopper
-from hrm.kernels.ops.triton.common import differentiates
+from hrm.kernels.ops.triton.common import differentiates, row_wise
 from hrm.kernels.ops.triton.linear import runs_on_hopper
 
 
@@ -135,7 +135,7 @@ def linear_residual_rms_and_sums(
     pairs: list[Tensor | None] = [operand for pair in zip(addends, sums, strict=True) for operand in pair]
     pairs += [None] * (4 - len(pairs))
     M, D = y.shape
-    grid, tile = _row_wise(M, D)
+    grid, tile = row_wise(M, D)
     _rms_and_sums_kernel[grid](y, y if keep else None, *pairs, M, eps, D, **tile)
     return y, sums
 
@@ -159,7 +159,7 @@ def _add_rms_forward(a: Tensor, b: Tensor, eps: float, save: bool) -> tuple[Tens
     M, D = a.shape
     y = torch.empty_like(a)
     rstd = a.new_empty(M, dtype=torch.float32) if save else None
-    grid, tile = _row_wise(M, D)
+    grid, tile = row_wise(M, D)
     _add_rms_kernel[grid](a, b, y, rstd, M, eps, D, save, **tile)
     return y, rstd
 
@@ -168,16 +168,9 @@ def _rms_backward(dy: Tensor, y: Tensor, rstd: Tensor) -> Tensor:
     """Gradient with respect to what was normalised, from its result alone: rstd (dy - y mean(dy y)), all [M, D]."""
     M, D = y.shape
     dx = torch.empty_like(y)
-    grid, tile = _row_wise(M, D)
+    grid, tile = row_wise(M, D)
     _rms_backward_kernel[grid](dy, y, rstd, dx, M, D, **tile)
     return dx
-
-
-def _row_wise(rows: int, columns: int) -> tuple[tuple[int], dict[str, int]]:
-    # The same size where rows are short: a warp to a row of 512.
-    width = triton.next_power_of_2(columns)
-    height = max(1, 2048 // width)
-    return (triton.cdiv(rows, height),), {"ROWS": height, "COLUMNS": width}
 
 
 def _hopper(x: Tensor) -> ModuleType | None:

@@ -1,0 +1,66 @@
+"""Blocks that mix tokens by an MLP: where no gradient is needed in Triton, elsewhere the definition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hrm.kernels import naive
+from hrm.kernels.backend import Backend, KernelRequest
+from hrm.kernels.blocks import MixerWeights, NormGatedMixerWeights
+from hrm.kernels.context import KernelContext
+from hrm.kernels.ops.triton.mixer import MOST_TOKENS, mix_features, mix_tokens
+from hrm.kernels.requirements import is_measured, why_not_compiled, why_not_triton
+from hrm.kernels.schedule import Schedule, States, looped
+
+
+def _without_gradient(
+    state: Tensor, injection: Tensor, blocks: Sequence[MixerWeights | NormGatedMixerWeights], context: KernelContext
+) -> Tensor:
+    x, addend = state, injection.contiguous()
+    for index, weights in enumerate(blocks):
+        x = mix_tokens(x.contiguous(), None if index else addend, weights, context.eps)
+        x = mix_features(x.view(-1, x.shape[-1]), weights, context.eps).view(x.shape)
+    return x if blocks else state + injection
+
+
+@torch.no_grad()
+def run(
+    states: States, schedule: Schedule, modules: Mapping[str, Sequence[Any]], context: KernelContext
+) -> dict[str, Tensor]:
+    """As `hrm.kernels.schedule.Run`."""
+    return looped(_without_gradient)(states, schedule, modules, context)
+
+
+def why_not(request: KernelRequest) -> str | None:
+    if reason := why_not_triton(request):
+        return reason
+    if request.device.type == "cuda" and request.dtype == torch.float32:
+        return "its kernels compute in 16 bit"
+    if request.num_tokens > MOST_TOKENS:
+        return f"its kernels hold up to {MOST_TOKENS} tokens, not {request.num_tokens}"
+    if request.width % 16:
+        return f"its kernels are for widths that are multiples of 16, not {request.width}"
+    return None
+
+
+def _default(request: KernelRequest) -> dict[str, bool] | None:
+    """On Hopper GPUs, whole steps recorded, with the updates that need gradients compiled: what was measured."""
+    if not is_measured(request):
+        return None
+    return {"compile": why_not_compiled(request) is None, "cuda_graphs": True, "fused_step": True}
+
+
+BACKEND = Backend(
+    naive.reasoning_module,
+    naive.first_token_block,
+    run=run,
+    block_types=(MixerWeights, NormGatedMixerWeights),
+    why_not=why_not,
+    default=_default,
+    compiles_gradients_alone=True,
+    fp8=False,
+)

@@ -1,0 +1,193 @@
+"""Blocks that mix tokens by a gated MLP over them, for updates without gradient, in Triton.
+
+The half of a block that mixes tokens needs no other features than its own: one program reads some features of a
+sequence, all its tokens, and computes both projections, the gate, the residual and the norm without leaving the chip.
+
+Of the other half, the gate is in the epilogue of the first matmul. As sigmoid(g) * g = silu(g), a normed gate
+(`naive.norm_gated`) is silu(g) * u divided by the root mean square of g * u, one number for a token, which commutes
+with the second matmul: the epilogue sums the squares, and the kernel that adds the residual divides.
+
+Shapes: B sequences, T tokens, D features, M = B T rows, G and F inner widths of the MLPs over tokens and features.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from hrm.kernels.blocks import MixerWeights, NormGatedMixerWeights
+from hrm.kernels.ops.triton.common import multiprocessor_count, row_wise, stages, tile_rows
+
+# As in `ops.triton.linear`, which says why.
+_BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 64, 64
+_PROGRAMS_PER_MULTIPROCESSOR = 2
+# The fastest of six on an H100 (384 sequences of 88 tokens, width 512): a fixed one, so that sums have one order.
+_FEATURES, _HIDDEN = 64, 64
+MOST_TOKENS = 128  # of a sequence, which one program holds whole
+
+
+@triton.jit
+def _mix_tokens_kernel(
+    state: tl.tensor,
+    injection: tl.tensor,
+    gate_up: tl.tensor,
+    down: tl.tensor,
+    out: tl.tensor,
+    eps: tl.tensor,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    NORMED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    HIDDEN: tl.constexpr,
+) -> None:
+    tokens = tl.arange(0, TOKENS)
+    features = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    inside = (tokens < T)[:, None] & (features < D)[None, :]
+    at = tl.program_id(1).to(tl.int64) * (T * D) + tokens[:, None] * D + features[None, :]
+    x = tl.load(state + at, inside, 0)
+    if injection is not None:
+        x = (x.to(tl.float32) + tl.load(injection + at, inside, 0).to(tl.float32)).to(x.dtype)
+    mixed = tl.zeros((TOKENS, FEATURES), tl.float32)
+    squares = tl.zeros((FEATURES,), tl.float32)
+    for begin in range(0, G, HIDDEN):
+        hidden = begin + tl.arange(0, HIDDEN)
+        weight_at = hidden[:, None] * T + tokens[None, :]
+        known = (hidden < G)[:, None] & (tokens < T)[None, :]
+        gate = tl.dot(tl.load(gate_up + weight_at, known, 0), x, input_precision="ieee")
+        up = tl.dot(tl.load(gate_up + G * T + weight_at, known, 0), x, input_precision="ieee")
+        product = gate * up
+        squares += tl.sum(product * product, 0)
+        inner = (product * tl.sigmoid(gate)).to(x.dtype)
+        down_at = tokens[:, None] * G + hidden[None, :]
+        known_down = (tokens < T)[:, None] & (hidden < G)[None, :]
+        mixed = tl.dot(tl.load(down + down_at, known_down, 0), inner, mixed, input_precision="ieee")
+    if NORMED:
+        mixed = mixed * tl.rsqrt(squares / G + eps)[None, :]
+    total = x.to(tl.float32) + mixed  # rows from T on are zeros
+    tl.store(out + at, total * tl.rsqrt(tl.sum(total * total, 0) / T + eps)[None, :], inside)
+
+
+@triton.jit
+def _gated_kernel(
+    x: tl.tensor_descriptor,
+    weight: tl.tensor_descriptor,
+    out: tl.tensor_descriptor,
+    squares: tl.tensor,
+    M: tl.tensor,
+    K: tl.constexpr,
+    TILES_N: tl.constexpr,
+    TILES_PER_PROGRAM: tl.constexpr,
+    NORMED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    # As `ops.triton.linear._linear_swiglu_kernel`, which says why.
+    for i in tl.range(0, TILES_PER_PROGRAM, flatten=True):
+        tile = tl.program_id(0) + i * tl.num_programs(0)
+        m = tile // TILES_N * BLOCK_M
+        n = tile % TILES_N * BLOCK_N
+        acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            both = weight.load([0, n, k]).reshape(2 * BLOCK_N, BLOCK_K)
+            acc = tl.dot(x.load([m, k]), both.T, acc)
+        gate, up = acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
+        product = gate * up
+        if NORMED:
+            rows = m + tl.arange(0, BLOCK_M)
+            tl.store(squares + (tile % TILES_N) * M + rows, tl.sum(product * product, 1), rows < M)
+        out.store([m, n], (product * tl.sigmoid(gate)).to(out.dtype))
+
+
+@triton.jit
+def _add_scaled_rms_kernel(
+    x: tl.tensor,
+    mixed: tl.tensor,
+    squares: tl.tensor,
+    out: tl.tensor,
+    M: tl.tensor,
+    eps: tl.tensor,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    PARTS: tl.constexpr,
+    NORMED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)[None, :]
+    inside = (rows < M)[:, None] & (columns < D)
+    at = rows.to(tl.int64)[:, None] * D + columns
+    wide = tl.load(mixed + at, inside, 0).to(tl.float32)
+    if NORMED:
+        total = tl.zeros((ROWS,), tl.float32)
+        for part in tl.static_range(PARTS):
+            total += tl.load(squares + part * M + rows, rows < M, 0)
+        wide = wide * tl.rsqrt(total / F + eps)[:, None]
+    wide += tl.load(x + at, inside, 0).to(tl.float32)
+    tl.store(out + at, wide * tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)[:, None], inside)
+
+
+def mix_tokens(
+    state: Tensor, injection: Tensor | None, weights: MixerWeights | NormGatedMixerWeights, eps: float
+) -> Tensor:
+    """`naive.mix_tokens` of the sum of `state` and `injection`, each [B, T, D] and contiguous, T up to MOST_TOKENS."""
+    B, T, D = state.shape
+    G = weights.token_down.shape[1]
+    out = torch.empty_like(state)
+    _mix_tokens_kernel[(triton.cdiv(D, _FEATURES), B)](
+        state,
+        injection,
+        weights.token_gate_up.contiguous(),
+        weights.token_down.contiguous(),
+        out,
+        eps,
+        T,
+        D,
+        G,
+        isinstance(weights, NormGatedMixerWeights),
+        tile_rows(T, MOST_TOKENS),
+        _FEATURES,
+        _HIDDEN,
+        num_warps=4,
+        num_stages=1,
+    )
+    return out
+
+
+def mix_features(x: Tensor, weights: MixerWeights | NormGatedMixerWeights, eps: float) -> Tensor:
+    """The second half of a block, the MLP over features, of rows `x` [M, D], contiguous."""
+    M, D = x.shape
+    F = weights.down.shape[1]
+    normed = isinstance(weights, NormGatedMixerWeights)
+    parts = triton.cdiv(F, _BLOCK_N)
+    inner = x.new_empty(M, F)
+    squares = torch.empty(parts, M, device=x.device) if normed else inner
+    tiles = triton.cdiv(M, _BLOCK_M) * parts
+    programs = min(tiles, _PROGRAMS_PER_MULTIPROCESSOR * multiprocessor_count(x.device))
+    _gated_kernel[(programs,)](
+        TensorDescriptor.from_tensor(x, [_BLOCK_M, _BLOCK_K]),
+        TensorDescriptor.from_tensor(weights.gate_up.contiguous().view(2, F, D), [2, _BLOCK_N, _BLOCK_K]),
+        TensorDescriptor.from_tensor(inner, [_BLOCK_M, _BLOCK_N]),
+        squares,
+        M,
+        D,
+        parts,
+        triton.cdiv(tiles, programs),
+        normed,
+        _BLOCK_M,
+        _BLOCK_N,
+        _BLOCK_K,
+        num_warps=4,
+        num_stages=stages(x.device),
+    )
+    mixed = inner @ weights.down.T
+    out = torch.empty_like(x)
+    grid, tile = row_wise(M, D)
+    _add_scaled_rms_kernel[grid](x, mixed, squares, out, M, eps, D, F, parts, normed, **tile)
+    return out
