@@ -26,6 +26,7 @@ from hrm.errors import UserError
 from hrm.training import loop
 from hrm.training.loop import pretrain
 from tests.helpers.entry_points import make_pack
+from tests.helpers.ranks import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")]
 
@@ -156,7 +157,7 @@ def start(config: PretrainConfig, place: str | None = None) -> BaseProcess:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -168,10 +169,10 @@ def test_killed_at_each_place(config: PretrainConfig, whole: Path, tmp_path: Pat
     config = replace(config, checkpoint_path=str(folder))
     for place in PLACES:
         process = start(config, place)
-        process.join(120)
+        process.join(PATIENCE)
         assert process.exitcode == -signal.SIGKILL, place
     process = start(config)
-    process.join(120)
+    process.join(PATIENCE)
     assert process.exitcode == 0
     assert_same_run(folder, whole)
 
@@ -189,7 +190,7 @@ def test_two_race_for_one_folder(config: PretrainConfig, whole: Path, tmp_path: 
         if kill < 3:
             wait_for(lambda: any(folder.glob(f"state_{kill + 1}")) or not winner.is_alive())  # noqa: B023
             winner.kill()
-        winner.join(120)
+        winner.join(PATIENCE)
         assert winner.exitcode in (0, -signal.SIGKILL)
         assert (folder / LOCK_FILE).exists() == (winner.exitcode != 0)
     assert winner.exitcode == 0
@@ -207,11 +208,11 @@ def test_a_second_run_changes_nothing(config: PretrainConfig, whole: Path, tmp_p
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
         for changes in ({"resume": None, "seed": 5}, {}):
             second = start(replace(config, **changes))  # type: ignore[arg-type]
-            second.join(120)
+            second.join(PATIENCE)
             assert second.exitcode == REFUSED
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     finally:
         os.kill(first.pid or 0, signal.SIGCONT)
-    first.join(120)
+    first.join(PATIENCE)
     assert first.exitcode == 0
     assert_same_run(folder, whole)

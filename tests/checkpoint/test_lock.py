@@ -18,6 +18,7 @@ from hrm.checkpoint import lock as lock_module
 from hrm.checkpoint.lock import LOCK_FILE, Holder, RunLock
 from hrm.errors import UserError
 from tests.helpers.entry_points import ROOT
+from tests.helpers.ranks import PATIENCE
 
 # Takes the lock of a folder, says so, and holds it until its input ends.
 HOLD = """
@@ -177,7 +178,7 @@ def test_who_was_taken_for_dead_notices(tmp_path: Path) -> None:
     with RunLock(tmp_path) as suspended:
         (tmp_path / "new").write_text(json.dumps(asdict(replace(Holder.this_process(), host="elsewhere"))))
         (tmp_path / "new").replace(tmp_path / LOCK_FILE)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while not suspended.lost:
             assert time.monotonic() < deadline
             time.sleep(0.01)

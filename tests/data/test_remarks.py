@@ -71,9 +71,9 @@ def test_sudoku(
 
 def test_checking_for_several_solutions_ends_in_time() -> None:
     blank = np.zeros((5000, 81), dtype=np.uint8)
-    started = time.perf_counter()
+    started = time.process_time()
     ambiguous, checked = count_ambiguous(blank, BoxShape(3, 3), seconds=0.5)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     assert ambiguous <= checked < 5000
 
 

@@ -42,10 +42,10 @@ def test_holes_are_not_read(array: str, gigabytes: int, pack: Path) -> None:
     with file.open("wb") as stream:
         stream.write(b"\x93NUMPY\x01\x00v\x00" + header.encode())
         stream.truncate(128 + size)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(UserError, match="hardly any are stored"):
         open_pack(pack, "test")
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
 
 
 @pytest.mark.parametrize(

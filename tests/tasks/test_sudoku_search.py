@@ -34,9 +34,9 @@ def solutions_of(text: str, **options: float) -> Solutions:
 
 @pytest.mark.parametrize("text", [UNSOLVABLE, *NO_PLACE])
 def test_boards_without_solution(text: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     assert solutions_of(text) == ([], True)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize("text", HARD)
@@ -83,7 +83,7 @@ def test_dug_boards_have_the_grid_they_were_dug_from(shape: BoxShape, givens: in
 
 @pytest.mark.parametrize("seconds", [0.0, 0.2])
 def test_the_search_ends_in_time_and_says_so(seconds: float) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     found = solutions_of("." * 81, limit=10**9, seconds=seconds)
     assert not found.is_complete
-    assert time.perf_counter() - started < seconds + 5
+    assert time.process_time() - started < seconds + 5
