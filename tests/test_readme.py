@@ -14,7 +14,7 @@ from tests.helpers.readme import README, python_block
 
 
 def test_pack_script(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", python_block("write_examples")], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", python_block("data/sorting")], cwd=tmp_path, check=True)
     examples = open_pack(tmp_path / "data/sorting", "test").sets["all"]
     assert len(examples.inputs) == 500
     assert (np.sort(examples.inputs, axis=1) == examples.labels).all()

@@ -1,4 +1,4 @@
-"""List what `kernels=` can name, and whether it runs on this machine: python -m hrm.kernels [--write README.md]"""
+"""List what `kernels=` can name and whether it runs on this machine: python -m hrm.kernels [--write FILE]"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hrm.errors import UserError
 from hrm.kernels import KernelRequest, describe, resolve
 from hrm.kernels.presets import presets, table
 
-BEGIN, END = "<!-- written by: python -m hrm.kernels --write README.md -->", "<!-- end -->"
+BEGIN, END = "<!-- written by: python -m hrm.kernels --write docs/kernels.md -->", "<!-- end -->"
 
 
 def write_table(file: Path) -> None:

@@ -17,7 +17,9 @@ PAGE = "add-a-backend.md"
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with the two files, and a pack."""
-    folder = copy_project(tmp_path_factory.mktemp("project"), "tests", "benchmarks", "README.md", "pyproject.toml")
+    folder = copy_project(
+        tmp_path_factory.mktemp("project"), "tests", "benchmarks", "README.md", "docs", "pyproject.toml"
+    )
     (folder / "hrm" / "kernels" / "backends" / "two_matmuls.py").write_text(block(PAGE, "python"))
     (folder / "config" / "kernels" / "two_matmuls.yaml").write_text(block(PAGE, "yaml"))
     make_pack(folder / "pack")
@@ -43,9 +45,9 @@ def test_it_is_listed(project: Path) -> None:
         assert re.search(r"^\s*kernels: .*\btwo_matmuls\b", run_in(project, script, "--help"), re.MULTILINE)
     listed = run_in(project, "-m", "hrm.kernels")
     assert "kernels=two_matmuls: Gate and up projections as two matmuls\n" in listed
-    run_in(project, "-m", "hrm.kernels", "--write", "README.md")
+    run_in(project, "-m", "hrm.kernels", "--write", "docs/kernels.md")
     row = "| `two_matmuls` | Gate and up projections as two matmuls | to see how a backend is written |"
-    assert row in (project / "README.md").read_text()
+    assert row in (project / "docs" / "kernels.md").read_text()
     assert "two_matmuls" in run_in(project, "-c", "from benchmarks.common import PRESETS; print(PRESETS)")
 
 
