@@ -1,0 +1,62 @@
+"""What is written links to what exists, and the site builds without a warning and loads nothing from elsewhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from scripts.docs_site import linked_path, links
+from tests.helpers.entry_points import ROOT
+
+TEXTS = sorted(
+    file.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "scripts/*.md", "hrm/**/*.md")
+    for file in ROOT.glob(pattern)
+)
+
+
+def headings(text: str) -> set[str]:
+    """The anchors of a Markdown text's headings, as GitHub and the site make them of plain headings."""
+    outside_code = re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^#+ (.*)$", outside_code, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_name_what_exists(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for target in links(text):
+        path, fragment = linked_path(target, page), urlsplit(target).fragment
+        if path is not None:
+            assert (ROOT / path).exists(), f"{page} links to {target}"
+        if fragment and not urlsplit(target).scheme and (path is None or path.endswith(".md")):
+            assert fragment in headings((ROOT / path).read_text() if path else text), f"{page} links to {target}"
+
+
+def test_links_are_found() -> None:
+    """Else the test above could not fail."""
+    text = "[a](b.md#c) ![d](e/f.svg)\n```\n[no](no.md)\n```\nand `[no](no.md)`, [g](https://h.org/i)"
+    assert links(text) == ["b.md#c", "e/f.svg", "https://h.org/i"]
+    assert linked_path("../b.md#c", "docs/a.md") == "b.md"
+    assert linked_path("https://h.org/i", "docs/a.md") is None
+    assert linked_path("#c", "docs/a.md") is None
+
+
+@pytest.mark.slow
+def test_site(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > len(list((ROOT / "docs").glob("*.md")))
+    for page in pages:
+        loaded = re.findall(
+            r'<(?:script|img|iframe)[^>]*\ssrc="?([^"\s>]+)|<link[^>]*\shref="?([^"\s>]+)', page.read_text()
+        )
+        elsewhere = [target for pair in loaded for target in pair if urlsplit(target).netloc]
+        assert not elsewhere, f"{page} loads {elsewhere}"
