@@ -171,6 +171,7 @@ def test_our_config_has_what_the_published_code_requires(tmp_path: Path) -> None
     assert saved["arch"] == ARCH | {
         "q_continue": True,
         "gradient": "one_step",
+        "gate": "silu",
         "train_max_steps": None,
         "mlp_t": False,
         "puzzle_emb_len": 0,
