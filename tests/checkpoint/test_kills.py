@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 
 from hrm.checkpoint import run_folder, saving
 from hrm.checkpoint.lock import LOCK_FILE, RunLock
-from hrm.config import DataConfig, HRMConfig, PretrainConfig
+from hrm.config import DataConfig, PretrainConfig
 from hrm.errors import UserError
+from hrm.models.hrm import HRMConfig
 from hrm.training import loop
 from hrm.training.loop import pretrain
 from tests.helpers.entry_points import make_pack
