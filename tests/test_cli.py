@@ -126,7 +126,7 @@ BAD_TRAINING = [
     Bad("stage of no number", stages("until:3,H_cycles:two"), ("curriculum", "until step 3", "H_cycles")),
     Bad("unknown variable", "run_name=${oc.env:HRM_NOT_SET}", ("run_name", "HRM_NOT_SET")),
     # data and files
-    Bad("no data there", "data_path=nowhere", ("data_path=nowhere", "does not exist", "--output-dir nowhere")),
+    Bad("no data there", "data_path=nowhere", ("data_path=nowhere", "does not exist", "data=arc_1 or")),
     Bad("data is a file", "data_path=pack/identifiers.json", ("pack/identifiers.json",)),
     Bad("no pack there", "data_path=run", ("run/train/dataset.json", "data_path")),
     Bad("pack without test split", "data_path=half", ("half/test/dataset.json", "train")),
@@ -165,7 +165,11 @@ BAD_EVALUATION = [
     Bad("config with a mistyped batch", "checkpoint=config_batch", ("global_batch_size", "many")),
     # the data
     Bad("no data there", "checkpoint=run data_path=nowhere", ("nowhere", "data_path")),
-    Bad("data of another kind", "checkpoint=run data_path=pack6x6", ("(17, 32)", "(37, 32)", "pack")),
+    Bad(
+        "data of another kind",
+        "checkpoint=run data_path=pack6x6",
+        ("vocabulary of 6 tokens", "has 8, 36 to a puzzle", "data_path="),
+    ),
     Bad("boards of what is no Sudoku", "checkpoint=sorter show=2", ("show", "8 cells")),
     # options
     Bad("unknown output", "checkpoint=run save_outputs=[logitz]", ("save_outputs=logitz", "logits")),
@@ -312,10 +316,29 @@ def test_absent_gpu(script: str, stock: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "cpu" in sentence
 
 
-def test_bare_training_says_what_makes_its_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("data_path", "says"),
+    [
+        (
+            "packs/sudoku-extreme-1k-aug-1000",
+            "`hrm data sudoku --subsample-size 1000 --num-aug 1000 --output-dir packs/",
+        ),
+        ("data/sudoku-extreme-1k-aug-1000", "data=sudoku_extreme_1k, which builds it first."),
+        ("data/sudoku-extreme-full", "`hrm data sudoku "),
+        ("data/sudoku-mine", "`hrm data sudoku "),
+        ("data/maze-30x30-hard-1k", "`hrm data maze --output-dir data/maze-30x30-hard-1k`"),
+        ("data/arc-2-aug-100", "`hrm data arc --dataset arc-2 --output-dir data/arc-2-aug-100`"),
+        ("data/elsewhere", "`hrm data --help` lists the builders."),
+    ],
+)
+def test_training_says_what_makes_its_pack(
+    data_path: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    sentence = sentence_of(run_script("pretrain.py", "data_path=data/elsewhere"))
-    assert "`hrm data arc --output-dir data/elsewhere`" in sentence
+    with pytest.raises(UserError) as told:
+        ensure_pack(DataConfig("arc_1", "data/arc-aug-1000", "arc"), data_path)
+    assert f"data_path={data_path} does not exist: " in str(told.value)
+    assert says in str(told.value)
     assert not list(tmp_path.iterdir())
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from hrm.checkpoint.run_folder import make_folder
 from hrm.checkpoint.weights import Checkpoint, find_checkpoint, read_weights
 from hrm.config import EnsembleConfig, EvaluateConfig
+from hrm.data.builders.missing import how_to_build
 from hrm.data.loader import EvalLoader
 from hrm.data.pack import Pack, open_pack
 from hrm.distributed.world import World, join_world
@@ -78,6 +79,10 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
     if type(batch_size) is not int:
         raise UserError(
             f"{checkpoint.config_file} has global_batch_size: {batch_size}; add global_batch_size=<number>."
+        )
+    if not Path(data_path).exists():
+        raise UserError(
+            f"The data pack {data_path} does not exist: give its place by data_path=, or {how_to_build(data_path)}"
         )
     pack = open_pack(data_path, "test")
     batch_size = _bounded(batch_size, pack, world)

@@ -51,7 +51,12 @@ def load_model(
     world: World,
     act_max_steps: int | None = None,
 ) -> ACTLossHead:
-    """The checkpoint's model in evaluation mode, with another last ACT step than in training if one is given."""
+    """The checkpoint's model in evaluation mode, with another last ACT step than in training if one is given.
+
+    Raises:
+        UserError: the checkpoint is of no use, or was trained on puzzles of another kind than `sizes` are of.
+    """
+    _check_kind(checkpoint, weights, sizes)
     arch = arch_config(checkpoint.config["arch"], sizes.of_data(), where=f"{checkpoint.config_file}: arch")
     if act_max_steps is not None:
         arch = replace(arch, halt_max_steps=act_max_steps)
@@ -65,6 +70,22 @@ def load_model(
         warning = f"{checkpoint.weights_file} holds NaN or infinities in {bad[0]}{more}: its answers mean nothing."
         print(printable(f"warning: {warning}"), file=sys.stderr)
     return model.eval()
+
+
+def _check_kind(checkpoint: Checkpoint, weights: Mapping[str, Tensor], sizes: ModelSizes) -> None:
+    """UserError where the model knows another number of tokens or of puzzle identifiers than the data have."""
+    vocab_size, num_identifiers = trained_sizes(checkpoint, weights)
+    if vocab_size != sizes.vocab_size:
+        raise UserError(
+            f"{checkpoint.weights_file} was trained on puzzles with a vocabulary of {vocab_size} tokens, but this data "
+            f"pack has {sizes.vocab_size}, {sizes.seq_len} to a puzzle: give a pack of its kind, by data_path=, or "
+            "another checkpoint."
+        )
+    if "model.inner.puzzle_emb.weights" in weights and num_identifiers != sizes.num_puzzle_identifiers:
+        raise UserError(
+            f"{checkpoint.weights_file} was trained on a pack with {num_identifiers:,} puzzle identifiers, but this "
+            f"one has {sizes.num_puzzle_identifiers:,}: give the pack it was trained on, by data_path=."
+        )
 
 
 def other_identifiers(checkpoint: Checkpoint, model: ACTLossHead, pack: Pack) -> str | None:

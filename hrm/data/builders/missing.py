@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 from hrm.config import DataConfig, neighbours
 from hrm.config.data import build_command, builder_of
-from hrm.config.paths import PROJECT_DIR, choices_of
+from hrm.config.paths import PROJECT_DIR
 from hrm.data.builders import find_builders
+from hrm.data.registry import read_registry
 from hrm.errors import UserError
 
 
@@ -21,18 +24,33 @@ def ensure_pack(data: DataConfig, data_path: str) -> None:
     """
     if Path(data_path).exists():
         return
-    command = build_command(data.build, data_path)
     if data_path != data.path:
-        raise UserError(
-            f"data_path={data_path} does not exist: choose a pack by name, data={' or '.join(choices_of('data'))}, or "
-            f"build one there, e.g. `{command}`."
-        )
+        raise UserError(f"data_path={data_path} does not exist: {how_to_build(data_path)}")
+    command = build_command(data.build, data_path)
     builder = _builder_argv(data.build)
     print(f"{data_path} does not exist, so: {command}", flush=True)
     if subprocess.run([sys.executable, *builder, "--output-dir", data_path], check=False).returncode:
         raise UserError(
             f"{data_path} could not be built: see the builder's message above, or run `{command}` yourself."
         )
+
+
+def how_to_build(data_path: str) -> str:
+    """The end of a sentence about a pack that is missing: how to get one there, judged by the name of its folder."""
+    known = read_registry()
+    by_folder = {Path(entry.path).name: name for name, entry in known.items()}
+    folder = Path(data_path).name
+    close = [folder] if folder in by_folder else difflib.get_close_matches(folder, by_folder, n=1)
+    if not close:  # its first word may still say what it holds, as in sudoku-mine
+        close = [name for name in by_folder if re.split(r"\W", name)[0] == re.split(r"\W", folder)[0]][:1]
+    if not close:
+        names = " or ".join(known)
+        return f"choose a pack by name, data={names}, or build one there: `hrm data --help` lists the builders."
+    name = by_folder[close[0]]
+    command = f"`{build_command(known[name].build, data_path)}`"
+    if close == [folder]:
+        return f"build it by {command}, or name the pack, data={name}, which builds it first."
+    return f"correct it, or build one there, e.g. {command}; or choose a pack by name, data={' or '.join(known)}."
 
 
 def _builder_argv(build: str) -> list[str]:
