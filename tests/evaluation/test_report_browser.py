@@ -103,7 +103,15 @@ addEventListener("load", async () => {
     const unnamed = [...page.querySelectorAll("button, input, svg:not([aria-hidden])")].filter((element) =>
       !element.closest("[aria-hidden]") && !element.closest("label") &&
       !(element.getAttribute("aria-label") || element.textContent.trim())).map((element) => element.outerHTML);
-    seen[frame.id] = { puzzles, widest, keys: [before, right, left], playing, played, filters, unnamed,
+    const charts = [...page.querySelectorAll(".chart > svg")];
+    const cut = charts.flatMap((chart) => [...chart.querySelectorAll("text")].filter((text) => {
+      const [box, view] = [text.getBBox(), chart.viewBox.baseVal];
+      return box.x < 0 || box.x + box.width > view.width;
+    })).map((text) => text.textContent);
+    const panel = page.querySelector(".panel"), style = frame.contentWindow.getComputedStyle(panel);
+    const room = panel.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+    const unused = room - panel.querySelector(".chart > svg").clientWidth;
+    seen[frame.id] = { cut, unused, puzzles, widest, keys: [before, right, left], playing, played, filters, unnamed,
       title: page.title, heading: $("title").textContent, totals: $("totals").textContent };
   }
   document.getElementById("seen").textContent = JSON.stringify(seen).replaceAll("<", "\\\\u003c");
@@ -188,6 +196,8 @@ def test_a_report_in_the_browser(tmp_path: Path, kind: str) -> None:
     for width, seen in use(tmp_path).items():
         assert seen["widest"] <= 0, f"scrolls sideways on a {width}"
         assert seen["unnamed"] == []
+        assert seen["cut"] == [], "labels of charts"
+        assert abs(seen["unused"]) <= 1, "the chart of totals is as wide as its panel"
         assert seen["title"] == seen["heading"]
         assert len(seen["puzzles"]) == len(shown.inputs)
         for row, puzzle in enumerate(seen["puzzles"]):

@@ -267,9 +267,9 @@
 
   // --- charts ---
 
-  // Lines over ACT steps 1..T. `series`: [{name, values}], the second dashed; `flag`: {step, text}.
-  function lineChart({ series, top, format, current, flag, label }) {
-    const [width, height, left, right, above, below] = [320, 132, 38, 12, 18, 20];
+  // Lines over ACT steps 1..T. `series`: [{name, values}], the second dashed; `flag`: {step, text}; `width` in pixels.
+  function lineChart({ series, top, format, current, flag, label, width = 320 }) {
+    const [height, left, right, above, below] = [Math.max(132, Math.round(width / 3)), 46, 12, 18, 20];
     const x = (step) => left + ((width - left - right) * (step - 1)) / Math.max(steps - 1, 1);
     const y = (value) => height - below - ((height - above - below) * value) / top;
     const every = Math.ceil(steps / 10);
@@ -344,14 +344,8 @@
 
   function showTotals() {
     const [exact, cells] = [totals.exact, totals.cells];
-    const chart = lineChart({
-      series: [{ name: "puzzles exactly right", values: exact }, { name: `${cellWord}s right`, values: cells }],
-      top: 1,
-      format: (v) => percent(v, 0),
-      label: `Puzzles exactly right by step: ${exact.map((v) => percent(v)).join(", ")}`,
-    });
     const panels = [
-      `<div class="panel"><h3>Accuracy by ACT step</h3><div class="chart">${chart}</div></div>`,
+      '<div class="panel"><h3>Accuracy by ACT step</h3><div class="chart" id="totals-chart"></div></div>',
       bars("Accuracy by steps used", "How long it thinks before q halt exceeds q continue, and how often its answer is right then.", "steps", totals.byUsed),
     ];
     for (const by of [totals.byRating, totals.bySource].filter(Boolean)) {
@@ -359,6 +353,17 @@
       panels.push(bars(`Accuracy by ${name}`, `After ${many(steps, "step")}.`, name, by.bars));
     }
     $("totals").innerHTML = panels.join("");
+    const draw = () => {
+      $("totals-chart").innerHTML = lineChart({
+        series: [{ name: "puzzles exactly right", values: exact }, { name: `${cellWord}s right`, values: cells }],
+        top: 1,
+        format: (v) => percent(v, 0),
+        label: `Puzzles exactly right by step: ${exact.map((v) => percent(v)).join(", ")}`,
+        width: $("totals-chart").clientWidth || undefined, // as wide as its panel, text of one size
+      });
+    };
+    draw();
+    addEventListener("resize", draw);
   }
 
   function showLegend() {
