@@ -13,7 +13,7 @@ from benchmarks.common import BASELINE, Shape, batches
 from hrm.batch import Batch
 from hrm.data.pack import Pack, PackMetadata, PackSet
 from hrm.errors import UserError
-from hrm.evaluation.report.plots import Metric, run_panel
+from hrm.evaluation.report.plots import Metric, figure_of, run_panel
 from tests.helpers.entry_points import evaluated, make_pack
 
 TINY = ["arch=hrm_small", "arch.hidden_size=32", "arch.num_heads=2", "arch.halt_max_steps=2", "device=cpu"]
@@ -177,6 +177,31 @@ def test_curves_of_runs(tmp_path: Path) -> None:
         run_curves.main([str(tmp_path / "nowhere"), "--picture", str(picture)])
     with pytest.raises(SystemExit):
         run_curves.main([*folders, "--picture", "picture.doc"])
+
+
+@pytest.mark.parametrize("runs", [1, 2, 9])
+def test_legends_cover_nothing_else(runs: int) -> None:
+    """Of few lines they lie in their panel, of more beside all panels; and always on the picture."""
+    records = [{"step": step, "all/steps": 2.0, "train/steps": step, "ema/all/steps": 1.0} for step in (1, 2)]
+    named = {f"checkpoints/sweep/a_run_with_a_long_name_{number}": records for number in range(runs)}
+    named = named if runs > 1 else {"": records}
+    panels = [run_panel(Metric("ACT steps", "linear", "steps"), named, "step")] * 4
+    figure = figure_of(panels, "step", columns=2)
+    figure.canvas.draw()
+    inside = [(axes.get_legend(), axes) for axes in figure.axes if axes.get_legend()]
+    assert len(inside) == (4 if runs == 1 else 0)
+    for legend, axes in inside:
+        extent = legend.get_window_extent()
+        assert axes.bbox.x0 <= extent.x0 <= extent.x1 <= axes.bbox.x1
+        assert axes.bbox.y0 <= extent.y0 <= extent.y1 <= axes.bbox.y1
+    assert len(figure.legends) == (0 if runs == 1 else 1)
+    for legend in figure.legends:
+        extent = legend.get_window_extent()
+        assert len(legend.get_texts()) == 3 * runs, "each label once"
+        assert figure.bbox.x0 <= extent.x0 <= extent.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= extent.y0
+        assert not any(extent.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+        assert min(axes.bbox.height for axes in figure.axes) > 150, "room for the curves"
 
 
 def test_ensembles_vote_as_evaluate_does(trained: Path, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_runs_as_script(tmp_path: Path) -> None:
         assert len(done.stdout.splitlines()) == 1
         return done.stdout
 
-    file = str(tmp_path / "tools.jsonl")
+    file = str(tmp_path / "data/tools.jsonl")
     script("write_example_task", "tool_routing", "--count", "20", "--output", file)
     said = script(
         "build_custom_dataset", "--train", file, "--test-fraction", "0.2", "--output-dir", str(tmp_path / "pack")

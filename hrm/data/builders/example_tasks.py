@@ -1,7 +1,7 @@
 """Writes examples of a small reasoning task as JSON lines, for dataset/build_custom_dataset.py.
 
-python dataset/write_example_task.py topological_order --count 5000 --output order.jsonl
-python dataset/build_custom_dataset.py --train order.jsonl --test-fraction 0.1 --output-dir data/order
+python dataset/write_example_task.py topological_order --count 5000 --output data/order.jsonl
+python dataset/build_custom_dataset.py --train data/order.jsonl --test-fraction 0.1 --output-dir data/order
 
 dag_path           input: start, goal, and for every pair of nodes whether an edge leads from the first to the second
                    output: the nodes of a path of fewest edges
@@ -122,6 +122,7 @@ def write_examples(path: Path, task: str, size: int, count: int, rng: np.random.
                 "search; ask for fewer or for larger ones."
             )
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines.values()) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output {path} cannot be written ({error.strerror}); give another file.") from error

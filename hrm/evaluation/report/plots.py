@@ -24,6 +24,7 @@ _STYLES: dict[Split, dict[str, Any]] = {
     "test": {"linewidth": 1.2, "marker": "o", "markersize": 4},
     "average": {"linewidth": 1.2, "marker": "s", "markersize": 4, "linestyle": "--"},
 }
+_LEGEND_LINES = 3  # that fit into a panel
 _LEGEND: dict[Split, str] = {"train": "train", "test": "test", "average": "test, averaged weights"}
 
 
@@ -72,13 +73,25 @@ def pyplot() -> ModuleType:
 def draw_panels(panels: Sequence[Panel], x_label: str, file: Path, columns: int = 3) -> None:
     """Draw panels side by side, `columns` in a row, into a file of the kind that its name ends with."""
     plt = pyplot()
+    figure = figure_of(panels, x_label, columns)
+    with new_file(file), plt.rc_context({"svg.fonttype": "none"}):  # text as text
+        figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def figure_of(panels: Sequence[Panel], x_label: str, columns: int = 3) -> Any:
+    """The matplotlib figure of the panels. Legends of more than three lines would cover the curves: then there is one,
+    below all panels."""
+    plt = pyplot()
     rows = -(-len(panels) // columns)
     size = (4 * columns, 3.2 * rows)
     figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    lines: dict[str, Any] = {}
     for panel, axes in zip(panels, grid.flat, strict=True):
         for curve in panel.curves:
             scale = 100 if panel.axis == "percent" else 1
-            axes.plot(curve.x, [scale * value for value in curve.y], label=curve.label, **curve.style)
+            (line,) = axes.plot(curve.x, [scale * value for value in curve.y], label=curve.label, **curve.style)
+            lines.setdefault(curve.label, line)
         axes.set(xlabel=x_label, ylabel=f"{panel.label} (%)" if panel.axis == "percent" else panel.label)
         if panel.axis == "log":
             axes.set_yscale("log")
@@ -88,11 +101,22 @@ def draw_panels(panels: Sequence[Panel], x_label: str, file: Path, columns: int 
         else:
             axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3, which="both")
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=8)
-    with new_file(file), plt.rc_context({"svg.fonttype": "none"}):  # text as text
-        figure.savefig(file, dpi=150)
-    plt.close(figure)
+    if max(len(panel.curves) for panel in panels) <= _LEGEND_LINES:
+        for axes in grid.flat:
+            if axes.lines:
+                axes.legend(frameon=False, fontsize=8)
+    else:
+        widest = 0.6 + 0.065 * max(map(len, lines))  # inches, of a sample and a label
+        figure.set_figheight(size[1] + 0.18 * -(-len(lines) // max(int(size[0] / widest), 1)))
+        figure.legend(
+            handles=list(lines.values()),
+            labels=list(lines),
+            loc="outside lower center",
+            ncols=max(int(size[0] / widest), 1),
+            frameon=False,
+            fontsize=8,
+        )
+    return figure
 
 
 def draw_curves(metrics_file: Path, file: Path) -> None:
