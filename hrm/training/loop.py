@@ -171,13 +171,23 @@ def _with_names(config: PretrainConfig) -> tuple[PretrainConfig, Path]:
     """The config with its open names filled in as the published code does, and the run folder."""
     project = config.project_name or f"{Path(config.data_path).name.capitalize()} ACT-torch"
     run = config.run_name or f"{config.arch.name.split('@')[-1]} {time.strftime('%Y-%m-%d %H-%M-%S')}"
-    folder = Path(config.checkpoint_path or Path("checkpoints") / project / run)
+    folder = Path(config.checkpoint_path) if config.checkpoint_path else _default_folder(config, project, run)
     if config.resume is not None and config.checkpoint_path is None and config.run_name is None:
         if config.resume == AUTO:
             raise UserError("resume=auto looks in the run folder: name it, by checkpoint_path= or run_name=.")
         path = Path(config.resume)
         folder = path.parent if path.name.startswith("state_") else path
     return replace(config, project_name=project, run_name=run, checkpoint_path=str(folder)), folder
+
+
+def _default_folder(config: PretrainConfig, project: str, run: str) -> Path:
+    """The run folder that nothing names. Names made here stand in it without the spaces that W&B shows."""
+    checkpoints = Path("checkpoints")
+    published = checkpoints / project / run
+    if config.resume is not None and published.is_dir():  # of a run before
+        return published
+    names = (config.project_name or project.replace(" ", "-"), config.run_name or run.replace(" ", "-"))
+    return checkpoints.joinpath(*names)
 
 
 def _check_one_task(train: Pack, test: Pack) -> None:

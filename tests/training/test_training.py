@@ -465,11 +465,24 @@ def test_names_left_open(config: PretrainConfig, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     config = replace(config, epochs=1, checkpoint_path=None)
     folder, kept = run_folder(config, tmp_path)
-    assert folder.parts[:2] == ("checkpoints", "Pack ACT-torch")
-    assert folder.name.startswith("HierarchicalReasoningModel_ACTV1 ")
-    assert (kept["project_name"], kept["run_name"]) == folder.parts[1:]
+    assert folder.parts[:2] == ("checkpoints", "Pack-ACT-torch")
+    assert folder.name.startswith("HierarchicalReasoningModel_ACTV1-")
+    assert " " not in str(folder)
+    assert kept["project_name"] == "Pack ACT-torch", "as published: what W&B shows"
+    assert kept["run_name"].replace(" ", "-") == folder.name
     assert kept["checkpoint_path"] == str(folder)
     assert kept["arch"]["name"] == "hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1"
+
+
+def test_a_run_in_a_folder_with_spaces_goes_on(
+    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier versions named them."""
+    monkeypatch.chdir(tmp_path)
+    earlier = Path("checkpoints/Pack ACT-torch/first")
+    pretrain(replace(config, epochs=1, checkpoint_path=str(earlier)))
+    pretrain(replace(config, epochs=2, checkpoint_path=None, run_name="first", resume="auto", resume_changed=True))
+    assert [path.parent for path in Path("checkpoints").rglob("all_config.yaml")] == [earlier]
 
 
 def test_names_given(config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
