@@ -143,6 +143,8 @@ def _load_gluon() -> Attend:
 
 
 def _why_not_gluon(request: KernelRequest) -> str | None:
+    if not request.positions_in_row:  # its kernel carries angles on from token to token
+        return "its kernels rotate by positions in a row, not by rows and columns"
     return why_not_triton_attention(request) or hopper.why_not(request.device)
 
 

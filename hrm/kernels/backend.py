@@ -29,6 +29,7 @@ class KernelRequest(NamedTuple):
     dtype: torch.dtype  # of the activations
     head_size: int
     rotary: bool = True
+    positions_in_row: bool = True  # whether RoPE counts tokens 0, 1, 2, ...; False: its angles may be any
     num_tokens: int = 82  # of a sequence, the puzzle prefix included
     batch_size: int = 384  # sequences on this rank
     width: int = 512  # hidden size

@@ -35,10 +35,12 @@ def rotary_tables(num_tokens: int, head_size: int, theta: float) -> RotaryTables
 def grid_rotary_tables(num_prefix: int, side: int, head_size: int, theta: float) -> RotaryTables:
     """Angles of RoPE for the cells of a square grid, row by row: half of the pairs rotate by row, half by column.
 
-    The `num_prefix` tokens before the cells belong to none; they stand on the grid's diagonal, just before it.
+    The `num_prefix` tokens before the cells belong to none; they stand on the grid's diagonal, just before it. The
+    first token is rotated by no angle, as kernels for it alone expect: only differences of positions matter.
     """
-    before, cells = torch.arange(-num_prefix, 0), torch.arange(side * side)
-    rows, columns = torch.cat([before, cells // side]), torch.cat([before, cells % side])
+    before, cells = torch.arange(num_prefix), torch.arange(side * side)
+    rows = torch.cat([before, num_prefix + cells // side])
+    columns = torch.cat([before, num_prefix + cells % side])
     return _rotary_tables([rows, columns], head_size, theta)
 
 

@@ -79,6 +79,7 @@ def build_model(
         inner.dtype,
         config.head_size,
         rotary=config.rotation is not None,
+        positions_in_row=config.rotation in (None, "rope"),
         num_tokens=inner.num_tokens,
         batch_size=batch_size,
         width=config.hidden_size,

@@ -189,6 +189,17 @@ def test_auto_takes_what_was_measured_where_it_runs(
     assert attention.choose("auto", on_cuda) == chosen
 
 
+def test_the_kernels_for_positions_in_a_row_are_not_taken_for_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They carry angles on from token to token, which is wrong for rows and columns."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(hopper, "why_not", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    grid = request_for(torch.bfloat16, 64, torch.device("cuda"))._replace(positions_in_row=False)
+    assert attention.choose("auto", grid) == "triton"
+    with pytest.raises(UserError, match="positions in a row, not by rows and columns"):
+        attention.choose("gluon", grid)
+
+
 @pytest.mark.parametrize(
     ("name", "request_", "said"),
     [

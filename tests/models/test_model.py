@@ -351,6 +351,33 @@ def test_grid_rotary_tables(tiny_arch: Arch) -> None:
     assert len({round(alike[0], 3) for alike in by_distance.values()}) > 0.9 * len(by_distance)
 
 
+def test_the_first_token_of_a_grid_is_not_rotated(tiny_arch: Arch, random_batch: RandomBatch) -> None:
+    """As kernels for it alone take for granted: what they give is what the whole module has there."""
+    arch = tiny_arch | {"puzzle_emb_ndim": 65, "pos_encodings": "rope_2d", "forward_dtype": "float64"}
+    inner = randomised(build(arch, seq_len=9)).model.inner
+    assert torch.equal(inner.rotary_cos[0], torch.ones(16))
+    assert not inner.rotary_sin[0].any()
+    prepared = inner.prepare(random_batch(seq_len=9))
+    x, blocks = prepared.embeddings, prepared.blocks["L_level"]
+    whole = naive.reasoning_module(x, torch.zeros_like(x), blocks, prepared.context)
+    torch.testing.assert_close(naive.first_token_block(x, blocks[0], prepared.context), whole[:, 0])
+
+
+@pytest.mark.parametrize(("pos_encodings", "in_row"), [("rope", True), ("rope_2d", False), ("learned", True)])
+def test_kernels_are_told_whether_positions_are_in_a_row(
+    tiny_arch: Arch, pos_encodings: str, in_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[KernelRequest] = []
+
+    def noted(config: KernelsConfig, request: KernelRequest) -> KernelsConfig:
+        requests.append(request)
+        return resolve(config, request)
+
+    monkeypatch.setattr("hrm.models.resolve", noted)
+    build(tiny_arch | {"pos_encodings": pos_encodings}, seq_len=9)
+    assert [request.positions_in_row for request in requests] == [in_row]
+
+
 def test_grid_rotary_tables_need_a_square(tiny_arch: Arch) -> None:
     with pytest.raises(UserError, match=r"pos_encodings=rope_2d is for square grids, which 80 tokens are not"):
         build(tiny_arch | {"pos_encodings": "rope_2d"}, seq_len=80)

@@ -1,6 +1,7 @@
 """Attention forward for long sequences on Hopper GPUs, warp-specialised by hand in Gluon.
 
-`hrm.kernels.ops.triton.attention` calls it where it pays.
+`hrm.kernels.ops.triton.attention` calls it where it pays. It is for RoPE by positions 0, 1, 2, ... alone: it reads the
+tables at the first rows of a tile and carries the angles on from there.
 
 A program walks through a run of query tiles, one head after another. The keys of a head stay in shared memory from its
 first tile of queries to its last, so they are read and rotated once; its values stream past once a tile.
