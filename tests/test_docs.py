@@ -46,6 +46,21 @@ def test_links_are_found() -> None:
 
 
 @pytest.mark.slow
+def test_the_bundled_model_thinks_as_the_page_shows(tmp_path: Path) -> None:
+    text = (ROOT / "docs/how-an-hrm-thinks.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    shown = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    steps = re.findall(r"step (\d): (\d+) cells wrong, q_halt (\d\.\d\d)", shown)
+    assert [step for step, _, _ in steps] == list("12345")
+    assert int(steps[0][1]) > 10
+    assert float(steps[0][2]) < 0.1
+    assert steps[-1][1] == "0"
+    assert float(steps[-1][2]) > 0.9
+    on_page = re.findall(r"^step \d: .*$", text, re.MULTILINE)
+    assert len(on_page) == len(steps)
+
+
+@pytest.mark.slow
 def test_site(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     site = tmp_path / "site"
