@@ -100,7 +100,7 @@ class Muon(AdamATan2):
             stack = torch.cat([grad.reshape(-1, rows, columns) for _, grad in pairs])
             stack = orthogonal(stack, self._iterations).to(stack.dtype) * (-lr * self._scale_of(rows, columns))
             same = [param for param, _ in pairs]
-            updates = stack.split([self._matrices[param] for param in same])
+            updates = stack.split_with_sizes([self._matrices[param] for param in same])
             torch._foreach_add_(same, [x.reshape(param.shape) for x, param in zip(updates, same, strict=True)])
         if copies := self._copies(params):
             torch._foreach_copy_(copies, params)
