@@ -2,7 +2,7 @@
 
 from hrm.config import EvaluateConfig
 from hrm.config.compose import run
-from hrm.evaluation.command import evaluate_checkpoint
+from hrm.inference.command import evaluate_or_predict
 
 if __name__ == "__main__":
-    run(EvaluateConfig, "evaluate", evaluate_checkpoint, program="python evaluate.py")
+    run(EvaluateConfig, "evaluate", evaluate_or_predict, program="python evaluate.py")

@@ -60,7 +60,12 @@ def _silence_if_broken(stream: TextIO) -> None:
     try:
         stream.flush()
     except (OSError, ValueError):
-        with suppress(OSError, ValueError):  # of a stream without a descriptor
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            os.close(null)
+        silence(stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Let what is written to a stream from now on, and what it still holds, go nowhere."""
+    with suppress(OSError, ValueError):  # of a stream without a descriptor
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)

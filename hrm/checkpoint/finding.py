@@ -164,6 +164,7 @@ _FREE = (
     *("resume", "resume_changed", "checkpoint_interval", "keep_checkpoints", "checkpoint_every_eval"),
     *("checkpoint_path", "project_name", "run_name", "eval_save_outputs", "log_interval", "num_workers", "wandb"),
     *("stop_after", "stop_at_train_accuracy", "abort_after", "profile", "dist_timeout"),
+    "dtype",  # what it comes to is in arch.forward_dtype
 )
 # The place among the batches, the carry and the moments mean nothing under others. (And so with the pack.)
 _FIXED = ("global_batch_size", "eval_interval", "optim.name")

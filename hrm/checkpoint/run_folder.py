@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from hrm.config import PretrainConfig
 from hrm.errors import UserError
+from hrm.tasks.form import FORM_FILE, IDENTIFIERS_FILE
 
 CONFIG_FILE = "all_config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -44,7 +45,7 @@ def keep_earlier_run(folder: Path, after: int | None = None) -> None:
     steps = {path: int(named[1]) for path in found if (named := _NAME_OF_STEP.match(path.name))}
     left = [path for path, step in steps.items() if after is None or step > after]
     names = [STOPPED_FILE] if after is None or _stopped_after(folder) > after else []
-    names += [METRICS_FILE, CONFIG_FILE] if after is None else []
+    names += [METRICS_FILE, CONFIG_FILE, FORM_FILE, IDENTIFIERS_FILE] if after is None else []
     left += [file for name in names if os.path.lexists(file := folder / name)]
     if left:
         number = 1

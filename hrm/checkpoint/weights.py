@@ -29,6 +29,7 @@ from yaml import YAMLError
 from hrm.checkpoint.run_folder import CONFIG_FILE, replacing
 from hrm.errors import UserError, first_sentence, shortened
 from hrm.reading import read_yaml_text
+from hrm.tasks.form import FORM_FILE, IDENTIFIERS_FILE
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 _COMPILED_PREFIX = "_orig_mod."
@@ -37,7 +38,13 @@ _CONTAINERS = ("model", "state_dict")  # of weights among other things
 _OF_THE_MODEL = "model.inner."
 _HUB_ID = re.compile(r"(?=.{3,96}$)[\w.-]+/[\w.-]+")
 _HUB_WEIGHTS = "checkpoint"
+# What `save_pretrained` writes, as other packages do on the hub.
+PRETRAINED_WEIGHTS, PRETRAINED_CONFIG = "model.safetensors", "config.json"
 _SAFETENSORS = ".safetensors"
+_HUB_FILES = [
+    *(_HUB_WEIGHTS, "step_*", CONFIG_FILE, PRETRAINED_WEIGHTS, PRETRAINED_CONFIG),
+    *(FORM_FILE, IDENTIFIERS_FILE),
+]
 _OPTION_REFERENCE = re.compile(r"\$\{\.*\w+(\.\w+)*\}")
 _WEIGHTS_NAME = re.compile(r"step_(\d+)(_ema)?(\.safetensors)?")
 
@@ -55,7 +62,7 @@ class Checkpoint:
 
     @property
     def config_file(self) -> Path:
-        return self.folder / CONFIG_FILE
+        return _config_file(self.weights_file)
 
     @property
     def step(self) -> int:
@@ -103,7 +110,15 @@ def find_checkpoint(where: str) -> Checkpoint:
             f"checkpoint={shortened(where)} does not exist; give a weights file, a run folder, a hub id, or a model "
             f"that comes with this package: {', '.join(pretrained())}."
         )
-    return Checkpoint(weights_file, _read_config(weights_file.parent / CONFIG_FILE))
+    return Checkpoint(weights_file, _read_config(_config_file(weights_file)))
+
+
+def _config_file(weights_file: Path) -> Path:
+    """The options beside weights."""
+    folder = weights_file.parent
+    if not (folder / CONFIG_FILE).exists() and (folder / PRETRAINED_CONFIG).exists():
+        return folder / PRETRAINED_CONFIG
+    return folder / CONFIG_FILE
 
 
 def pretrained() -> list[str]:
@@ -223,10 +238,12 @@ def _last_weights(folder: Path) -> Path:
             steps[int(named[1])] = file
     if steps:
         return steps[max(steps)]
-    if (folder / _HUB_WEIGHTS).is_file():
-        return folder / _HUB_WEIGHTS
+    for name in (_HUB_WEIGHTS, PRETRAINED_WEIGHTS):
+        if (folder / name).is_file():
+            return folder / name
     raise UserError(
-        f"{folder} holds no weights (a file step_<n> or {_HUB_WEIGHTS}); point checkpoint= at a run folder."
+        f"{folder} holds no weights (a file step_<n>, {_HUB_WEIGHTS} or {PRETRAINED_WEIGHTS}); point checkpoint= at a "
+        "run folder."
     )
 
 
@@ -234,7 +251,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download  # imported here: slow, and most runs read from disk
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=[_HUB_WEIGHTS, "step_*", CONFIG_FILE]))
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub's failures share no base class
         raise UserError(
             f"checkpoint={hub_id} is no local path, and fetching it from the hub failed ({first_sentence(error)}): "

@@ -9,7 +9,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command line and return the exit status."""
     from hrm.config import EvaluateConfig
     from hrm.config.compose import run
-    from hrm.evaluation.command import evaluate_checkpoint
+    from hrm.inference.command import evaluate_or_predict
 
-    run(EvaluateConfig, "evaluate", evaluate_checkpoint, "hrm evaluate", argv)
+    run(EvaluateConfig, "evaluate", evaluate_or_predict, "hrm evaluate", argv)
     return 0

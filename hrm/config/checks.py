@@ -18,7 +18,6 @@ ELSEWHERE = {
     "model": "arch",
     "num_epochs": "epochs",
     "optimizer": "optim",
-    "output": "output_dir",
     "warmup_steps": "lr_warmup_steps",
     "workers": "num_workers",
 }

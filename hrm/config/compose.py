@@ -37,8 +37,8 @@ EXIT_INTERRUPTED = 130
 
 # Values of these options are taken to the letter: Hydra would read 0530 as a number and choke on "=" or "(" in a path.
 _LITERAL_OPTIONS = {
-    *("checkpoint", "checkpoint_path", "data_path", "output_dir", "profile", "project_name", "puzzle", "report"),
-    *("resume", "run_name"),
+    *("checkpoint", "checkpoint_path", "data_path", "input", "output", "output_dir", "profile", "project_name"),
+    *("puzzle", "report", "resume", "run_name"),
 }
 
 _KINDS = {"Float": "a number, such as 1e-4", "Integer": "a whole number", "Boolean": "true or false"}

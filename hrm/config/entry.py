@@ -1,6 +1,7 @@
 """What the options of several entry points may be, and what people type for them."""
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
+DTYPES = ("auto", "bfloat16", "float32", "float16", "float64")
 SAVEABLE_OUTPUTS = (
     "inputs",
     "labels",

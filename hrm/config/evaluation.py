@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from hrm.config.checks import MOST_WORKERS, at_least, at_most, choice
-from hrm.config.entry import DEVICES, SAVEABLE_OUTPUTS
+from hrm.config.entry import DEVICES, DTYPES, SAVEABLE_OUTPUTS
 from hrm.config.kernels import KernelsConfig
 
 MOST_AUGMENTATIONS = 1024  # each votes on each: the vote of more would not fit in memory
 
-ACT_MODES = ("full", "halt", "both")
+ACT_MODES = ("auto", "full", "halt", "both")
 
 
 @dataclass
@@ -43,24 +43,34 @@ class EvaluateConfig:
     global_batch_size: int | None = None  # sequences evaluated at a time, over all ranks; null: as in training
     # Solve this one puzzle, row by row, instead of the test split (Sudoku: digits, 0 or . for blanks; mazes: # SGo).
     puzzle: str | None = None
+    # Answer the puzzles of a file, or of stdin (-), instead of evaluating: JSON lines, CSV with a column input or
+    # question, or a puzzle a line.
+    input: str | None = None
+    output: str | None = None  # with input: the file of answers, JSON lines; null or -: stdout
     show: int = 0  # number of test boards to print and draw, with the training curves, as PNG
     # When sequences halt. full: after all ACT steps; halt: where q_halt > q_continue; both: one after the other,
-    # compared.
-    act: str = "full"
+    # compared; auto: full, but halt with input.
+    act: str = "auto"
     act_margin: float = 0.0  # with act=halt, sequences halt where q_halt > q_continue + act_margin
     act_max_steps: int | None = None  # ACT steps at most, more or fewer than in training; null: as in training
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
     report: str | None = None  # folder for an HTML report: answers at every ACT step, and accuracy in its parts
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    # What to compute in: bfloat16, float32, float16 or float64; auto: as in training, but float32 where a CPU has no
+    # instructions for bfloat16.
+    dtype: str = "auto"
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is available
     num_workers: int = 0  # processes that load data; any number gives the same batches
 
     def __post_init__(self) -> None:
         choice("device", self.device, DEVICES)
+        choice("dtype", self.dtype, DTYPES)
         for output in self.save_outputs:
             choice("save_outputs", output, SAVEABLE_OUTPUTS)
         at_least("show", self.show, 0)
         choice("act", self.act, ACT_MODES)
+        if self.act == "auto":
+            self.act = "full" if self.input is None else "halt"
         if self.act_max_steps is not None:
             at_least("act_max_steps", self.act_max_steps, 1)
         at_least("num_workers", self.num_workers, 0)

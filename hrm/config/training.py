@@ -10,7 +10,7 @@ from omegaconf import II, MISSING
 
 from hrm.config.checks import MOST_WORKERS, at_least, at_most, choice, fraction, positive
 from hrm.config.data import DataConfig
-from hrm.config.entry import DEVICES, SAVEABLE_OUTPUTS
+from hrm.config.entry import DEVICES, DTYPES, SAVEABLE_OUTPUTS
 from hrm.config.kernels import KernelsConfig
 from hrm.config.optim import OptimConfig
 from hrm.config.parallel import ParallelConfig
@@ -75,6 +75,9 @@ class PretrainConfig:
     skip_nonfinite: bool = True  # skip, and count, optimizer steps with NaN or Inf in loss or gradients
     abort_after: int | None = 20  # end the run after so many skipped steps in a row; null: never
     dist_timeout: float = 600.0  # seconds that ranks wait for one another before the run ends and names who is missing
+    # What to compute in: bfloat16, float32, float16 or float64; auto: arch.forward_dtype, but float32 where a CPU has
+    # no instructions for bfloat16.
+    dtype: str = "auto"
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is available
     num_workers: int = 0  # processes that load data; any number gives the same batches
     log_interval: int = 10  # steps between two records of metrics
@@ -83,6 +86,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         choice("device", self.device, DEVICES)
+        choice("dtype", self.dtype, DTYPES)
         choice("wandb", self.wandb, WANDB_MODES)
         for name in ("global_batch_size", "epochs", "log_interval"):
             at_least(name, getattr(self, name), 1)

@@ -75,7 +75,7 @@ def join_world(device: str, parallel: ParallelConfig | None = None, timeout: flo
     """
     parallel = parallel or ParallelConfig()
     local_rank = os.environ.get("LOCAL_RANK")
-    chosen = _pick_device(device, int(local_rank or 0))
+    chosen = pick_device(device, int(local_rank or 0))
     if local_rank is None:
         _check_shares(parallel, 1)
         yield World(0, 1, chosen)
@@ -161,7 +161,7 @@ def _silent_ranks(seconds: float) -> list[int]:
         return [0]  # the process that keeps the store
 
 
-def _pick_device(device: str, local_rank: int) -> torch.device:
+def pick_device(device: str, local_rank: int) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         device = next(kind for kind, there in available.items() if there)

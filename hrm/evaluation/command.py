@@ -18,20 +18,23 @@ from hrm.errors import UserError, printable, printable_lines
 from hrm.evaluation.early_halting import EarlyHalting, halting_metrics
 from hrm.evaluation.ensemble import evaluate_ensemble, rules_of, symmetries_of
 from hrm.evaluation.evaluators import evaluators_of, summaries
-from hrm.evaluation.loading import ModelSizes, load_model, other_identifiers
+from hrm.evaluation.loading import ModelSizes, describe_model, load_model, other_identifiers
 from hrm.evaluation.metrics import MetricSums, Throughput, metrics_table
 from hrm.evaluation.report.writer import ReportWriter
 from hrm.evaluation.runner import evaluate, parts_of, save_outputs, show_predictions
 from hrm.evaluation.show import SHOWN_OUTPUTS, check_show, show_puzzles
 from hrm.evaluation.solve import solve_puzzle
-from hrm.kernels import describe
 from hrm.models import ACTLossHead
 from hrm.tasks.base import Evaluator
 from hrm.unforeseen import traceback_folder
 
 
-def evaluate_checkpoint(config: EvaluateConfig) -> None:
+def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, float]:
     """Run `evaluate.py` as `config` says.
+
+    Returns:
+        The metrics by the names they are printed under, and `puzzles_per_second`; with `act=both` those with early
+        halting begin with `halt/`. Nothing for a single puzzle.
 
     Raises:
         UserError: for a checkpoint, a pack or a puzzle that is missing, broken or does not fit the others.
@@ -41,8 +44,8 @@ def evaluate_checkpoint(config: EvaluateConfig) -> None:
         checkpoint = find_checkpoint(config.checkpoint)
         if config.puzzle is not None:
             solve_puzzle(config, checkpoint, config.puzzle, world)
-        else:
-            _evaluate_split(config, checkpoint, world)
+            return {}
+        return _evaluate_split(config, checkpoint, world)
 
 
 def _check_modes(config: EvaluateConfig) -> None:
@@ -71,7 +74,7 @@ class _Split:
     folder: Path  # of what is saved
 
 
-def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World) -> None:
+def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World) -> dict[str, float]:
     data_path = config.data_path or checkpoint.config.get("data_path")
     if not isinstance(data_path, str):
         raise UserError(f"{checkpoint.config_file} does not say which data it was trained on: add data_path=...")
@@ -100,16 +103,22 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
     split = _Split(config, checkpoint, model, pack, loader, sizes, world, folder)
     with traceback_folder(folder):
         if world.is_main:
-            print(printable(f"{checkpoint.weights_file} on {data_path}/test, kernels: {describe(model.kernels)}"))
+            print(
+                printable(
+                    f"{checkpoint.weights_file} on {data_path}/test, kernels: {describe_model(model, checkpoint)}"
+                )
+            )
             if warning := other_identifiers(checkpoint, model, pack):
                 print(printable(f"warning: {warning}"), file=sys.stderr)
         if config.ensemble != EnsembleConfig():
-            _evaluate_ensemble(split)
-            return
+            return _evaluate_ensemble(split)
+        results = {}
         if config.act != "halt":
-            _evaluate_full(split)
+            results = _evaluate_full(split)
         if config.act != "full":
-            _evaluate_early(split)
+            early, prefix = _evaluate_early(split), "halt/" if results else ""
+            results |= {f"{prefix}{name}": value for name, value in early.items()}
+        return results
 
 
 def _bounded(batch_size: int, pack: Pack, world: World) -> int:
@@ -120,10 +129,10 @@ def _bounded(batch_size: int, pack: Pack, world: World) -> int:
 
 def _load(config: EvaluateConfig, checkpoint: Checkpoint, sizes: ModelSizes, world: World) -> ACTLossHead:
     weights = read_weights(checkpoint.weights_file)
-    return load_model(checkpoint, weights, sizes, config.kernels, world, config.act_max_steps)
+    return load_model(checkpoint, weights, sizes, config.kernels, world, config.act_max_steps, config.dtype)
 
 
-def _evaluate_full(split: _Split) -> None:
+def _evaluate_full(split: _Split) -> dict[str, float]:
     """All ACT steps for every puzzle, and whatever is to be kept or shown of them."""
     config, world = split.config, split.world
     evaluators, throughput = evaluators_of(split.pack), Throughput(world)
@@ -131,7 +140,7 @@ def _evaluate_full(split: _Split) -> None:
     keep = (*config.save_outputs, *(SHOWN_OUTPUTS if config.show else ()))
     recorder = report.recorder if report else None
     metrics, outputs = evaluate(split.model, split.loader, world, keep, evaluators, recorder, throughput)
-    _print_result(split, "all steps for every puzzle", metrics, throughput, evaluators)
+    result = _print_result(split, "all steps for every puzzle", metrics, throughput, evaluators)
     if config.save_outputs:
         wanted = {name: outputs[name] for name in config.save_outputs}
         file = save_outputs(wanted, split.folder, split.checkpoint.step, world)
@@ -140,9 +149,10 @@ def _evaluate_full(split: _Split) -> None:
         show_puzzles(outputs, config.show, split.pack, split.checkpoint, split.folder)
     if report and config.report and (page := report.write(Path(config.report), split.checkpoint.weights_file, world)):
         print(printable(f"Wrote {page}, and GIFs beside it."))
+    return result
 
 
-def _evaluate_early(split: _Split) -> None:
+def _evaluate_early(split: _Split) -> dict[str, float]:
     """As many ACT steps for each puzzle as q_halt asks for."""
     world = split.world
     evaluators, throughput, sums = evaluators_of(split.pack), Throughput(world), MetricSums(world)
@@ -150,10 +160,10 @@ def _evaluate_early(split: _Split) -> None:
     for set_name, puzzles, predictions in early.answer(parts_of(split.loader, world), throughput):
         sums.add(set_name, halting_metrics(puzzles, predictions))
         show_predictions(evaluators, set_name, puzzles, predictions.tokens, predictions.q_halt)
-    _print_result(split, "as many steps as q_halt asks for", sums.averages(), throughput, evaluators)
+    return _print_result(split, "as many steps as q_halt asks for", sums.averages(), throughput, evaluators)
 
 
-def _evaluate_ensemble(split: _Split) -> None:
+def _evaluate_ensemble(split: _Split) -> dict[str, float]:
     """The vote of several answers to every puzzle."""
     options, world = split.config.ensemble, split.world
     others = [find_checkpoint(name) for name in options.checkpoints]
@@ -167,7 +177,7 @@ def _evaluate_ensemble(split: _Split) -> None:
     what = f"vote of {answers} answers, checkpoints: {len(models)}, augmentations of each puzzle: {len(symmetries)}"
     if rules:
         what += ", rules checked"
-    _print_result(split, what, metrics, throughput, evaluators)
+    return _print_result(split, what, metrics, throughput, evaluators)
 
 
 def _print_result(
@@ -176,12 +186,15 @@ def _print_result(
     metrics: Mapping[str, Mapping[str, float]],
     throughput: Throughput,
     evaluators: Sequence[Evaluator],
-) -> None:
+) -> dict[str, float]:
+    """Print what was measured, and return it by the names it is printed under."""
     rate = throughput.per_second()  # before the summaries, which take their time too
     texts = summaries(evaluators, split.world, split.folder)
     if split.world.is_main:
         lines = [f"{what}, {rate:,.0f} puzzles/s:", metrics_table(metrics), *filter(None, texts)]
         print(printable_lines("\n".join(lines)))
+    named = {f"{of_set}/{name}": value for of_set, values in metrics.items() for name, value in values.items()}
+    return named | {"puzzles_per_second": rate}
 
 
 def _output_folder(config: EvaluateConfig, checkpoint: Checkpoint) -> Path:

@@ -18,21 +18,26 @@ from hrm.models import ACTLossHead, Carry
 # Batches on the device at once. At the end of such a pool slots run empty, for at most the steps of one puzzle: a small
 # part of the work when each slot has seen this many.
 _PARTS_PER_POOL = 64
-# ACT steps between looks at whether a pool is done. A look waits for the device.
+# ACT steps between looks at whether a pool is done. A look waits for the device, which costs a CPU nothing.
 _STEPS_PER_LOOK = 4
+_STEPS_PER_LOOK_ON_CPU = 1
 
 
 class _Slots:
     """B puzzles being worked on, refilled from a pool; all of it stays on the device."""
 
-    def __init__(self, model: ACTLossHead, pool_size: int, slots: int, margin: float, device: torch.device) -> None:
+    def __init__(
+        self, model: ACTLossHead, pool_size: int, slots: int, margin: float, device: torch.device, max_steps: int
+    ) -> None:
         """`model` is in evaluation mode; the pool's last row stands for "none left"."""
         self._model = model
         self._margin = margin
+        self._max_steps = max_steps
         self._pool: Batch = {}
         self.predictions: Predictions
         self._pool_size, self._slots, self._device = pool_size, slots, device
         self._carry: Carry | None = None
+        self._all_slots: tuple[Carry, Tensor] | None = None  # the carry and the rows before any slot was given up
         self._rows = torch.full((slots,), pool_size, dtype=torch.int64, device=device)  # which puzzle is in a slot
         self._next = torch.zeros((), dtype=torch.int64, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)  # puzzles in the pool
@@ -54,6 +59,9 @@ class _Slots:
                 torch.zeros(rows, dtype=torch.int32, device=self._device),
             )
             self._carry = self._model.initial_carry({name: field[: self._slots] for name, field in self._pool.items()})
+            self._all_slots = self._carry, self._rows
+        assert self._all_slots is not None
+        self._carry, self._rows = self._all_slots
         self._carry.halted.fill_(True)
         self._next.zero_()
         self._count.fill_(count)
@@ -69,7 +77,7 @@ class _Slots:
         batch = {name: field[self._rows] for name, field in self._pool.items()}
         carry, outputs = self._model.model(kept, batch)
         q_halt = outputs["q_halt_logits"]
-        halted = (q_halt > outputs["q_continue_logits"] + self._margin) | (carry.steps >= self._model.halt_max_steps)
+        halted = (q_halt > outputs["q_continue_logits"] + self._margin) | (carry.steps >= self._max_steps)
         # Slots that go on, or are empty, write to the row that nobody reads.
         rows = torch.where(halted, self._rows, none_left)
         new = Predictions(outputs["logits"].argmax(-1).int(), q_halt.float(), carry.steps)
@@ -79,20 +87,45 @@ class _Slots:
         for before, after in zip(kept.tensors(), replace(carry, halted=halted).tensors(), strict=True):
             before.copy_(after)
 
+    def give_up_empty_slots(self) -> None:
+        """Compute no slot until the next pool that can get no puzzle any more. Waits for the device."""
+        assert self._carry is not None
+        if self._next < self._count:
+            return
+        busy = ~self._carry.halted & (self._rows < self._pool_size)
+        if not busy.all():
+            (kept,) = busy.nonzero(as_tuple=True)
+            self._carry, self._rows = self._carry.rows(kept), self._rows[kept]
+
 
 class EarlyHalting:
     """Answers puzzles, each at the step where q_halt > q_continue + `margin`, or at the last.
 
     Args:
-        model: in evaluation mode; its `halt_max_steps` is the last step.
+        model: in evaluation mode.
         slots: puzzles worked on at a time.
+        margin: infinite: each takes all steps.
+        max_steps: the last step; default: the model's `halt_max_steps`.
+        pool_size: most puzzles in a pool.
     """
 
-    def __init__(self, model: ACTLossHead, slots: int, device: torch.device, margin: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: ACTLossHead,
+        slots: int,
+        device: torch.device,
+        margin: float = 0.0,
+        max_steps: int | None = None,
+        pool_size: int | None = None,
+    ) -> None:
         self._model = model
-        self._state = _Slots(model, slots * _PARTS_PER_POOL, slots, margin, device)
+        max_steps = model.halt_max_steps if max_steps is None else max_steps
+        self._state = _Slots(model, pool_size or slots * _PARTS_PER_POOL, slots, margin, device, max_steps)
         graphed = model.kernels.cuda_graphs
         self._step = GraphedWork(self._state.step, device, eager_calls=2) if graphed else self._state.step
+        # Where shapes are free: a graph has one, and so has compiled code.
+        self._shrinks = device.type == "cpu" and not graphed and not model.kernels.compile
+        self._steps_per_look = _STEPS_PER_LOOK_ON_CPU if device.type == "cpu" else _STEPS_PER_LOOK
 
     @torch.no_grad()
     def answer(self, parts: Iterable[Part], throughput: Throughput) -> Iterator[tuple[str, Batch, Predictions]]:
@@ -109,19 +142,31 @@ class EarlyHalting:
         for set_name, of_set in groupby(parts, lambda part: part.set_name):
             while pool := list(islice(of_set, _PARTS_PER_POOL)):
                 puzzles = {name: torch.cat([part.batch[name][: part.real] for part in pool]) for name in pool[0].batch}
-                count = len(puzzles["inputs"])
-                self._state.fill(puzzles)
                 if not warm:
+                    self._state.fill(puzzles)
                     for _ in range(3):  # two eager steps compile and tune, the third is recorded
                         self._step({})
-                    self._state.fill(puzzles)
                     throughput.start()
                     warm = True
-                while int(self._state.finished) < count:
-                    for _ in range(_STEPS_PER_LOOK):
-                        self._step({})
-                throughput.count(count)
-                yield set_name, puzzles, Predictions(*(field[:count].cpu() for field in self._state.predictions))
+                predictions = self._answer_pool(puzzles)
+                throughput.count(len(predictions.steps))
+                yield set_name, puzzles, predictions
+
+    @torch.no_grad()
+    def answer_pool(self, puzzles: Batch) -> Predictions:
+        """Answer puzzles on the host, as many as a pool may have at most: in order, on the CPU."""
+        with self._model.weights_at_hand():
+            return self._answer_pool(puzzles)
+
+    def _answer_pool(self, puzzles: Batch) -> Predictions:
+        count = len(puzzles["inputs"])
+        self._state.fill(puzzles)
+        while int(self._state.finished) < count:
+            for _ in range(self._steps_per_look):
+                self._step({})
+            if self._shrinks:
+                self._state.give_up_empty_slots()
+        return Predictions(*(field[:count].cpu() for field in self._state.predictions))
 
 
 def halting_metrics(puzzles: Batch, predictions: Predictions) -> dict[str, Tensor]:

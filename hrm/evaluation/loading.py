@@ -15,6 +15,8 @@ from hrm.data.identity import identifiers_hash
 from hrm.data.pack import Pack
 from hrm.distributed.world import World
 from hrm.errors import UserError, printable
+from hrm.kernels import describe
+from hrm.kernels.dtypes import AUTO, computing_dtype, describe_dtype
 from hrm.models import ACTLossHead, arch_config, build_model
 from hrm.models.memory import ALWAYS_ALLOWED, at_most
 
@@ -50,14 +52,20 @@ def load_model(
     kernels: KernelsConfig | str,
     world: World,
     act_max_steps: int | None = None,
+    dtype: str = AUTO,
 ) -> ACTLossHead:
-    """The checkpoint's model in evaluation mode, with another last ACT step than in training if one is given.
+    """The checkpoint's model in evaluation mode.
+
+    Args:
+        act_max_steps: another last ACT step than in training.
+        dtype: to compute in, as `hrm.kernels.dtypes.computing_dtype` takes it.
 
     Raises:
         UserError: the checkpoint is of no use, or was trained on puzzles of another kind than `sizes` are of.
     """
     _check_kind(checkpoint, weights, sizes)
     arch = arch_config(checkpoint.config["arch"], sizes.of_data(), where=f"{checkpoint.config_file}: arch")
+    arch = replace(arch, forward_dtype=computing_dtype(dtype, arch.forward_dtype, world.device))
     if act_max_steps is not None:
         arch = replace(arch, halt_max_steps=act_max_steps)
     # A model that is larger than the weights cannot be theirs. A small one is made, so that it is told how they differ.
@@ -86,6 +94,15 @@ def _check_kind(checkpoint: Checkpoint, weights: Mapping[str, Tensor], sizes: Mo
             f"{checkpoint.weights_file} was trained on a pack with {num_identifiers:,} puzzle identifiers, but this "
             f"one has {sizes.num_puzzle_identifiers:,}: give the pack it was trained on, by data_path=."
         )
+
+
+def describe_model(model: ACTLossHead, checkpoint: Checkpoint) -> str:
+    """What computes a model, and in which dtype where that is not the one it was trained in."""
+    inner, trained_in = model.model.inner, arch_config(checkpoint.config["arch"]).forward_dtype
+    kernels, dtype = describe(model.kernels), inner.config.forward_dtype
+    if dtype == trained_in:
+        return kernels
+    return f"{kernels}, {describe_dtype(dtype, trained_in, inner.lm_head.weight.device)}"
 
 
 def other_identifiers(checkpoint: Checkpoint, model: ACTLossHead, pack: Pack) -> str | None:

@@ -78,7 +78,7 @@ def _model_for(
             f"{size.vocab_size}: leave it out of ensemble.checkpoints."
         )
     sizes = ModelSizes(1, size.seq_len, vocab_size, num_identifiers)
-    return load_model(checkpoint, weights, sizes, config.kernels, world, config.act_max_steps)
+    return load_model(checkpoint, weights, sizes, config.kernels, world, config.act_max_steps, config.dtype)
 
 
 def _answer(

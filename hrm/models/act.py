@@ -83,8 +83,8 @@ class Carry:
         """All of it, in the order of `named_tensors`."""
         return list(self.named_tensors().values())
 
-    def rows(self, rows: slice) -> Carry:
-        """Some sequences' part, as views."""
+    def rows(self, rows: slice | Tensor) -> Carry:
+        """Some sequences' part, as views; as copies for a tensor of their indices."""
         return Carry(
             {name: state[rows] for name, state in self.states.items()},
             self.steps[rows],

@@ -12,15 +12,18 @@ import pkgutil
 import re
 from functools import cache
 
-from hrm.data.pack import Pack, read_provenance
+from hrm.data.pack import Pack, read_identifiers, read_provenance
 from hrm.errors import UserError
 from hrm.tasks.base import PuzzleSize, Task, Tokens
+from hrm.tasks.form import IDENTIFIERS_FILE, PuzzleForm
+from hrm.tasks.tokens import VOCABULARY_FILE, read_vocabulary, shape_of
 
 # Tasks that may be guessed by the sizes of their puzzles, the rarer size first: the published packs hold them.
 _GUESSED = ("sudoku", "arc", "maze")
 # The one that knows nothing about its tokens, but for the names that a pack gives them.
 _ANY = "tokens"
 _GUESS_ROWS = 64
+_COVERED_ROWS = 100_000  # of a set, looked at to see whether answers have symbols just where inputs have
 
 
 @cache
@@ -74,6 +77,33 @@ def guess_task(pack: Pack, builder: object = None) -> Task:
     # A maze of 4x4 cells has the sizes of a 4x4 Sudoku.
     certain = [task for task in fitting if task.is_input(rows).all()]
     return next(iter([*certain, *fitting]), tasks[_ANY])
+
+
+def form_of(pack: Pack) -> PuzzleForm:
+    """How the puzzles of a pack are written, so that it can be known without the pack.
+
+    Raises:
+        UserError: as `task_of`; or a file of the pack is broken.
+    """
+    task, meta = task_of(pack), pack.metadata
+    symbols, shape, covers = None, None, False
+    if task.name == _ANY:
+        if (vocabulary := pack.path / VOCABULARY_FILE).is_file():
+            symbols = read_vocabulary(vocabulary).symbols
+            if len(symbols) + 1 != meta.vocab_size:
+                symbols = None
+        shape = shape_of(pack.path, meta.seq_len)
+        rows = [(data.inputs[:_COVERED_ROWS], data.labels[:_COVERED_ROWS]) for data in pack.sets.values()]
+        ignored = meta.ignore_label_id
+        covers = ignored is not None and all(
+            bool(((inputs != meta.pad_id) == (labels != ignored)).all()) for inputs, labels in rows
+        )
+    names: tuple[str, ...] = ()
+    if meta.num_puzzle_identifiers > 1 and (pack.path / IDENTIFIERS_FILE).is_file():
+        names = tuple(read_identifiers(pack.path, meta.num_puzzle_identifiers))
+    return PuzzleForm(
+        task.name, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers, shape, symbols, covers, names
+    )
 
 
 def parse_puzzle(text: str, vocab_size: int, name: str | None = None) -> tuple[Task, Tokens]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -19,11 +20,13 @@ from numpy.typing import NDArray
 
 from hrm.data.pack import Pack
 from hrm.errors import UserError, shortened
-from hrm.tasks.base import Booleans, Evaluator, PuzzleSize, Task, View
+from hrm.reading import parse_json
+from hrm.tasks.base import Booleans, Evaluator, PuzzleSize, Task, Undo, View
 from hrm.tasks.dihedral import INVERSE, dihedral
+from hrm.tasks.form import Puzzle, PuzzleForm
 
 Grid = NDArray[np.uint8]
-Tokens = NDArray[np.uint8]
+Tokens = NDArray[np.integer[Any]]
 
 GRID_SIDE = 30
 SEQ_LEN = GRID_SIDE**2
@@ -210,6 +213,95 @@ class Arc(Task):
     def shown_identifiers(self, names: Sequence[str]) -> Booleans:
         """Those that are not augmented."""
         return np.array([not is_augmented(name) for name in names])
+
+    # ---- from what a user gives to tokens, and from answers to what a user reads
+
+    def puzzles_of(self, value: object, form: PuzzleForm) -> list[Puzzle]:
+        """The test inputs of a task in the official form, which names itself in `puzzle`; or as in `Task`.
+
+        What a model knows of a task is in its puzzle table: the demonstrations are not read.
+        """
+        if isinstance(value, Mapping) and "test" in value and "input" not in value:
+            pairs = value["test"]
+            if not isinstance(pairs, list) or not all(isinstance(pair, Mapping) and "input" in pair for pair in pairs):
+                raise UserError("test is no list of pairs with an input each.")
+            names = value.get("puzzle", value.get("name"))
+            value = [{"input": pair["input"], "puzzle": names} for pair in pairs]
+            return [puzzle for pair in value for puzzle in self.puzzles_of(pair, form)]
+        (puzzle,) = super().puzzles_of(value, form)
+        if puzzle.identifier == 0 and form.num_puzzle_identifiers > 1:
+            raise UserError(
+                "it does not name its task, by which the model knows the rule: give {'input': grid, 'puzzle': name}."
+            )
+        return [puzzle]
+
+    def read_input(self, value: object, form: PuzzleForm) -> Tokens:
+        """A grid as nested lists, or as a text: rows of digits, or JSON."""
+        if isinstance(value, str):
+            value = _grid_of_text(value)
+        elif isinstance(value, np.ndarray):
+            value = value.tolist()
+        return _top_left(parse_grid(value))
+
+    def is_cell(self, value: object, form: PuzzleForm) -> bool:
+        return False
+
+    def answer_value(self, answer: Tokens, puzzle: Puzzle, form: PuzzleForm) -> list[list[int]]:
+        """The grid, as nested lists of colours."""
+        (grid,) = decode(answer[None])
+        rows: list[list[int]] = grid.tolist()
+        return rows
+
+    def answer_text(self, answer: Tokens, puzzle: Puzzle, form: PuzzleForm) -> str:
+        """The rows of digits, "/" between them."""
+        return "/".join("".join(map(str, row)) for row in self.answer_value(answer, puzzle, form))
+
+    def augmented(self, puzzle: Puzzle, count: int, form: PuzzleForm) -> list[tuple[Puzzle, Undo]]:
+        """The puzzle, and as many of its augmentations that the model was trained on as there are, `count` at most."""
+        names = form.identifiers
+        if count > 1 and not names:
+            raise UserError(f"augmentations={count} needs the names of puzzles, which are not known: give data_path.")
+        name, own = split_name(names[puzzle.identifier]) if names else ("", Augmentation())
+        chosen: list[tuple[Puzzle, Undo]] = [(puzzle, lambda answer: answer)]
+        (grid,) = decode(puzzle.tokens[None])
+        for row in _rows_of(names).get(name, ()) if count > 1 else ():
+            if row != puzzle.identifier and len(chosen) < count:
+                _, other = split_name(names[row])
+                shown = _top_left(other.apply(own.undo(grid)))
+                chosen.append((Puzzle(shown, row), partial(_mapped_back, other, own)))
+        return chosen
+
+
+def _grid_of_text(text: str) -> object:
+    """A grid written as rows of digits, between white space or "/", or as JSON; else the text, which is none."""
+    if text.lstrip().startswith("["):
+        try:
+            return parse_json(text)
+        except ValueError:
+            return text
+    rows = text.replace("/", " ").split()
+    return [list(map(int, row)) for row in rows] if all(row.isdecimal() and row.isascii() for row in rows) else text
+
+
+def _top_left(grid: Grid) -> NDArray[np.int64]:
+    """The tokens [900] of a grid in the corner of its square."""
+    tokens: NDArray[np.int64] = encode(grid[None], np.zeros((1, 2), dtype=np.int64))[0].astype(np.int64)
+    return tokens
+
+
+def _mapped_back(shown: Augmentation, own: Augmentation, answer: Tokens) -> Tokens:
+    """An answer to a puzzle `shown` in one augmentation, as one to the puzzle itself, which may be another."""
+    (grid,) = decode(answer[None])
+    return _top_left(own.apply(shown.undo(grid))) if grid.size else answer
+
+
+@lru_cache(maxsize=2)
+def _rows_of(names: tuple[str, ...]) -> dict[str, list[int]]:
+    """The rows of the puzzle table of each task and its augmentations, in order."""
+    rows: dict[str, list[int]] = {}
+    for row, identifier in enumerate(names[1:], start=1):
+        rows.setdefault(split_name(identifier)[0], []).append(row)
+    return rows
 
 
 def grid_sizes(tokens: NDArray[np.integer[Any]]) -> NDArray[np.int64]:

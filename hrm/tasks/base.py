@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from hrm.data.pack import Pack
 from hrm.errors import UserError
+from hrm.tasks.form import Puzzle, PuzzleForm
 
 Tokens = NDArray[np.integer[Any]]
 Booleans = NDArray[np.bool_]
@@ -267,9 +269,121 @@ class Task(ABC):
                 raise UserError(f"Character {position} of the puzzle is {symbol!r}; write one of {''.join(symbols)!r}.")
         return np.array([symbols[symbol] for symbol in text], dtype=np.int64)
 
+    # ---- from what a user gives to tokens, and from answers to what a user reads
+
+    def grid(self, form: PuzzleForm) -> tuple[int, int] | None:
+        """Rows and columns of a puzzle; None where it is a list."""
+        if form.shape is not None:
+            return form.shape
+        columns = self.view(PuzzleSize(form.seq_len, form.vocab_size)).columns
+        return None if columns is None else (form.seq_len // columns, columns)
+
+    def is_cell(self, value: object, form: PuzzleForm) -> bool:
+        """Whether a string is one cell of a puzzle rather than a puzzle."""
+        return isinstance(value, str) and len(value) == 1 and form.seq_len > 1
+
+    def puzzles_of(self, value: object, form: PuzzleForm) -> list[Puzzle]:
+        """The puzzles in what a user gives as one, mostly one.
+
+        Args:
+            value: a puzzle as `read_input` takes it; or a mapping with it as `input` (or `question`) or, as the model's
+                own tokens, as `tokens`, and in `puzzle` the name or number of its identifier.
+
+        Raises:
+            UserError: it is no puzzle of the task, or not of the model's size.
+        """
+        identifier = 0
+        if isinstance(value, Mapping):
+            identifier = form.identifier(value.get("puzzle"))
+            if "tokens" in value:
+                return [Puzzle(form.from_tokens(value["tokens"]), identifier)]
+            field = next((name for name in ("input", "question") if name in value), None)
+            if field is None:
+                raise UserError("it has no field input: give the puzzle there, or the model's tokens as tokens.")
+            value = value[field]
+        tokens = self.read_input(value, form)
+        if len(tokens) != form.seq_len:
+            raise UserError(f"it has {len(tokens)} cells, but the model's puzzles have {form.seq_len}.")
+        return [Puzzle(tokens, identifier)]
+
+    def read_input(self, value: object, form: PuzzleForm) -> Tokens:
+        """The input [S] that is a text as `parse_input` takes it, or a list or grid of its characters or digits.
+
+        Raises:
+            UserError: it is none.
+        """
+        if not isinstance(value, str):
+            cells = flat_cells(value)
+            for number, cell in enumerate(cells, start=1):
+                if len(cell) != 1 and not (set(map(len, cells)) == {math.isqrt(form.seq_len)}):  # rows as strings
+                    raise UserError(f"cell {number} is {cell[:20]!r}, which is no single character or digit.")
+            value = "".join(cells)
+        return self.parse_input(value, PuzzleSize(form.seq_len, form.vocab_size))
+
+    def answer_value(self, answer: Tokens, puzzle: Puzzle, form: PuzzleForm) -> Any:
+        """An answer [S] as a value for JSON: the rows of a grid as strings."""
+        text, grid = self.answer_text(answer, puzzle, form), self.grid(form)
+        if grid is None:
+            return text
+        return [text[start : start + grid[1]] for start in range(0, len(text), grid[1])]
+
+    def answer_text(self, answer: Tokens, puzzle: Puzzle, form: PuzzleForm) -> str:
+        """An answer [S] on one line, a character for each cell; "." stands for a blank and for padding."""
+        symbols = self.view(PuzzleSize(form.seq_len, form.vocab_size)).symbols
+        return "".join(symbols[token] or "." for token in answer.tolist())
+
+    def augmented(self, puzzle: Puzzle, count: int, form: PuzzleForm) -> list[tuple[Puzzle, Undo]]:
+        """A puzzle under `count` of the task's symmetries, the identity first, each with what maps answers [S] back.
+
+        Raises:
+            UserError: there are fewer.
+        """
+        size = PuzzleSize(form.seq_len, form.vocab_size)
+        if count > (most := self.num_symmetries(size)):
+            has = "has none that are known: leave it out" if most == 1 else f"has {most:.0f}"
+            raise UserError(f"augmentations={count} needs as many symmetries, and the task {self.name} {has}.")
+        return [
+            (puzzle._replace(tokens=symmetry.apply(puzzle.tokens[None])[0]), _undo(symmetry))
+            for symmetry in _symmetries(self, size, count)
+        ]
+
     def shown_identifiers(self, names: Sequence[str]) -> Booleans | None:
         """Which puzzle identifiers, by their names, a report may choose puzzles of; None: all."""
         return None
+
+
+Undo = Callable[[Tokens], Tokens]
+"""Maps an answer [S] to a symmetric puzzle to an answer to the puzzle itself."""
+
+
+def _undo(symmetry: Symmetry) -> Undo:
+    return lambda answer: symmetry.undo(answer[None])[0]
+
+
+@lru_cache(maxsize=8)
+def _symmetries(task: Task, size: PuzzleSize, count: int) -> list[Symmetry]:
+    return task.symmetries(size, count)
+
+
+def flat_cells(value: object) -> list[str]:
+    """The cells of a list or grid, as strings, row by row.
+
+    Raises:
+        UserError: it is none.
+    """
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, Sequence):
+        raise UserError("it is no text, list or grid: give the puzzle as one of these.")
+    cells = []
+    for cell in value:
+        if isinstance(cell, Sequence) and not isinstance(cell, str):
+            cells += flat_cells(cell)
+        elif isinstance(cell, str | int) and not isinstance(cell, bool):
+            cells.append(str(cell))
+        else:
+            raise UserError(f"a cell is {str(cell)[:20]}, which is no character or digit.")
+    return cells
 
 
 UNLIMITED = math.inf

@@ -31,6 +31,7 @@ from hrm.tasks.base import (
     View,
     identity,
 )
+from hrm.tasks.form import Puzzle, PuzzleForm
 
 Grids = NDArray[np.uint8]
 Masks = NDArray[np.uint16]
@@ -285,6 +286,12 @@ class Sudoku(Task):
                 "than once in a row, column or box."
             )
         return encode_tokens(puzzle)
+
+    def answer_value(self, answer: Tokens, puzzle: Puzzle, form: PuzzleForm) -> list[list[int]]:
+        """The rows of digits, 0 for a blank."""
+        side = BoxShape.from_cells(form.seq_len).side
+        rows: list[list[int]] = decode_tokens(answer).reshape(side, side).tolist()
+        return rows
 
 
 TASK = Sudoku()

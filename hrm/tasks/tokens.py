@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from hrm.data.pack import read_provenance
 from hrm.errors import UserError, shortened
 from hrm.reading import parse_json, read_text
-from hrm.tasks.base import PuzzleSize, Task, View
-
-Symbol = int | float | str
+from hrm.tasks.base import PuzzleSize, Task, Tokens, View
+from hrm.tasks.form import Puzzle, PuzzleForm, Symbol
 
 PAD_TOKEN = 0
 VOCABULARY_FILE = "vocabulary.json"
+
+
+__all__ = ["AnyTokens", "Symbol", "Vocabulary", "is_symbol", "parse_vocabulary", "read_vocabulary", "vocabulary_of"]
 
 
 def is_symbol(value: object) -> TypeGuard[Symbol]:
@@ -112,14 +114,124 @@ class AnyTokens(Task):
             names = ["", *map(str, read_vocabulary(vocabulary).symbols)]
         return View(tuple(names), _columns(folder, size.seq_len))
 
+    # ---- from what a user gives to tokens, and from answers to what a user reads
+
+    def grid(self, form: PuzzleForm) -> tuple[int, int] | None:
+        return form.shape
+
+    def is_cell(self, value: object, form: PuzzleForm) -> bool:
+        return value is None or (is_symbol(value) and value in vocabulary_of(form).tokens())
+
+    def read_input(self, value: object, form: PuzzleForm) -> Tokens:
+        """The tokens [S] of a list or a grid of symbols, null for padding, filled up to the model's size.
+
+        A text is JSON; or a symbol a character, where all symbols are single ones; or symbols between white space.
+        """
+        cells = self._cells(_symbols_of_text(value, form) if isinstance(value, str) else value, form)
+        known = vocabulary_of(form).tokens()
+        tokens = np.zeros(cells.shape, dtype=np.int64)
+        for index, symbol in np.ndenumerate(cells):
+            if not (symbol is None or is_symbol(symbol)) or symbol not in known:
+                at = ", ".join(str(number + 1) for number in index)
+                raise UserError(
+                    f"cell {at} is {shortened(json.dumps(symbol, default=str))}, which is no symbol that the "
+                    "model knows."
+                )
+            tokens[index] = known[symbol]
+        whole = np.zeros(form.shape or (form.seq_len,), dtype=np.int64)
+        whole[tuple(map(slice, tokens.shape))] = tokens
+        return whole.reshape(-1)
+
+    def _cells(self, value: object, form: PuzzleForm) -> NDArray[np.object_]:
+        """Symbols in a list [at most S] or, for grids, in a grid no larger than the model's."""
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        shape: tuple[int, ...] = form.shape or (form.seq_len,)
+        wanted = f"a grid of at most {shape[0]}x{shape[1]}" if form.shape else f"a list of at most {form.seq_len}"
+        if not isinstance(value, list | tuple) or not value:
+            raise UserError(f"it is not {wanted} symbols.")
+        if form.shape and not isinstance(value[0], list | tuple):
+            if len(value) != form.seq_len:
+                raise UserError(f"it is a list of {len(value)} symbols, not {wanted}.")
+            value = [value[start : start + shape[-1]] for start in range(0, form.seq_len, shape[-1])]
+        rows = value if form.shape else [value]
+        widths = {len(row) if isinstance(row, list | tuple) else -1 for row in rows}
+        if (
+            len(widths) != 1
+            or min(widths) < 1
+            or len(rows) > (shape[0] if form.shape else 1)
+            or max(widths) > shape[-1]
+        ):
+            raise UserError(
+                f"it is not {wanted} symbols: {len(rows)}x{max(widths)}."
+                if form.shape
+                else f"it has {len(value)} symbols, but the model takes at most {form.seq_len}."
+            )
+        cells = np.empty((len(rows), max(widths)), dtype=object)
+        for number, row in enumerate(rows):
+            for column, symbol in enumerate(row):
+                cells[number, column] = symbol
+        return cells if form.shape else cells[0]
+
+    def answer_value(self, answer: Tokens, puzzle: Puzzle, form: PuzzleForm) -> Any:
+        """The list or grid of symbols, null for padding; as large as the input where answers are."""
+        cells = answer.reshape(form.shape or (form.seq_len,))
+        if form.answers_cover_inputs:
+            given = puzzle.tokens.reshape(cells.shape) != PAD_TOKEN
+            ends = [
+                int(np.flatnonzero(given.any(axis=tuple(a for a in range(given.ndim) if a != axis)))[-1]) + 1
+                if given.any()
+                else 0
+                for axis in range(given.ndim)
+            ]
+            cells = np.where(given, cells, PAD_TOKEN)[tuple(map(slice, ends))]
+        return vocabulary_of(form).decode(cells)
+
+    def answer_text(self, answer: Tokens, puzzle: Puzzle, form: PuzzleForm) -> str:
+        """The symbols one after the other, "." for padding, where all are single characters; else JSON."""
+        value = self.answer_value(answer, puzzle, form)
+        if not _are_characters(form):
+            return json.dumps(value, ensure_ascii=False)
+        cells = [cell for row in value for cell in row] if form.shape else value
+        return "".join("." if cell is None else str(cell) for cell in cells)
+
+
+def vocabulary_of(form: PuzzleForm) -> Vocabulary:
+    """The symbols of a form; the numbers of tokens where it names none."""
+    return Vocabulary(form.symbols or tuple(range(1, form.vocab_size)))
+
+
+def _are_characters(form: PuzzleForm) -> bool:
+    return all(len(str(symbol)) == 1 for symbol in vocabulary_of(form).symbols)
+
+
+def _symbols_of_text(text: str, form: PuzzleForm) -> object:
+    """The symbols in a text, as lists."""
+    if text.lstrip().startswith("["):
+        try:
+            return parse_json(text)
+        except ValueError as error:
+            if not _are_characters(form):
+                raise UserError(f"it is not valid JSON ({error}).") from error
+    by_text: dict[str, Symbol] = {str(symbol): symbol for symbol in vocabulary_of(form).symbols}
+    if _are_characters(form):
+        return [by_text.get(symbol, symbol) for symbol in text if symbol in by_text or not symbol.isspace()]
+    return [by_text.get(symbol, symbol) for symbol in text.split()]
+
 
 def _columns(folder: Path, seq_len: int) -> int | None:
     """Of the grids in a pack, by the shape (such as 9x9) that its builder put on record; None for lists."""
+    shape = shape_of(folder, seq_len)
+    return None if shape is None else shape[1]
+
+
+def shape_of(folder: Path, seq_len: int) -> tuple[int, int] | None:
+    """Rows and columns of the grids in a pack, by the shape (such as 9x9) that its builder put on record."""
     try:
         rows, columns = map(int, read_provenance(folder)["arguments"]["shape"].split("x"))
     except (ValueError, KeyError, TypeError, AttributeError):  # lists of symbols, or no record
         return None
-    return columns if min(rows, columns) > 0 and rows * columns == seq_len else None
+    return (rows, columns) if min(rows, columns) > 0 and rows * columns == seq_len else None
 
 
 TASK = AnyTokens()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,12 +25,14 @@ from hrm.data.pack import Pack, open_pack
 from hrm.distributed.world import World, join_world, share_from_main
 from hrm.errors import UserError
 from hrm.kernels import describe
+from hrm.kernels.dtypes import AUTO as AUTO_DTYPE
+from hrm.kernels.dtypes import computing_dtype, describe_dtype
 from hrm.output import unbreakable_output
-from hrm.tasks import task_of
+from hrm.tasks import form_of, task_of
 from hrm.training.metrics import MetricWindow
 from hrm.training.profiling import step_trace
 from hrm.training.resume import Progress, restore
-from hrm.training.run import Run
+from hrm.training.run import Metrics, Run
 from hrm.training.run_log import RunLog, cut_records
 from hrm.training.step import TrainState, initial_state
 from hrm.unforeseen import traceback_folder
@@ -41,11 +44,12 @@ EXIT_PREEMPTED = 75
 """Exit status of a run that a signal stopped and that can go on: "temporary failure, try again" in sysexits.h."""
 
 
-def pretrain(config: PretrainConfig) -> None:
+def pretrain(config: PretrainConfig) -> TrainResult:
     """Train as `config` says, on all the processes that torchrun started (or on this one alone).
 
     Leaves in the run folder: `all_config.yaml`, `metrics.jsonl`, the weights `step_<n>` (also as `.safetensors`; with
-    `ema_decay` their average as `step_<n>_ema`), and the training states `state_<n>` that `resume` goes on from.
+    `ema_decay` their average as `step_<n>_ema`), what tokens mean (`task.json`), and the training states `state_<n>`
+    that `resume` goes on from.
 
     Raises:
         UserError: for data, options or hardware that cannot work together.
@@ -53,12 +57,21 @@ def pretrain(config: PretrainConfig) -> None:
             (SIGINT), with `EXIT_PREEMPTED` after SIGTERM, SIGHUP or SIGUSR1.
     """
     with unbreakable_output(), join_world(config.device, config.parallel, config.dist_timeout) as world:
-        request = _pretrain(config, world)
+        request, result = _pretrain(config, world)
     if request.stops:
         raise SystemExit(EXIT_INTERRUPTED if request is Request.INTERRUPT else EXIT_PREEMPTED)
+    return result
 
 
-def _pretrain(config: PretrainConfig, world: World) -> Request:
+class TrainResult(NamedTuple):
+    """What a run that came to its end leaves."""
+
+    folder: Path
+    step: int  # the last
+    metrics: Metrics  # of the last evaluation, by set; with `ema_decay` those of the average as `ema/<set>`
+
+
+def _pretrain(config: PretrainConfig, world: World) -> tuple[Request, TrainResult]:
     """Train to the end (`NOTHING`), or to where a request stops the run."""
     config, folder = share_from_main(_with_names(config), world)
     with RunLock(folder) if world.is_main else nullcontext() as lock:
@@ -66,6 +79,9 @@ def _pretrain(config: PretrainConfig, world: World) -> Request:
         if world.is_main:
             ensure_pack(config.data, config.data_path)
         share_from_main(None, world)  # the others wait for the pack
+        dtype = share_from_main(_dtype(config, saved, world.device), world)  # hosts may have unlike processors
+        made_for = config.arch.forward_dtype
+        config = replace(config, arch=replace(config.arch, forward_dtype=dtype))
         if Path(config.data.path) != Path(config.data_path):  # what `data` tells is of another pack
             config = replace(config, data=DataConfig(Path(config.data_path).name, config.data_path, build=""))
         train_pack, test_pack = open_pack(config.data_path, "train"), open_pack(config.data_path, "test")
@@ -101,6 +117,7 @@ def _pretrain(config: PretrainConfig, world: World) -> Request:
             try:
                 _take_over(folder, saved)
                 save_config(config, folder, pack_identity=asdict(identity))
+                form_of(train_pack).save(folder)
             except OSError as error:
                 raise UserError(
                     f"the run folder {folder} cannot be written ({error.strerror}): make room, or give another "
@@ -115,7 +132,7 @@ def _pretrain(config: PretrainConfig, world: World) -> Request:
             StateSaver(folder, config.keep_checkpoints, world, config.dist_timeout, log.say) as saver,
             step_trace(config.profile, world, log.say) as trace_step,
         ):
-            log.say(_summary(config, state, world, folder))
+            log.say(_summary(config, made_for, state, world, folder))
             environment = environment_info(describe(state.model.kernels), world)
             for line in _origin(config, saved, changed, identity, environment):
                 log.say(line)
@@ -130,7 +147,20 @@ def _pretrain(config: PretrainConfig, world: World) -> Request:
             except BaseException as error:  # whatever it is, what was learned stays
                 run.save_on_error(error)
                 raise
-    return request
+    return request, TrainResult(folder, state.step, run.last_metrics)
+
+
+def _dtype(config: PretrainConfig, saved: SavedState | None, device: torch.device) -> str:
+    """What the run computes in; a run that goes on, in what it did where nobody asked for another."""
+    made_for: str = config.arch.forward_dtype
+    if saved is not None and config.dtype == AUTO_DTYPE:
+        had = saved.metadata.config
+        before = had["arch"].get("forward_dtype", made_for)
+        if before == made_for or (
+            had.get("dtype") == AUTO_DTYPE and {before, made_for} <= {"bfloat16", "float16", "float32"}
+        ):
+            return str(before)
+    return computing_dtype(config.dtype, made_for, device)
 
 
 def _find_saved(config: PretrainConfig, folder: Path) -> SavedState | None:
@@ -200,12 +230,16 @@ def _check_one_task(train: Pack, test: Pack) -> None:
             )
 
 
-def _summary(config: PretrainConfig, state: TrainState, world: World, folder: Path) -> str:
+def _summary(config: PretrainConfig, made_for: str, state: TrainState, world: World, folder: Path) -> str:
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
     whole = state.shared.gather(dict(state.model.named_parameters()))
     parameters = sum(param.numel() for param in whole.values())
+    dtype: str = config.arch.forward_dtype
+    kernels = describe(state.model.kernels)
+    if dtype != made_for:
+        kernels += f", {describe_dtype(dtype, made_for, world.device)}"
     return (
         f"Training {parameters:,} parameters for {state.total_steps:,} steps of {config.global_batch_size} puzzles "
-        f"on {world.processes} x {device}, kernels: {describe(state.model.kernels)}.\n"
+        f"on {world.processes} x {device}, kernels: {kernels}.\n"
         f"Run folder: {folder}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +54,7 @@ class Run:
     saver: StateSaver
     is_between_steps: bool = True  # and no evaluation is half noted: the state is one to go on from
     is_save_due: bool = False  # as none could be made when it was asked for
+    last_metrics: Metrics = field(default_factory=dict)  # of the last evaluation
 
     def train(
         self,
@@ -236,6 +237,7 @@ class Run:
     ) -> bool:
         """Record an evaluation and keep the weights; returns whether to end."""
         config, state = self.config, self.state
+        self.last_metrics = metrics
         for set_name, values in metrics.items():
             self.log.record({"step": state.step} | {f"{set_name}/{name}": value for name, value in values.items()})
             self.log.say(

@@ -233,7 +233,7 @@ def test_a_file_stands_for_itself(run_folder: Path) -> None:
 
 
 def test_nothing_there(run_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"run holds no weights \(a file step_<n> or checkpoint\)"):
+    with pytest.raises(UserError, match=r"run holds no weights \(a file step_<n>, checkpoint or model.safetensors\)"):
         find_checkpoint(str(run_folder))
     with pytest.raises(UserError, match=r"run/step_3 does not exist"):
         find_checkpoint(str(run_folder / "step_3"))

@@ -425,14 +425,14 @@ def test_weights_are_saved(config: PretrainConfig, tmp_path: Path, every_eval: b
     files = {path.name for path in (tmp_path / "run").iterdir()}
     outputs = {"step_5_all_preds.0", "step_10_all_preds.0"}
     kept = {f"step_{step}{suffix}" for step in steps for suffix in ("", ".safetensors")}
-    assert files == {"all_config.yaml", "metrics.jsonl", *outputs, *kept, "state_5", "state_10"}
+    assert files == {"all_config.yaml", "metrics.jsonl", "task.json", *outputs, *kept, "state_5", "state_10"}
     expected = {f"_orig_mod.{name}" for name in start(config)[0].model.state_dict()}
     assert weights(tmp_path / "run", 10).keys() == expected
     saved = torch.load(tmp_path / "run" / "step_10_all_preds.0", weights_only=True)
     assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == {"logits": (6, 16, 5), "inputs": (6, 16)}
 
 
-RUN_FOLDER = {"all_config.yaml", "metrics.jsonl", "state_5", "state_10"}
+RUN_FOLDER = {"all_config.yaml", "metrics.jsonl", "task.json", "state_5", "state_10"}
 RUN_FOLDER |= {"step_5", "step_5.safetensors", "step_10", "step_10.safetensors"}
 
 

@@ -1,0 +1,1 @@
+"""From a checkpoint to answers: a model that takes puzzles as people write them, and files of puzzles."""

@@ -1,0 +1,253 @@
+"""A trained model to be used from a program: `hrm.from_pretrained(...)`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, overload
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCard, ModelHubMixin
+from safetensors.torch import save_file
+
+from hrm.checkpoint.weights import PRETRAINED_CONFIG, PRETRAINED_WEIGHTS, Checkpoint, find_checkpoint, read_weights
+from hrm.config import KernelsConfig, kernels_config
+from hrm.config.checks import choice
+from hrm.config.entry import DTYPES
+from hrm.distributed.world import World, pick_device
+from hrm.evaluation.loading import ModelSizes, describe_model, load_model
+from hrm.inference.card import model_card
+from hrm.inference.forms import form_of_checkpoint
+from hrm.inference.inputs import in_chunks, items_of
+from hrm.inference.predictor import Predictions, PredictOptions, Predictor
+from hrm.models import ACTLossHead
+from hrm.tasks import all_tasks
+from hrm.tasks.base import Task
+from hrm.tasks.form import PuzzleForm
+from hrm.version import __version__
+
+_LIKELY_BATCH = 256  # what kernels prepare for
+
+
+class TrainedModel(ModelHubMixin):
+    """A trained model with what its tokens mean.
+
+    Attributes:
+        model: the weights and what computes them; `model(carry=..., batch=...)` is one ACT step.
+        task: what tokens mean, one of `hrm.tasks`.
+        form: how puzzles are written as tokens, with the sizes.
+        checkpoint: where it comes from.
+        device: where it lies.
+    """
+
+    def __init__(self, model: ACTLossHead, form: PuzzleForm, checkpoint: Checkpoint, device: torch.device) -> None:
+        """`model` is in evaluation mode, on `device`."""
+        self.model, self.form, self.checkpoint, self.device = model, form, checkpoint, device
+        self.task: Task = all_tasks()[form.task]
+        self._predictor = Predictor(model, self.task, form, device)
+
+    # ---- answers
+
+    @overload
+    def predict(
+        self,
+        x: Any,
+        *,
+        act_max_steps: int | None = None,
+        augmentations: int = 1,
+        trajectory: bool = False,
+        halt: bool = True,
+        batch_size: int | None = None,
+        tokens: bool = False,
+        stream: Literal[False] = False,
+    ) -> Predictions: ...
+
+    @overload
+    def predict(
+        self,
+        x: Any,
+        *,
+        act_max_steps: int | None = None,
+        augmentations: int = 1,
+        trajectory: bool = False,
+        halt: bool = True,
+        batch_size: int | None = None,
+        tokens: bool = False,
+        stream: Literal[True],
+    ) -> Iterator[Predictions]: ...
+
+    def predict(
+        self,
+        x: Any,
+        *,
+        act_max_steps: int | None = None,
+        augmentations: int = 1,
+        trajectory: bool = False,
+        halt: bool = True,
+        batch_size: int | None = None,
+        tokens: bool = False,
+        stream: bool = False,
+    ) -> Predictions | Iterator[Predictions]:
+        """Answer one puzzle or many.
+
+        Args:
+            x: a puzzle as the task writes it, or several. Sudoku: 81 digits, 0 or . for blanks, as text, list or grid;
+                mazes: `# SGo` as text, rows or grid; ARC: `{"input": grid, "puzzle": name}`, or a task's own
+                `{"test": [...], "puzzle": name}`; one's own task: lists or grids of symbols. numpy arrays and tensors
+                stand for lists. With `stream`, anything that can be iterated over.
+            act_max_steps: ACT steps at most; None: as in training.
+            augmentations: answers to as many symmetric copies of each puzzle. The first that keeps the task's rules
+                counts, where they are known; else what most answer.
+            trajectory: give the answers after every ACT step too.
+            halt: end a sequence where the model says q_halt > q_continue, and give its slot to the next one; False:
+                spend all steps on each, as `hrm evaluate` does.
+            batch_size: sequences computed at a time; None: what suits the device.
+            tokens: `x` holds the model's own tokens, as a pack does.
+            stream: give an iterator of chunks, in order; memory stays the same however many puzzles there are.
+
+        Raises:
+            UserError: an option is of no use, or a puzzle is none: the sentence names it by its index.
+        """
+        options = PredictOptions(act_max_steps, augmentations, trajectory, halt, batch_size)
+        items = items_of(x, self.task, self.form, tokens=tokens)
+        chunks = in_chunks(items, self._predictor.chunk_size(options), self.task, self.form)
+        if stream:
+            return (self._predictor.answer(puzzles, numbers, options) for puzzles, numbers in chunks)
+        read = list(chunks)  # all are checked before any is answered
+        if not read:
+            return self._none(options)
+        return Predictions.joined([self._predictor.answer(puzzles, numbers, options) for puzzles, numbers in read])
+
+    @property
+    def predictor(self) -> Predictor:
+        """What answers puzzles that are read already."""
+        return self._predictor
+
+    def _none(self, options: PredictOptions) -> Predictions:
+        width, no_steps = self.form.seq_len, np.zeros(0, dtype=np.int64)
+        steps = options.act_max_steps or self.act_max_steps
+        trajectory = np.zeros((0, steps, width), dtype=np.int64) if options.trajectory else None
+        return Predictions(
+            np.zeros((0, width), dtype=np.int64), np.zeros(0), no_steps, [], [], no_steps.copy(), trajectory
+        )
+
+    # ---- what it is
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in its weights, those of the puzzle table included."""
+        return sum(tensor.numel() for tensor in self.model.state_dict().values())
+
+    @property
+    def act_max_steps(self) -> int:
+        """ACT steps after which every sequence halts, unless `predict` is told otherwise."""
+        return self.model.halt_max_steps
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return self.model.model.inner.config.forward_dtype
+
+    def __repr__(self) -> str:
+        form, config, grid = self.form, self.model.model.inner.config, self.task.grid(self.form)
+        size = f"{grid[0]}x{grid[1]}" if grid else f"{form.seq_len}"
+        names = f", {form.num_puzzle_identifiers:,} puzzle identifiers" if form.num_puzzle_identifiers > 1 else ""
+        blocks = ", ".join(f"{name}: {len(stack.blocks)}" for name, stack in self.model.model.inner.stacks.items())
+        updates = len(self.model.model.inner.plan.schedule)
+        return (
+            f"TrainedModel({self.checkpoint.weights_file}\n"
+            f"  task: {self.task.name}, {size} cells, {form.vocab_size} tokens{names}\n"
+            f"  architecture: {config.name}, width {config.hidden_size}, {config.num_heads} heads, blocks {blocks}\n"
+            f"  parameters: {self.num_parameters:,}\n"
+            f"  steps: at most {self.act_max_steps} ACT steps of {updates} updates, "
+            f"{self.model.act_step_flops() / 1e6:,.1f} MFLOPs each\n"
+            f"  computed on {self.device}, {self.dtype}, kernels {describe_model(self.model, self.checkpoint)}\n"
+            ")"
+        )
+
+    # ---- saving and the hub; `save_pretrained` and `push_to_hub` are the mixin's
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        save_file(weights, save_directory / PRETRAINED_WEIGHTS, {"format": "pt"})
+        self.form.save(save_directory)
+        text = json.dumps(self._config(), indent=1, ensure_ascii=False)
+        (save_directory / PRETRAINED_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+    def _config(self) -> dict[str, Any]:
+        """What others need to build the model, without the paths of this machine."""
+        config = self.checkpoint.config
+        kept: dict[str, Any] = {"model_type": "hrm", "hrm_version": __version__, "arch": config["arch"]}
+        data_path = config.get("data_path")
+        if isinstance(data_path, str) and not Path(data_path).is_absolute():
+            kept["data_path"] = data_path
+        for name in ("global_batch_size", "pack_identity"):
+            if name in config:
+                kept[name] = config[name]
+        return kept | {"task": self.form.to_json()}
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The README.md that is saved beside the weights."""
+        return model_card(self.task, self.form, self.model, self.checkpoint)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> Self:
+        return cls.load(model_id, **{name: kwargs[name] for name in _LOADING if name in kwargs})
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str = "auto",
+        kernels: str | Mapping[str, Any] | KernelsConfig = "auto",
+        data_path: str | None = None,
+    ) -> Self:
+        """See `from_pretrained`."""
+        choice("dtype", dtype, DTYPES)
+        place = device if isinstance(device, torch.device) else _device(device)
+        checkpoint = find_checkpoint(str(name))
+        weights = read_weights(checkpoint.weights_file)
+        form = form_of_checkpoint(checkpoint, weights, data_path)
+        sizes = ModelSizes(
+            1 if place.type == "cpu" else _LIKELY_BATCH, form.seq_len, form.vocab_size, form.num_puzzle_identifiers
+        )
+        model = load_model(checkpoint, weights, sizes, kernels_config(kernels), World(0, 1, place), dtype=dtype)
+        return cls(model, form, checkpoint, place)
+
+
+_LOADING = ("device", "dtype", "kernels", "data_path")
+
+
+def _device(name: str) -> torch.device:
+    base, _, number = name.partition(":")
+    chosen = pick_device(base, int(number) if number.isdigit() else 0)
+    return chosen
+
+
+def from_pretrained(
+    name: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str = "auto",
+    kernels: str | Mapping[str, Any] | KernelsConfig = "auto",
+    data_path: str | None = None,
+) -> TrainedModel:
+    """A trained model, ready to answer puzzles.
+
+    Args:
+        name: a model that comes with the package (`sudoku`), a run folder, a weights file, a folder that
+            `save_pretrained` wrote, or a hub id such as owner/name.
+        device: cuda, cuda:1, mps or cpu; auto: the first of these that is available.
+        dtype: to compute in, such as float32; auto: as in training, but float32 where a CPU has no instructions for
+            bfloat16.
+        kernels: a preset of `kernels=`, or its fields.
+        data_path: the pack that the model was trained on, for checkpoints that do not say what their tokens mean.
+
+    Raises:
+        UserError: there is no such model, or it is broken, or an option is of no use.
+    """
+    return TrainedModel.load(name, device=device, dtype=dtype, kernels=kernels, data_path=data_path)

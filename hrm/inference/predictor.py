@@ -1,0 +1,236 @@
+"""Answers to puzzles in bulk: slots refilled as sequences halt, votes over augmentations, every ACT step on request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hrm.batch import Batch
+from hrm.config.checks import at_least, at_most
+from hrm.config.evaluation import MOST_AUGMENTATIONS
+from hrm.errors import UserError
+from hrm.evaluation.early_halting import EarlyHalting
+from hrm.evaluation.ensemble import vote
+from hrm.models import ACTLossHead
+from hrm.tasks.base import PuzzleSize, Task, Undo
+from hrm.tasks.form import Puzzle, PuzzleForm
+
+_SEQUENCES_ON_CPU = 16  # worked on at once: more would not stay in the cache
+_SEQUENCES_ON_GPU = 256
+_BATCHES_IN_CHUNK = 4  # slots run empty at the end of a chunk only
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """How puzzles are answered; see `hrm.inference.model.TrainedModel.predict`."""
+
+    act_max_steps: int | None = None
+    augmentations: int = 1
+    trajectory: bool = False
+    halt: bool = True
+    batch_size: int | None = None
+    halt_margin: float = 0.0  # a sequence halts where q_halt > q_continue + this
+
+    def __post_init__(self) -> None:
+        for name in ("act_max_steps", "batch_size"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
+        at_least("augmentations", self.augmentations, 1)
+        at_most("augmentations", self.augmentations, MOST_AUGMENTATIONS)
+        if self.trajectory and self.augmentations > 1:
+            raise UserError("trajectory=True cannot be combined with augmentations: each of them has its own.")
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Answers to N puzzles of S tokens."""
+
+    answers: NDArray[np.int64]  # [N, S], the model's tokens
+    q_halt: NDArray[np.float64]  # [N], the probability that the answer is right, as the model estimates it
+    steps: NDArray[np.int64]  # [N], ACT steps spent, over all augmentations
+    texts: list[str]  # each answer on one line
+    values: list[Any]  # each as JSON would have it: grids of digits, rows of a maze, lists of symbols
+    index: NDArray[np.int64]  # [N], which input each puzzle is of: an ARC task may have several
+    trajectory: NDArray[np.int64] | None = None  # [N, T, S], answers after each ACT step; the last once it has halted
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Predictions]) -> Predictions:
+        """Several, of models of the same sizes, as one."""
+        values: dict[str, Any] = {}
+        for name in (field.name for field in fields(cls)):
+            each = [getattr(part, name) for part in parts]
+            if isinstance(each[0], list):
+                values[name] = [item for part in each for item in part]
+            else:
+                values[name] = None if each[0] is None else np.concatenate(each)
+        return cls(**values)
+
+
+class _Rows(NamedTuple):
+    """Answers to R sequences."""
+
+    tokens: NDArray[np.int64]  # [R, S]
+    q_halt: NDArray[np.float64]  # [R], logits
+    steps: NDArray[np.int64]  # [R]
+    trajectory: NDArray[np.int64] | None = None  # [R, T, S]
+
+
+class Predictor:
+    """Answers puzzles that are tokens already, by one model on one device. Not for several threads at once."""
+
+    def __init__(self, model: ACTLossHead, task: Task, form: PuzzleForm, device: torch.device) -> None:
+        """`model` is in evaluation mode."""
+        self._model, self._task, self._form, self._device = model, task, form, device
+        # Compiled code and recorded graphs are for one shape each.
+        self._is_one_shape = device.type != "cpu" or model.kernels.compile
+        self._engines: dict[tuple[int, float, int], EarlyHalting] = {}
+
+    def chunk_size(self, options: PredictOptions) -> int:
+        """Puzzles to hand to `answer` at once, for slots to be full and memory to be small."""
+        rows = _BATCHES_IN_CHUNK * self._batch_size(options)
+        return max(1, rows // options.augmentations)
+
+    def answer(self, puzzles: Sequence[Puzzle], index: Iterable[int], options: PredictOptions) -> Predictions:
+        """Answers to some puzzles.
+
+        Args:
+            index: which input each is of.
+
+        Raises:
+            UserError: the task has fewer augmentations than asked for.
+        """
+        task, form = self._task, self._form
+        rows = self._voted(puzzles, options) if options.augmentations > 1 else self._rows(puzzles, options)
+        pairs = list(zip(rows.tokens, puzzles, strict=True))
+        return Predictions(
+            rows.tokens,
+            1 / (1 + np.exp(-rows.q_halt)),
+            rows.steps,
+            [task.answer_text(answer, puzzle, form) for answer, puzzle in pairs],
+            [task.answer_value(answer, puzzle, form) for answer, puzzle in pairs],
+            np.fromiter(index, dtype=np.int64),
+            rows.trajectory,
+        )
+
+    def _batch_size(self, options: PredictOptions) -> int:
+        return options.batch_size or (_SEQUENCES_ON_CPU if self._device.type == "cpu" else _SEQUENCES_ON_GPU)
+
+    def _max_steps(self, options: PredictOptions) -> int:
+        return options.act_max_steps or self._model.halt_max_steps
+
+    def _voted(self, puzzles: Sequence[Puzzle], options: PredictOptions) -> _Rows:
+        """For each puzzle, the first of its augmentations' answers that keeps the rules, else the vote of all."""
+        size = PuzzleSize(self._form.seq_len, self._form.vocab_size)
+        rules = self._task.rules(size)
+        waiting = [self._task.augmented(puzzle, options.augmentations, self._form) for puzzle in puzzles]
+        given: list[list[tuple[NDArray[np.int64], float]]] = [[] for _ in puzzles]
+        steps = np.zeros(len(puzzles), dtype=np.int64)
+        chosen: dict[int, tuple[NDArray[np.int64], float]] = {}
+        while open_ones := [number for number in range(len(puzzles)) if number not in chosen and waiting[number]]:
+            asked: list[tuple[int, Puzzle, Undo]] = []
+            for number in open_ones:
+                most = self._asked_at_once(len(open_ones), options) if rules else len(waiting[number])
+                asked += [(number, *each) for each in waiting[number][:most]]
+                del waiting[number][:most]
+            rows = self._rows([puzzle for _, puzzle, _ in asked], options)
+            answers = [undo(answer).astype(np.int64) for (_, _, undo), answer in zip(asked, rows.tokens, strict=True)]
+            inputs = np.stack([puzzles[number].tokens for number, _, _ in asked])
+            keeps = rules.keeps(inputs, np.stack(answers)) if rules else np.zeros(len(asked), dtype=np.bool_)
+            for row, (number, _, _) in enumerate(asked):
+                answer = answers[row], float(rows.q_halt[row])
+                given[number].append(answer)
+                steps[number] += rows.steps[row]
+                if keeps[row]:
+                    chosen.setdefault(number, answer)
+        voted = [chosen.get(number) or _vote(given[number]) for number in range(len(puzzles))]
+        return _Rows(np.stack([tokens for tokens, _ in voted]), np.array([q for _, q in voted]), steps)
+
+    def _asked_at_once(self, puzzles: int, options: PredictOptions) -> int:
+        """Augmentations of each to try at once: a CPU takes as long for two as for one and then another."""
+        return 1 if self._device.type == "cpu" else max(1, self._batch_size(options) // puzzles)
+
+    def _rows(self, puzzles: Sequence[Puzzle], options: PredictOptions) -> _Rows:
+        size = self._batch_size(options)
+        step = size if options.trajectory else _BATCHES_IN_CHUNK * size
+        answer = self._trajectories if options.trajectory else self._halted
+        parts = [answer(puzzles[start : start + step], options) for start in range(0, len(puzzles), step)]
+        trajectories = [part.trajectory for part in parts if part.trajectory is not None]
+        return _Rows(
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.q_halt for part in parts]),
+            np.concatenate([part.steps for part in parts]),
+            np.concatenate(trajectories) if trajectories else None,
+        )
+
+    def _halted(self, puzzles: Sequence[Puzzle], options: PredictOptions) -> _Rows:
+        """At most a pool of them, each as many ACT steps as it asks for."""
+        size = self._batch_size(options)
+        slots = size if self._is_one_shape else min(size, len(puzzles))
+        key = slots, options.halt_margin if options.halt else math.inf, self._max_steps(options)
+        if key not in self._engines:
+            if len(self._engines) >= 4:  # each holds states and, on a GPU, a recorded graph
+                self._engines.clear()
+            slots, margin, max_steps = key
+            pool = _BATCHES_IN_CHUNK * size
+            self._engines[key] = EarlyHalting(self._model, slots, self._device, margin, max_steps, pool)
+        tokens, q_halt, steps = self._engines[key].answer_pool(_batch(puzzles))
+        return _Rows(tokens.numpy().astype(np.int64), q_halt.double().numpy(), steps.numpy().astype(np.int64))
+
+    @torch.no_grad()
+    def _trajectories(self, puzzles: Sequence[Puzzle], options: PredictOptions) -> _Rows:
+        """At most a batch of them, and what each would have answered before."""
+        model, count = self._model, len(puzzles)
+        size = self._batch_size(options) if self._is_one_shape else count
+        batch = {name: field.to(self._device) for name, field in _batch(puzzles, size).items()}
+        carry = model.initial_carry(batch)
+        answers: list[Tensor] = []
+        q_halts: list[Tensor] = []
+        halted = torch.zeros(size, dtype=torch.bool, device=self._device)
+        steps = torch.zeros(size, dtype=torch.int64, device=self._device)
+        max_steps = self._max_steps(options)
+        with model.weights_at_hand():
+            while len(answers) < max_steps and not (answers and halted.all()):
+                carry, outputs = model.model(carry, batch)
+                carry = replace(carry, halted=torch.zeros_like(carry.halted))
+                q_halt, answer = outputs["q_halt_logits"].float(), outputs["logits"].argmax(-1)
+                if answers:
+                    answer = torch.where(halted[:, None], answers[-1], answer)
+                    q_halt = torch.where(halted, q_halts[-1], q_halt)
+                answers.append(answer)
+                q_halts.append(q_halt)
+                steps += ~halted
+                if options.halt:
+                    halted |= q_halt > outputs["q_continue_logits"] + options.halt_margin
+        answers += answers[-1:] * (max_steps - len(answers))
+        trajectory = torch.stack(answers, 1)[:count].cpu().numpy()
+        return _Rows(
+            trajectory[:, -1], q_halts[-1][:count].double().cpu().numpy(), steps[:count].cpu().numpy(), trajectory
+        )
+
+
+def _batch(puzzles: Sequence[Puzzle], size: int | None = None) -> Batch:
+    """Puzzles on the host, padded to a batch of `size`."""
+    padded = [*puzzles, *[puzzles[-1]] * ((size or 0) - len(puzzles))]
+    return {
+        "inputs": torch.from_numpy(np.stack([puzzle.tokens for puzzle in padded]).astype(np.int32)),
+        "puzzle_identifiers": torch.tensor([puzzle.identifier for puzzle in padded], dtype=torch.int32),
+    }
+
+
+def _vote(answers: Sequence[tuple[NDArray[np.int64], float]]) -> tuple[NDArray[np.int64], float]:
+    """The answer that most gave, and the mean q_halt, a logit, of those."""
+    tokens = np.stack([answer for answer, _ in answers])
+    q_halt = torch.tensor([q for _, q in answers], dtype=torch.float64)
+    winner = vote(torch.from_numpy(tokens)[:, None], q_halt[:, None])[0].numpy()
+    agreeing = q_halt[torch.from_numpy((tokens == winner).all(1))].sigmoid().mean()
+    return winner, float(torch.logit(agreeing, eps=1e-12))
