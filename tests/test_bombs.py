@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import yaml
 from hrm.errors import UserError
 from hrm.evaluation.ensemble import vote
 from hrm.models import build_model
-from hrm.models.memory import at_most, claim, memory_bytes
+from hrm.models.memory import _control_group_bytes, at_most, claim, memory_bytes
 from tests.helpers.entry_points import CPU, TINY_RUN, make_pack, run_script
 
 SECONDS = 60  # of CPU time; what these ask for would take hours, or more memory than there is
@@ -122,6 +124,31 @@ def test_weights_are_counted_before_they_are_made() -> None:
     arch = {"hidden_size": 64, "num_heads": 2, "expansion": memory_bytes() / 1e3}
     with pytest.raises(UserError, match="too large for the memory"):
         build_model(arch, batch_size=1, seq_len=4, vocab_size=3, num_puzzle_identifiers=1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "least"),
+    [
+        ("0::/job/step", {"memory.max": "max", "job/memory.max": "5000", "job/step/memory.max": "7000"}, 5000),
+        ("0::/", {"memory.max": "6000"}, 6000),
+        ("0::/of/the/host", {"memory.max": "4000"}, 4000),
+        ("3:cpu:/x\n2:cpuacct,memory:/job", {"memory/job/memory.limit_in_bytes": "3000"}, 3000),
+        ("odd", {"memory.max": "1"}, 1 << 62),
+        ("0::/", {"memory.max": "max"}, 1 << 62),
+    ],
+)
+def test_control_groups_bound_the_memory(groups: str, limits: dict[str, str], least: int, tmp_path: Path) -> None:
+    for name, content in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{n}": v for n, v in limits.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    assert _control_group_bytes(tmp_path) == least
+    assert _control_group_bytes(tmp_path / "nothing") == 1 << 62
+
+
+def test_ulimit_bounds_the_memory() -> None:
+    code = "from hrm.models.memory import memory_bytes; print(memory_bytes())"
+    command = ["bash", "-c", f"ulimit -v 6000000 && exec {sys.executable} -c '{code}'"]
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) <= 6_000_000 * 1024
 
 
 def test_a_vote_of_many_takes_memory_for_their_answers_only() -> None:

@@ -364,15 +364,6 @@ def test_packs_by_a_script_of_ones_own(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "data/mine").is_dir()
 
 
-def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bug(config: PretrainConfig) -> None:
-        raise ValueError("a bug")
-
-    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
-    with pytest.raises(ValueError, match="a bug"):
-        run(PretrainConfig, "pretrain", bug, "python pretrain.py")
-
-
 def test_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(config: PretrainConfig) -> None:
         raise KeyboardInterrupt

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from pathlib import Path
 
 from hrm.errors import UserError
 
 _BYTES = 4  # of a master weight
+_NO_BOUND = 1 << 62
 _left: ContextVar[int | None] = ContextVar("numbers_left", default=None)
 
 ALWAYS_ALLOWED = 1 << 28
@@ -19,7 +21,7 @@ ALWAYS_ALLOWED = 1 << 28
 
 @contextmanager
 def at_most(numbers: int | None = None) -> Iterator[None]:
-    """A context in which weights of at most so many numbers are made; None: of as many as this machine can hold.
+    """A context in which weights of at most so many numbers are made; None: of as many as fit `memory_bytes`.
 
     Within another such context, its bound counts too.
     """
@@ -51,8 +53,44 @@ def claim(shape: Sequence[int]) -> None:
 
 
 def memory_bytes() -> int:
-    """The memory of this machine; where the system does not tell, no bound."""
+    """What a process may have: the machine's memory, or less where its control group (a container, a Slurm job) or
+    `ulimit -v` says so; where the system does not tell, no bound."""
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
-        return 1 << 62
+        machine = _NO_BOUND
+    return min(machine, _control_group_bytes(), _address_space_bytes())
+
+
+def _control_group_bytes(root: Path = Path("/")) -> int:
+    """The least that a control group around this process allows, of version 1 or 2.
+
+    Args:
+        root: of the file system.
+    """
+    least = _NO_BOUND
+    with suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers:
+                top, name = root / "sys/fs/cgroup", "memory.max"
+            elif "memory" in controllers.split(","):
+                top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            else:
+                continue
+            own = top / group.lstrip("/")  # in a container this may be a path of the host, and missing
+            for folder in (own, *own.parents):
+                with suppress(OSError, ValueError):  # "max" is no number
+                    least = min(least, int((folder / name).read_text(encoding="ascii")))
+                if folder == top:
+                    break
+    return least
+
+
+def _address_space_bytes() -> int:
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return _NO_BOUND
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return _NO_BOUND if soft == resource.RLIM_INFINITY else soft

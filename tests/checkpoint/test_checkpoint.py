@@ -169,10 +169,11 @@ def test_our_config_has_what_the_published_code_requires(tmp_path: Path) -> None
         if name != "arch":
             assert (name, type(saved[name]), saved[name]) == (name, type(value), value)
     arch = saved["arch"]
-    required = {name: arch[name] for name in ARCH} | {"loss": {name: arch["loss"][name] for name in ARCH["loss"]}}
-    assert required == ARCH
+    assert {name: arch[name] for name in ARCH} == ARCH  # and no more in loss, all of which goes to the loss's function
     left_out = {"expansion": 4.0, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "forward_dtype": "bfloat16"}
     assert {name: arch[name] for name in left_out} == left_out
+    # Further fields are left alone, but for those that the published evaluate.py passes to the model itself.
+    assert not arch.keys() & {"batch_size", "seq_len", "vocab_size", "num_puzzle_identifiers", "causal"}
 
 
 def test_our_config_comes_back(tmp_path: Path, model: ACTLossHead) -> None:
