@@ -5,8 +5,13 @@ names. So the stream is the same for any number of workers, and the ranks of a d
 plan, take their slices of the same global batch without talking to each other.
 """
 
+import multiprocessing
+import signal
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from hrm.batch import IGNORE_LABEL_ID, Batch
 from hrm.data.pack import IntArray, Pack, PackSet
 from hrm.errors import UserError
+
+_workers: set[BaseProcess] = set()  # of the iterators under way
 
 
 class TrainLoader:
@@ -166,7 +173,58 @@ def _load(rows: _Rows, plan: Iterable[_Slice], num_workers: int, pin_memory: boo
         pin_memory=pin_memory,
         generator=torch.Generator(),
     )
-    return iter(loader)
+    others = set(multiprocessing.active_children())
+    batches = iter(loader)
+    _workers.difference_update([worker for worker in _workers if worker.exitcode is not None])
+    _workers.update(set(multiprocessing.active_children()) - others)
+    return batches
+
+
+@contextmanager
+def deaths_of_workers_told() -> Iterator[None]:
+    """A context that tells an error which came of the death of a worker process as what it is.
+
+    PyTorch raises wherever the main thread is when it learns of the death, and the connections to the worker break.
+
+    Raises:
+        UserError: a worker has ended; names it, and says how it ended.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        for _ in range(len(_workers) + 1):  # for at each death PyTorch may raise in here, too
+            with suppress(RuntimeError):
+                if (ended := _ended_worker()) is None:
+                    break
+                raise UserError(f"{_how_it_ended(*ended)}.") from error
+        raise
+
+
+def _ended_worker() -> tuple[int | None, int] | None:
+    """The process and the exit status of a worker that failed; None if none did. Its connections break a moment before
+    the system tells its end."""
+    patience = time.monotonic() + 1
+    while _workers and time.monotonic() < patience:
+        if ended := {worker.exitcode: worker.pid for worker in _workers if worker.exitcode}:
+            # After the death of one, PyTorch ends others by SIGTERM.
+            status = next((status for status in ended if status != -signal.SIGTERM), -signal.SIGTERM)
+            return ended[status], status
+        time.sleep(0.02)
+    return None
+
+
+def _how_it_ended(pid: int | None, status: int) -> str:
+    if status > 0:
+        return f"the process {pid}, which loaded data, ended with status {status}: look at its output above"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    why = " (the system does so where memory runs out)" if name == "SIGKILL" else ""
+    return (
+        f"the process {pid}, which loaded data, was ended by {name}{why}: start again, with a lower num_workers if it "
+        "happens twice"
+    )
 
 
 def _local_batch_size(global_batch_size: int, world_size: int) -> int:

@@ -11,7 +11,7 @@ from hrm.checkpoint.run_folder import make_folder
 from hrm.checkpoint.weights import Checkpoint, find_checkpoint, read_weights
 from hrm.config import EnsembleConfig, EvaluateConfig
 from hrm.data.builders.missing import how_to_build
-from hrm.data.loader import EvalLoader
+from hrm.data.loader import EvalLoader, deaths_of_workers_told
 from hrm.data.pack import Pack, open_pack
 from hrm.distributed.world import World, join_world
 from hrm.errors import UserError, printable, printable_lines
@@ -101,7 +101,7 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
     sizes = ModelSizes(batch_size // world.size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
     model = _load(config, checkpoint, sizes, world)
     split = _Split(config, checkpoint, model, pack, loader, sizes, world, folder)
-    with traceback_folder(folder):
+    with traceback_folder(folder), deaths_of_workers_told():
         if world.is_main:
             print(
                 printable(

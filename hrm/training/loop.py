@@ -20,7 +20,7 @@ from hrm.checkpoint.states import SavedState, environment_info
 from hrm.config import DataConfig, PretrainConfig
 from hrm.data.builders.missing import ensure_pack
 from hrm.data.identity import PackIdentity, pack_identity
-from hrm.data.loader import EvalLoader, TrainLoader
+from hrm.data.loader import EvalLoader, TrainLoader, deaths_of_workers_told
 from hrm.data.pack import Pack, open_pack
 from hrm.distributed.world import World, join_world, share_from_main
 from hrm.errors import UserError
@@ -142,8 +142,9 @@ def _pretrain(config: PretrainConfig, world: World) -> tuple[Request, TrainResul
                 config, world, folder, lock, train_pack, identity, environment, state, progress, window, log, saver
             )
             try:
-                request = run.train(train_loader, eval_loader, save_points, trace_step)
-                run.finish(request)
+                with deaths_of_workers_told():
+                    request = run.train(train_loader, eval_loader, save_points, trace_step)
+                    run.finish(request)
             except BaseException as error:  # whatever it is, what was learned stays
                 run.save_on_error(error)
                 raise

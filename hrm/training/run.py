@@ -289,7 +289,10 @@ class Run:
         is_whole = self.world.processes == self.world.size and not self.config.parallel.fsdp
         if not (self.world.is_main and self.state.step and is_whole) or (self.lock and self.lock.lost):
             return
-        reason = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+        if isinstance(error, KeyboardInterrupt):
+            reason = "Ctrl-C"
+        else:  # a UserError says what it is when it is told
+            reason = "an error" if isinstance(error, UserError) else type(error).__name__
         for attempt in range(2):  # a signal's handler may raise before it is taken away
             try:
                 with undisturbed():
