@@ -16,11 +16,13 @@ from omegaconf import OmegaConf
 
 from hrm.config import PretrainConfig
 from hrm.errors import UserError
+from hrm.models.losses import LossConfig
 from hrm.tasks.form import FORM_FILE, IDENTIFIERS_FILE
 
 CONFIG_FILE = "all_config.yaml"
 METRICS_FILE = "metrics.jsonl"
 STOPPED_FILE = "stopped.json"
+_PUBLISHED_OF_LOSS = ("name", "loss_type")
 _NAME_OF_STEP = re.compile(r"(?:step|state)_(\d+)")
 # What is being written has such a name until it is whole. Those without a name of ours are by safetensors.
 _TEMPORARY = re.compile(r"\.(?:(?:state|step)_\w+(?:\.safetensors)?|[a-z_]+\.\w+|lock\.\w+)\.tmp|\.tmp\w{6}")
@@ -74,7 +76,13 @@ def save_config(config: PretrainConfig, folder: Path, **more: object) -> None:
         more: what else it is to hold, beside the options.
     """
     make_folder(folder, "checkpoint_path")
-    write_atomically(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(asdict(config) | more)).encode())
+    options = asdict(config)
+    # The published evaluate.py hands all of arch.loss to a loss that takes no options but the published ones.
+    loss, unchanged = options["arch"]["loss"], asdict(LossConfig())
+    options["arch"]["loss"] = {
+        name: value for name, value in loss.items() if name in _PUBLISHED_OF_LOSS or value != unchanged[name]
+    }
+    write_atomically(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(options | more)).encode())
 
 
 def note_stop(folder: Path, step: int, reason: str) -> None:

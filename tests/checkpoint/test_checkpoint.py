@@ -176,13 +176,17 @@ def test_our_config_has_what_the_published_code_requires(tmp_path: Path) -> None
     assert not arch.keys() & {"batch_size", "seq_len", "vocab_size", "num_puzzle_identifiers", "causal"}
 
 
-def test_our_config_comes_back(tmp_path: Path, model: ACTLossHead) -> None:
-    config = PretrainConfig(arch=arch_config(ARCH), data_path="data/pack")
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"q_weight": 0.25}])
+def test_our_config_comes_back(options: dict[str, float], tmp_path: Path, model: ACTLossHead) -> None:
+    config = PretrainConfig(arch=arch_config(ARCH | {"loss": ARCH["loss"] | options}), data_path="data/pack")
     save_config(config, tmp_path)
     save_weights(model.state_dict(), tmp_path, "step_1")
     loaded = find_checkpoint(str(tmp_path)).config
-    assert loaded == dataclasses.asdict(config)
-    assert arch_config(loaded["arch"]) == config.arch
+    assert loaded["arch"].pop("loss") == ARCH["loss"] | options
+    expected = dataclasses.asdict(config)
+    del expected["arch"]["loss"]
+    assert loaded == expected
+    assert arch_config(find_checkpoint(str(tmp_path)).config["arch"]) == config.arch
 
 
 # --- finding weights -------------------------------------------------------------------------------------------------
