@@ -620,7 +620,10 @@ def test_puzzles_are_taken_to_the_letter(puzzle: str, stock: Path, monkeypatch: 
     ],
     ids=["pretrain", "evaluate"],
 )
-def test_help_lists_the_groups_and_shows_examples(script: str, groups: list[str], examples: list[str]) -> None:
+def test_help_lists_the_groups_and_shows_examples(
+    script: str, groups: list[str], examples: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # a list on each line
     outcome = run_script(script, "--help")
     assert (outcome.status, outcome.err) == (0, "")
     listed = re.findall(r"^(\w+): (.*)$", outcome.out.partition("== Groups")[2].partition("\n\n")[0], re.MULTILINE)

@@ -255,8 +255,11 @@ def test_a_part_is_of_all_heads_projections(pack: Path) -> None:
         ({"tensor": 0}, r"parallel\.tensor=0 is too small"),
         ({"pipeline": 5}, r"parallel\.micro_batches=4 is too small: give at least 5"),
         ({"bucket_mb": -1.0}, r"parallel\.bucket_mb=-1\.0 is too small"),
-        ({"fsdp": True, "pipeline": 2}, r"parallel\.fsdp=true does not go with parallel\.pipeline"),
-        ({"fsdp": True, "cuda_graphs": True}, r"parallel\.cuda_graphs=true goes with data and tensor"),
+        ({"fsdp": True, "pipeline": 2}, r"parallel\.fsdp=true cannot be combined with parallel\.pipeline"),
+        (
+            {"fsdp": True, "cuda_graphs": True},
+            r"parallel\.cuda_graphs=true works under data and tensor parallelism only",
+        ),
     ],
 )
 def test_impossible_options(options: dict[str, Any], sentence: str) -> None:
