@@ -1,6 +1,7 @@
 """What is written links to what exists, and the site builds without a warning and loads nothing from elsewhere."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from hrm.config import PretrainConfig
+from hrm.config.compose import compose
 from scripts.docs_site import linked_path, links
 from tests.helpers.entry_points import ROOT
 
@@ -43,6 +46,19 @@ def test_links_are_found() -> None:
     assert linked_path("../b.md#c", "docs/a.md") == "b.md"
     assert linked_path("https://h.org/i", "docs/a.md") is None
     assert linked_path("#c", "docs/a.md") is None
+
+
+def test_published_command_lines_compose() -> None:
+    text = (ROOT / "docs/from-published-code.md").read_text()
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    commands = [shlex.split(line) for line in blocks.splitlines()]
+    options = [command[command.index("pretrain.py") + 1 :] for command in commands]
+    assert len(options) == 6
+    for given in options:
+        config = compose(PretrainConfig, "pretrain", given)
+        assert config.data_path == next(option for option in given if "data_path" in option).partition("=")[2].strip(
+            "[]"
+        )
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ ELSEWHERE = {
     "batch_size": "global_batch_size",
     "ckpt": "checkpoint",
     "dataset": "data",
-    "ema": "ema_decay",
+    "ema_rate": "ema_decay",
     "learning_rate": "lr",
     "model": "arch",
     "num_epochs": "epochs",
@@ -25,7 +25,7 @@ ELSEWHERE = {
 
 def neighbours(name: str, known: Iterable[str]) -> str:
     """The part of an error sentence that says what a misspelt `name` may have meant."""
-    known = sorted(known)
+    known = sorted(set(known) - {name})  # another architecture may have it
     if (elsewhere := ELSEWHERE.get(name)) in known:
         return f"did you mean {elsewhere}?"
     # Options nest: `hidden_size` should find `arch.hidden_size` too.

@@ -21,7 +21,7 @@ from hrm.config.checks import neighbours
 from hrm.config.evaluation import EvaluateConfig
 from hrm.config.help import help_page
 from hrm.config.paths import CONFIG_DIR, choices_of, groups_of
-from hrm.config.renamed import find_renamed, new_name, tell
+from hrm.config.renamed import Dropped, find_renamed, new_name, tell, tell_dropped
 from hrm.config.store import register_schemas
 from hrm.config.training import PretrainConfig
 from hrm.config.typed import option_names
@@ -149,7 +149,9 @@ class _Arguments:
                 result.all += [argument, *taken]
                 continue
             _check_form(argument, rest, config_name, result.folders)
-            override = _quote_literal(_with_new_name(argument, config_name))
+            if (renamed := _with_new_name(argument, config_name)) is None:
+                continue
+            override = _quote_literal(renamed)
             result.overrides.append(override)
             result.all.append(override)
         return result
@@ -184,12 +186,15 @@ def _check_form(argument: str, rest: list[str], config_name: str, folders: tuple
     raise UserError(f"{argument!r} on the command line cannot be read: did you mean {meant}?")
 
 
-def _with_new_name(argument: str, config_name: str) -> str:
-    """An override by the option's new name, where it was given by an old one."""
+def _with_new_name(argument: str, config_name: str) -> str | None:
+    """An override by the option's new name, where it was given by an old one; None where it is left out."""
     plus, name, value = re.fullmatch(r"(\+*)([^=]*)=(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
     if (found := find_renamed(name, [_SCHEMAS[config_name]])) is None:
         return argument
     group, new = found
+    if isinstance(new, Dropped):
+        tell_dropped(f"{group}{name.rpartition('.')[2]}", new)
+        return None
     if isinstance(new, str):
         tell(name, f"{group}{new}")
         return f"{plus}{group}{new}={value}"

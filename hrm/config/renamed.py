@@ -28,13 +28,20 @@ class Renamed:
     value: Callable[[Any], Any]  # from the old value to the new one
 
 
-OldNames: TypeAlias = Mapping[str, str | Renamed]
+@dataclass(frozen=True)
+class Dropped:
+    """An option of the published code, or of TRM's, that is not needed here: it is left out, and a line says why."""
+
+    reason: str  # the end of a sentence
+
+
+OldNames: TypeAlias = Mapping[str, str | Renamed | Dropped]
 Schemas: TypeAlias = Sequence[type]  # what a mapping may be: one schema, or those of all architectures
 
 _told: set[tuple[str, str]] = set()
 
 
-def find_renamed(name: str, schemas: Schemas) -> tuple[str, str | Renamed] | None:
+def find_renamed(name: str, schemas: Schemas) -> tuple[str, str | Renamed | Dropped] | None:
     """What the option with the dotted `name` is called now, as the name's group (`arch.`, or nothing) and the new name
     in it; None where the name is not an old one.
     """
@@ -63,7 +70,10 @@ def with_new_names(config: Any, schemas: Schemas, prefix: str = "") -> Any:
             below = list(schemas_below(schemas, str(name)))
             result[name] = with_new_names(value, below, f"{prefix}{name}.")
     for name in [name for name in config if name in names]:
-        new, value = new_name(names[name], config[name])
+        if isinstance(became := names[name], Dropped):
+            tell_dropped(f"{prefix}{name}", became)
+            continue
+        new, value = new_name(became, config[name])
         tell(f"{prefix}{name}", f"{prefix}{new}")
         *groups, last = new.split(".")
         target = result
@@ -85,7 +95,14 @@ def tell(old: str, new: str) -> None:
     _told.add((old, new))
 
 
-def _old_names(schemas: Schemas) -> dict[str, str | Renamed]:
+def tell_dropped(old: str, dropped: Dropped) -> None:
+    """Print once, by one process of the job, why an option is left out."""
+    if (old, dropped.reason) not in _told and os.environ.get("RANK", "0") == "0":
+        print(f"note: {old} is left out: {dropped.reason}.", file=sys.stderr, flush=True)
+    _told.add((old, dropped.reason))
+
+
+def _old_names(schemas: Schemas) -> dict[str, str | Renamed | Dropped]:
     """Old names and what became of them, but for those that are the name of an option of another of the schemas."""
     fields = {name for schema in schemas for name in getattr(schema, "__dataclass_fields__", {})}
     renamed = [item for schema in schemas for item in getattr(schema, "RENAMED", {}).items()]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import II, MISSING
 
@@ -14,14 +14,32 @@ from hrm.config.entry import DEVICES, DTYPES, SAVEABLE_OUTPUTS
 from hrm.config.kernels import KernelsConfig
 from hrm.config.optim import OptimConfig
 from hrm.config.parallel import ParallelConfig
+from hrm.config.renamed import Dropped, OldNames, Renamed
 from hrm.errors import UserError
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
+TRM_EMA_RATE = 0.999
+
+
+def _one_pack(paths: Any) -> str:
+    """TRM's list of packs, of which there is one in all its published command lines."""
+    if isinstance(paths, str) or not isinstance(paths, Sequence) or len(paths) != 1:
+        raise UserError("give one pack, by data_path=; data_paths may name several, which one run does not train on")
+    return str(paths[0])
+
+
 @dataclass
 class PretrainConfig:
     """Options of `pretrain.py`. Those down to `eval_save_outputs` have the published code's names and meaning."""
+
+    # Names of TRM's published command lines.
+    RENAMED: ClassVar[OldNames] = {
+        "data_paths": Renamed("data_path", _one_pack),
+        "ema": Renamed("ema_decay", lambda on: TRM_EMA_RATE if on else None),
+        "evaluators": Dropped("a pack's task brings its evaluators"),
+    }
 
     arch: Any = MISSING  # typed by the schema that its YAML file names
     data_path: str = II("data.path")  # the pack to train on; default: that of `data`, built first if it is missing

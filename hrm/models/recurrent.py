@@ -7,6 +7,7 @@ Shapes: B sequences, S input tokens, P puzzle prefix tokens, T = P + S, D hidden
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -39,7 +40,10 @@ class RecurrentConfig(ACTConfig):
     """Options of blocks, embeddings and gradients, which all recurrent architectures have."""
 
     CHANGES_IN_TRAINING: ClassVar[frozenset[str]] = ACTConfig.CHANGES_IN_TRAINING | {"gradient"}
-    RENAMED: ClassVar[OldNames] = {"grad_updates": Renamed("gradient", str)}
+    RENAMED: ClassVar[OldNames] = {
+        "grad_updates": Renamed("gradient", str),
+        "no_ACT_continue": Renamed("q_continue", operator.not_),  # TRM's
+    }
 
     # What gradients flow through at the end of an ACT step. one_step: the last update of each state, the paper's
     # one-step gradient; last_cycle: all since the slow state was last replaced; all; or a number of updates.

@@ -10,6 +10,7 @@ import pytest
 from hrm.config import KernelsConfig, PretrainConfig, renamed, to_typed
 from hrm.config.compose import compose
 from hrm.config.renamed import OldNames, Renamed, find_renamed, with_new_names
+from hrm.errors import UserError
 
 
 @dataclass
@@ -108,3 +109,36 @@ def test_yaml_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (config.epochs, config.kernels.backend, config.kernels.compile) == (30000, "naive", True)
     assert compose(PretrainConfig, "pretrain", [*overrides, "epochs=10000"]).epochs == 10000
     assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_command_lines_of_trm(capsys: pytest.CaptureFixture[str]) -> None:
+    """As its README has them, for Sudoku; and the other options that it has under another name."""
+    given = "arch=trm data_paths=[data/sudoku-extreme-1k-aug-1000] evaluators=[] epochs=50000 eval_interval=5000"
+    given += " lr=1e-4 puzzle_emb_lr=1e-4 weight_decay=1.0 puzzle_emb_weight_decay=1.0 arch.mlp_t=True"
+    given += " arch.pos_encodings=none arch.L_layers=2 arch.H_cycles=3 arch.L_cycles=6"
+    given += " +run_name=pretrain_mlp_t_sudoku ema=True"
+    config = compose(PretrainConfig, "pretrain", [*given.split(), "arch.no_ACT_continue=True"])
+    assert config.data_path == "data/sudoku-extreme-1k-aug-1000"
+    assert (config.ema_decay, config.arch.q_continue, config.arch.mlp_t) == (0.999, False, True)
+    assert config.run_name == "pretrain_mlp_t_sudoku"
+    assert capsys.readouterr().err.splitlines() == [
+        "note: data_paths is called data_path now.",
+        "note: evaluators is left out: a pack's task brings its evaluators.",
+        "note: ema is called ema_decay now.",
+        "note: arch.no_ACT_continue is called arch.q_continue now.",
+    ]
+    assert compose(PretrainConfig, "pretrain", ["ema=False"]).ema_decay is None
+    assert compose(PretrainConfig, "pretrain", ["evaluators=[{name:arc@ARC}]"]).arch.q_continue
+    assert "evaluators" not in with_new_names({"evaluators": [], "seed": 1}, [PretrainConfig])
+
+
+@pytest.mark.parametrize("paths", ["[a,b]", "[]"])
+def test_one_run_has_one_pack(paths: str) -> None:
+    with pytest.raises(UserError, match=r"give one pack, by data_path="):
+        compose(PretrainConfig, "pretrain", [f"data_paths={paths}"])
+
+
+def test_an_option_of_another_architecture_does_not_propose_itself() -> None:
+    with pytest.raises(UserError, match=r"no option arch\.H_layers") as told:
+        compose(PretrainConfig, "pretrain", ["arch=trm", "arch.H_layers=0"])
+    assert "mean arch.H_layers" not in str(told.value)
