@@ -3,6 +3,7 @@
 from hrm.config import PretrainConfig
 from hrm.config.compose import run
 from hrm.training.loop import pretrain
+from hrm.training.sweep import sweep_table
 
 if __name__ == "__main__":
-    run(PretrainConfig, "pretrain", pretrain, program="python pretrain.py")
+    run(PretrainConfig, "pretrain", pretrain, program="python pretrain.py", sweep_table=sweep_table)

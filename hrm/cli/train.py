@@ -17,8 +17,9 @@ def main(argv: Sequence[str]) -> int:
     from hrm.config import PretrainConfig
     from hrm.config.compose import run
     from hrm.training.loop import pretrain
+    from hrm.training.sweep import sweep_table
 
-    run(PretrainConfig, "pretrain", pretrain, "hrm train", with_recipe(argv))
+    run(PretrainConfig, "pretrain", pretrain, "hrm train", with_recipe(argv), sweep_table)
     return 0
 
 

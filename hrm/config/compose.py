@@ -7,13 +7,16 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -31,6 +34,16 @@ from hrm.unforeseen import EXIT_UNFORESEEN, unforeseen
 from hrm.unforeseen import tell as tell_error
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class SweptRun(Generic[R]):
+    """One of several runs by `-m` that came to its end."""
+
+    overrides: tuple[str, ...]  # its own, as on a command line
+    result: R
+
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -55,9 +68,10 @@ _FLAGS = {
 def run(
     schema: type[T],
     config_name: str,
-    task: Callable[[T], object],
+    task: Callable[[T], R],
     program: str,
     argv: Sequence[str] | None = None,
+    sweep_table: Callable[[Sequence[SweptRun[R]]], str] | None = None,
 ) -> None:
     """Compose `config/<config_name>.yaml` with a command line, check it against `schema`, and call `task`.
 
@@ -67,14 +81,18 @@ def run(
     Args:
         program: what is typed before the options, such as `python pretrain.py`.
         argv: the command line; default: the process's own.
+        sweep_table: what to print at the end of several runs by `-m`, also where one of them failed.
     """
     is_composed = False
+    swept: list[SweptRun[R]] = []
 
     def checked_task(composed: DictConfig) -> None:
         nonlocal is_composed
         is_composed = True
         try:
-            task(_typed(schema, composed))
+            result = task(_typed(schema, composed))
+            if HydraConfig.get().mode is RunMode.MULTIRUN:
+                swept.append(SweptRun(tuple(HydraConfig.get().overrides.task), result))
         except UserError as error:
             fail(str(error))
         except Exception as error:
@@ -101,6 +119,9 @@ def run(
         fail(_composition_error(error, config_name, arguments.all, arguments.folders))
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    finally:
+        if sweep_table and swept and os.environ.get("RANK", "0") == "0":
+            print(sweep_table(swept), flush=True)
 
 
 def compose(schema: type[T], config_name: str, overrides: Sequence[str] = ()) -> T:
