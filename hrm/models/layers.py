@@ -137,6 +137,10 @@ class Linear(nn.Module):
             return F.linear(x, F.pad(weight, (0, 0, 0, -len(weight) % _ALIGNED)))[..., : len(weight)]
         return F.linear(x, weight)
 
+    def extra_repr(self) -> str:
+        rows, columns = self.weight.shape
+        return f"in_features={columns}, out_features={rows}, bias={self.bias is not None}"
+
 
 # Rows of a table whose gradient is faster as a matmul with ones and zeros than by sorting what was read from where. The
 # matmul also sums in the same order every time.
@@ -172,6 +176,9 @@ class Embedding(nn.Module):
             return _SmallEmbedding.apply(ids, table)  # type: ignore[no-any-return, no-untyped-call]
         return F.embedding(ids, table)
 
+    def extra_repr(self) -> str:
+        return "{}, {}".format(*self.embedding_weight.shape)
+
 
 class SparseEmbedding(nn.Module):
     """A table too large for a dense gradient: in training, only the rows of the batch in hand get one.
@@ -195,3 +202,6 @@ class SparseEmbedding(nn.Module):
             rows.requires_grad_()
             self.local_ids, self.local_weights = ids, rows
         return rows.to(dtype)
+
+    def extra_repr(self) -> str:
+        return "{}, {}".format(*self.weights.shape)

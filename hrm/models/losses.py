@@ -172,6 +172,9 @@ class ACTLossHead(nn.Module):
 
             self.act_loss = partial(triton_loss.act_loss, loss_type=loss.loss_type)
 
+    def extra_repr(self) -> str:
+        return f"parameters={sum(parameter.numel() for parameter in self.parameters()):,}"
+
     @property
     def halt_max_steps(self) -> int:
         """ACT steps after which every sequence has halted."""

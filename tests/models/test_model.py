@@ -152,6 +152,16 @@ def test_initial_weights(tiny_arch: Arch) -> None:
     assert all(one != other for number, one in enumerate(drawn) for other in drawn[:number])
 
 
+def test_printed_models_have_sizes(tiny_arch: Arch) -> None:
+    model = build(tiny_arch | {"hidden_size": 64, "num_heads": 4, "expansion": 4})
+    shown = str(model)
+    assert f"parameters={sum(parameter.numel() for parameter in model.parameters()):,}" in shown
+    assert "(qkv_proj): Linear(in_features=64, out_features=192, bias=False)" in shown
+    assert "(q_head): Linear(in_features=64, out_features=2, bias=True)" in shown
+    assert f"(embed_tokens): Embedding({VOCAB_SIZE}, 64)" in shown
+    assert f"(puzzle_emb): SparseEmbedding({NUM_IDENTIFIERS}, " in shown
+
+
 def test_seed_decides_the_weights(tiny_arch: Arch) -> None:
     one, same, other = (build(tiny_arch, seed=seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(one[name], same[name]) for name in one)
