@@ -165,9 +165,10 @@ _FREE = (
     *("checkpoint_path", "project_name", "run_name", "eval_save_outputs", "log_interval", "num_workers", "wandb"),
     *("stop_after", "stop_at_train_accuracy", "abort_after", "profile", "dist_timeout"),
     "dtype",  # what it comes to is in arch.forward_dtype
+    *("init_from", "init_puzzle_emb", "eval_examples", "min_eval_interval", "data_paths_test"),
 )
 # The place among the batches, the carry and the moments mean nothing under others. (And so with the pack.)
-_FIXED = ("global_batch_size", "eval_interval", "optim.name")
+_FIXED = ("global_batch_size", "eval_interval", "optim.name", "freeze")
 
 
 def _is_free(name: str) -> bool:

@@ -31,6 +31,8 @@ from hrm.errors import UserError, first_sentence, shortened
 from hrm.reading import read_yaml_text
 from hrm.tasks.form import FORM_FILE, IDENTIFIERS_FILE
 
+PUZZLE_TABLE = "model.inner.puzzle_emb.weights"  # its name among the weights
+
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 _COMPILED_PREFIX = "_orig_mod."
 _WRAPPERS = ("_orig_mod", "module")  # torch.compile's, and DistributedDataParallel's
@@ -86,11 +88,13 @@ def save_weights(weights: Mapping[str, Tensor], folder: Path, name: str) -> Path
     return file
 
 
-def find_checkpoint(where: str) -> Checkpoint:
+def find_checkpoint(where: str, option: str = "checkpoint", *, needs_config: bool = True) -> Checkpoint:
     """Locate weights and read their options.
 
     Args:
         where: a weights file, a run folder (its last step is taken), a hub id `owner/name`, or one of `pretrained()`.
+        option: which gave it, for errors.
+        needs_config: False where weights without options beside them will do: the options are empty then.
 
     Raises:
         UserError: nothing is there, or the options beside the weights are missing or unreadable.
@@ -107,10 +111,11 @@ def find_checkpoint(where: str) -> Checkpoint:
         weights_file = _last_weights(PRETRAINED / where)
     else:
         raise UserError(
-            f"checkpoint={shortened(where)} does not exist; give a weights file, a run folder, a hub id, or a model "
+            f"{option}={shortened(where)} does not exist; give a weights file, a run folder, a hub id, or a model "
             f"that comes with this package: {', '.join(pretrained())}."
         )
-    return Checkpoint(weights_file, _read_config(_config_file(weights_file)))
+    file = _config_file(weights_file)
+    return Checkpoint(weights_file, _read_config(file) if needs_config or file.exists() else {})
 
 
 def _config_file(weights_file: Path) -> Path:
@@ -187,6 +192,12 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], file: Path) ->
     model.load_state_dict(weights)
 
 
+def refilled(table: Tensor, how: str, rows: int) -> Tensor:
+    """A puzzle table of other rows: each the mean of those of `table` [N, ndim] (`how` is mean), or zeros (zero)."""
+    row = table.mean(0, keepdim=True) if how == "mean" else torch.zeros_like(table[:1])
+    return row.expand(rows, -1).contiguous()
+
+
 def nonfinite_weights(weights: Mapping[str, Tensor]) -> list[str]:
     """The names of those that hold a NaN or an infinity."""
     return [name for name, tensor in weights.items() if not tensor.isfinite().all()]
@@ -242,8 +253,7 @@ def _last_weights(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise UserError(
-        f"{folder} holds no weights (a file step_<n>, {_HUB_WEIGHTS} or {PRETRAINED_WEIGHTS}); point checkpoint= at a "
-        "run folder."
+        f"{folder} holds no weights (a file step_<n>, {_HUB_WEIGHTS} or {PRETRAINED_WEIGHTS}); give a run folder."
     )
 
 

@@ -13,7 +13,6 @@ ELSEWHERE = {
     "batch_size": "global_batch_size",
     "ckpt": "checkpoint",
     "dataset": "data",
-    "ema_rate": "ema_decay",
     "learning_rate": "lr",
     "model": "arch",
     "num_epochs": "epochs",

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -24,7 +24,7 @@ from hrm.config.checks import neighbours
 from hrm.config.evaluation import EvaluateConfig
 from hrm.config.help import help_page
 from hrm.config.paths import CONFIG_DIR, choices_of, groups_of
-from hrm.config.renamed import Dropped, find_renamed, new_name, tell, tell_dropped
+from hrm.config.renamed import Combined, Dropped, find_renamed, is_option, new_name, tell, tell_dropped
 from hrm.config.store import register_schemas
 from hrm.config.training import PretrainConfig
 from hrm.config.typed import option_names
@@ -50,8 +50,8 @@ EXIT_INTERRUPTED = 130
 
 # Values of these options are taken to the letter: Hydra would read 0530 as a number and choke on "=" or "(" in a path.
 _LITERAL_OPTIONS = {
-    *("checkpoint", "checkpoint_path", "data_path", "input", "output", "output_dir", "profile", "project_name"),
-    *("puzzle", "report", "resume", "run_name"),
+    *("checkpoint", "checkpoint_path", "data_path", "freeze", "init_from", "input", "output", "output_dir", "profile"),
+    *("project_name", "puzzle", "report", "resume", "run_name"),
 }
 
 _KINDS = {"Float": "a number, such as 1e-4", "Integer": "a whole number", "Boolean": "true or false"}
@@ -153,6 +153,7 @@ class _Arguments:
         self.overrides: list[str] = []
         self.folders: tuple[Path, ...] = ()  # of further YAML files
         self.wants_help = False
+        self._combined: dict[tuple[str, Combined], dict[str, Any]] = {}  # old options, by the group and what they mean
 
     @classmethod
     def parse(cls, config_name: str, argv: list[str]) -> _Arguments:
@@ -170,12 +171,43 @@ class _Arguments:
                 result.all += [argument, *taken]
                 continue
             _check_form(argument, rest, config_name, result.folders)
-            if (renamed := _with_new_name(argument, config_name)) is None:
-                continue
-            override = _quote_literal(renamed)
-            result.overrides.append(override)
-            result.all.append(override)
+            result._add_override(argument, _SCHEMAS[config_name])
+        for (group, combined), given in result._combined.items():
+            value = new_name(combined, None, given)[1]
+            override = f"{group}{combined.name}={json.dumps(value)}"
+            result.overrides.insert(0, override)
+            result.all.insert(0, override)  # Hydra takes no overrides behind its flags
         return result
+
+    def _append(self, override: str) -> None:
+        self.overrides.append(override)
+        self.all.append(override)
+
+    def _add_override(self, argument: str, schema: type) -> None:
+        """Add an override, by the option's new name where it was given by an old one."""
+        name, _, value = argument.lstrip("+").partition("=")
+        if (found := find_renamed(name, [schema])) is None:
+            # The published command lines add `+run_name=...`, which there was no option for; here there is one.
+            self._append(_quote_literal(f"{name}={value}" if is_option(name, [schema]) else argument))
+            return
+        group, new = found
+        if isinstance(new, Dropped):
+            tell_dropped(name, new)
+        elif isinstance(new, str):
+            tell(name, f"{group}{new}")
+            self._append(_quote_literal(f"{group}{new}={value}"))
+        else:
+            try:
+                given = OverridesParser.create().parse_override(argument).value()
+                if isinstance(new, Combined):
+                    tell(name, f"{group}{new.name}")
+                    self._combined.setdefault((group, new), {})[name.removeprefix(group)] = given
+                    return
+                renamed, given = new_name(new, given, {})
+            except Exception as error:
+                raise UserError(f"{argument} cannot be used: {first_sentence(error)}.") from error
+            tell(name, f"{group}{renamed}")
+            self._append(f"{group}{renamed}={json.dumps(given)}")
 
     def _add_folder(self, folder: str) -> None:
         if not Path(folder).is_dir():
@@ -205,27 +237,6 @@ def _check_form(argument: str, rest: list[str], config_name: str, folders: tuple
     else:
         raise UserError(f"{argument!r} on the command line cannot be read: write option=value.")
     raise UserError(f"{argument!r} on the command line cannot be read: did you mean {meant}?")
-
-
-def _with_new_name(argument: str, config_name: str) -> str | None:
-    """An override by the option's new name, where it was given by an old one; None where it is left out."""
-    plus, name, value = re.fullmatch(r"(\+*)([^=]*)=(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
-    if (found := find_renamed(name, [_SCHEMAS[config_name]])) is None:
-        return argument
-    group, new = found
-    if isinstance(new, Dropped):
-        tell_dropped(f"{group}{name.rpartition('.')[2]}", new)
-        return None
-    if isinstance(new, str):
-        tell(name, f"{group}{new}")
-        return f"{plus}{group}{new}={value}"
-    try:
-        given = OverridesParser.create().parse_override(argument).value()
-        renamed, given = new_name(new, given)
-    except Exception as error:
-        raise UserError(f"{argument} cannot be used: {first_sentence(error)}.") from error
-    tell(name, f"{group}{renamed}")
-    return f"{plus}{group}{renamed}={json.dumps(given)}"
 
 
 def _quote_literal(argument: str) -> str:

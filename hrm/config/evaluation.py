@@ -12,6 +12,7 @@ from hrm.config.kernels import KernelsConfig
 
 MOST_AUGMENTATIONS = 1024  # each votes on each: the vote of more would not fit in memory
 
+PUZZLE_EMB = ("trained", "mean", "zero")
 ACT_MODES = ("auto", "full", "halt", "both")
 
 
@@ -36,6 +37,9 @@ class EvaluateConfig:
     # comes with the package.
     checkpoint: str = MISSING
     data_path: str | None = None  # the pack whose test split is evaluated; null: the one that the run was trained on
+    # Rows of the puzzle table. trained: those of the pack it was trained on; mean: for every puzzle their mean, which
+    # answers puzzles of other packs, unseen in training; zero: none, to see what the identifier is worth.
+    puzzle_emb: str = "trained"
     # Tensors to save beside the metrics: any of inputs, labels, puzzle_identifiers, logits, q_halt_logits and
     # q_continue_logits.
     save_outputs: list[str] = field(default_factory=list)
@@ -68,6 +72,7 @@ class EvaluateConfig:
         for output in self.save_outputs:
             choice("save_outputs", output, SAVEABLE_OUTPUTS)
         at_least("show", self.show, 0)
+        choice("puzzle_emb", self.puzzle_emb, PUZZLE_EMB)
         choice("act", self.act, ACT_MODES)
         if self.act == "auto":
             self.act = "full" if self.input is None else "halt"

@@ -4,6 +4,8 @@ A schema has its old names beside its fields:
 
     RENAMED: ClassVar[OldNames] = {"rounds": "epochs", "no_stop": Renamed("stop", operator.not_)}
 
+Several old options may stand together for one of today's (`Combined`), and some for none (`Dropped`).
+
 They are translated wherever options come from: the command line, a YAML file, a mapping in Python, a run's own config.
 A new name may have dots, for an option that moved into a group within its own: `{"rounds": "schedule.epochs"}`.
 """
@@ -29,27 +31,47 @@ class Renamed:
 
 
 @dataclass(frozen=True)
+class Combined:
+    """The option that several old ones together stand for; each of them has this beside its name."""
+
+    name: str
+    value: Callable[[Mapping[str, Any]], Any]  # from those of the old options that are given, by their names
+
+
+@dataclass(frozen=True)
 class Dropped:
     """An option of the published code, or of TRM's, that is not needed here: it is left out, and a line says why."""
 
     reason: str  # the end of a sentence
 
 
-OldNames: TypeAlias = Mapping[str, str | Renamed | Dropped]
+New: TypeAlias = str | Renamed | Combined | Dropped
+OldNames: TypeAlias = Mapping[str, New]
 Schemas: TypeAlias = Sequence[type]  # what a mapping may be: one schema, or those of all architectures
 
 _told: set[tuple[str, str]] = set()
 
 
-def find_renamed(name: str, schemas: Schemas) -> tuple[str, str | Renamed | Dropped] | None:
+def find_renamed(name: str, schemas: Schemas) -> tuple[str, New] | None:
     """What the option with the dotted `name` is called now, as the name's group (`arch.`, or nothing) and the new name
     in it; None where the name is not an old one.
     """
     group, dot, last = name.rpartition(".")
+    names = _old_names(_schemas_of(group, schemas))
+    return (group + dot, names[last]) if last in names else None
+
+
+def is_option(name: str, schemas: Schemas) -> bool:
+    """Whether one of the schemas has an option of the dotted `name`."""
+    group, _, last = name.rpartition(".")
+    return any(last in getattr(schema, "__dataclass_fields__", {}) for schema in _schemas_of(group, schemas))
+
+
+def _schemas_of(group: str, schemas: Schemas) -> Schemas:
+    """Those that the dotted `group` within one of `schemas` may have."""
     for part in group.split(".") if group else ():
         schemas = list(schemas_below(schemas, part))
-    names = _old_names(schemas)
-    return (group + dot, names[last]) if last in names else None
+    return schemas
 
 
 def with_new_names(config: Any, schemas: Schemas, prefix: str = "") -> Any:
@@ -69,11 +91,12 @@ def with_new_names(config: Any, schemas: Schemas, prefix: str = "") -> Any:
         if name not in names:
             below = list(schemas_below(schemas, str(name)))
             result[name] = with_new_names(value, below, f"{prefix}{name}.")
-    for name in [name for name in config if name in names]:
-        if isinstance(became := names[name], Dropped):
-            tell_dropped(f"{prefix}{name}", became)
+    old = {str(name): value for name, value in config.items() if name in names}
+    for name in old:
+        if isinstance(dropped := names[name], Dropped):
+            tell_dropped(f"{prefix}{name}", dropped)
             continue
-        new, value = new_name(became, config[name])
+        new, value = new_name(names[name], old[name], {key: old[key] for key in old if names[key] is names[name]})
         tell(f"{prefix}{name}", f"{prefix}{new}")
         *groups, last = new.split(".")
         target = result
@@ -83,26 +106,31 @@ def with_new_names(config: Any, schemas: Schemas, prefix: str = "") -> Any:
     return result
 
 
-def new_name(new: str | Renamed, value: Any) -> tuple[str, Any]:
-    """The new name and value of an option that was given as `value`."""
+def new_name(new: New, value: Any, together: Mapping[str, Any]) -> tuple[str, Any]:
+    """The new name and value of an option that was given as `value`, with all the old ones that it is combined with."""
+    assert not isinstance(new, Dropped)
+    if isinstance(new, Combined):
+        return new.name, new.value(together)
     return (new.name, new.value(value)) if isinstance(new, Renamed) else (new, value)
 
 
 def tell(old: str, new: str) -> None:
     """Print once, by one process of the job, that an option has a new name."""
-    if (old, new) not in _told and os.environ.get("RANK", "0") == "0":
-        print(f"note: {old} is called {new} now.", file=sys.stderr, flush=True)
-    _told.add((old, new))
+    _note(old, f"{old} is called {new} now.")
 
 
 def tell_dropped(old: str, dropped: Dropped) -> None:
     """Print once, by one process of the job, why an option is left out."""
-    if (old, dropped.reason) not in _told and os.environ.get("RANK", "0") == "0":
-        print(f"note: {old} is left out: {dropped.reason}.", file=sys.stderr, flush=True)
-    _told.add((old, dropped.reason))
+    _note(old, f"{old} is left out: {dropped.reason}.")
 
 
-def _old_names(schemas: Schemas) -> dict[str, str | Renamed | Dropped]:
+def _note(old: str, sentence: str) -> None:
+    if (old, sentence) not in _told and os.environ.get("RANK", "0") == "0":
+        print(f"note: {sentence}", file=sys.stderr, flush=True)
+    _told.add((old, sentence))
+
+
+def _old_names(schemas: Schemas) -> dict[str, New]:
     """Old names and what became of them, but for those that are the name of an option of another of the schemas."""
     fields = {name for schema in schemas for name in getattr(schema, "__dataclass_fields__", {})}
     renamed = [item for schema in schemas for item in getattr(schema, "RENAMED", {}).items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,44 +14,59 @@ from hrm.config.entry import DEVICES, DTYPES, SAVEABLE_OUTPUTS
 from hrm.config.kernels import KernelsConfig
 from hrm.config.optim import OptimConfig
 from hrm.config.parallel import ParallelConfig
-from hrm.config.renamed import Dropped, OldNames, Renamed
+from hrm.config.renamed import Combined, Dropped, OldNames, Renamed
 from hrm.errors import UserError
 
+INIT_PUZZLE_EMB = ("auto", "keep", "mean", "new")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
-TRM_EMA_RATE = 0.999
+def _ema_decay(given: Mapping[str, Any]) -> float | None:
+    """What TRM's `ema` and `ema_rate` stand for, of which one may be left out."""
+    return given.get("ema_rate", 0.999) if given.get("ema", True) else None
 
 
-def _one_pack(paths: Any) -> str:
-    """TRM's list of packs, of which there is one in all its published command lines."""
-    if isinstance(paths, str) or not isinstance(paths, Sequence) or len(paths) != 1:
-        raise UserError("give one pack, by data_path=; data_paths may name several, which one run does not train on")
-    return str(paths[0])
+_EMA = Combined("ema_decay", _ema_decay)
 
 
 @dataclass
 class PretrainConfig:
     """Options of `pretrain.py`. Those down to `eval_save_outputs` have the published code's names and meaning."""
 
-    # Names of TRM's published command lines.
+    # Names in TRM's code.
     RENAMED: ClassVar[OldNames] = {
-        "data_paths": Renamed("data_path", _one_pack),
-        "ema": Renamed("ema_decay", lambda on: TRM_EMA_RATE if on else None),
+        "ema": _EMA,
+        "ema_rate": _EMA,
         "evaluators": Dropped("a pack's task brings its evaluators"),
+        "freeze_weights": Renamed("freeze", lambda on: "trunk" if on else None),
+        "load_checkpoint": "init_from",
     }
 
     arch: Any = MISSING  # typed by the schema that its YAML file names
     data_path: str = II("data.path")  # the pack to train on; default: that of `data`, built first if it is missing
+    # Several packs to train on at once, of one vocabulary and length: identifiers of each have rows of their own in the
+    # puzzle table. A single one is data_path.
+    data_paths: list[str] = field(default_factory=list)
+    data_paths_test: list[str] = field(default_factory=list)  # packs that are evaluated; empty: those trained on
 
     global_batch_size: int = 768  # sequences in a training step, over all ranks
     epochs: int = 100000  # passes over the groups of the training set; a multiple of eval_interval
     eval_interval: int | None = 10000  # epochs between evaluations; null: one evaluation, at the end
+    min_eval_interval: int = 0  # the first passes of eval_interval epochs that are not evaluated
+    eval_examples: int | None = None  # evaluate on so many examples of each set, chosen by the seed; null: on all
     checkpoint_every_eval: bool = True  # save the weights at every evaluation; false: only at the end
 
     # The training state to resume from: auto: the last one in the run folder, if any; or its path; null: start anew.
     resume: str | None = None
     resume_changed: bool = False  # resume although options differ from those of the saved run
+    # Start from the weights of another run: a weights file, a run folder, a hub id; optimizers start afresh.
+    init_from: str | None = None
+    # The puzzle table with init_from. keep: its rows; mean: each row the mean of its rows; new: zeros; auto: keep where
+    # the pack has the same identifiers, else mean.
+    init_puzzle_emb: str = "auto"
+    # Weights that are not trained. trunk: all but the puzzle table; or names of modules and weights with commas between
+    # them, * for any characters, such as L_level,lm_head.
+    freeze: str | None = None
     checkpoint_interval: float = 10.0  # minutes between training states; one is saved at each evaluation too
     keep_checkpoints: int = 2  # newest training states to keep, beside the one that was best at its evaluation
     # Decay of an average of the weights, such as 0.999, which is evaluated and saved too.
@@ -106,6 +121,11 @@ class PretrainConfig:
         choice("device", self.device, DEVICES)
         choice("dtype", self.dtype, DTYPES)
         choice("wandb", self.wandb, WANDB_MODES)
+        choice("init_puzzle_emb", self.init_puzzle_emb, INIT_PUZZLE_EMB)
+        self._settle_packs()
+        at_least("min_eval_interval", self.min_eval_interval, 0)
+        if self.eval_examples is not None:
+            at_least("eval_examples", self.eval_examples, 1)
         for name in ("global_batch_size", "epochs", "log_interval"):
             at_least(name, getattr(self, name), 1)
         fraction("lr_min_ratio", self.lr_min_ratio)
@@ -144,6 +164,33 @@ class PretrainConfig:
         if self.stop_at_train_accuracy is not None:
             fraction("stop_at_train_accuracy", self.stop_at_train_accuracy)
         self._stages = self._checked_stages()
+
+    def _settle_packs(self) -> None:
+        """Let `data_path` be the first pack, and the lists of packs be empty where they have nothing to add to it."""
+        if self.data_paths:
+            if self.data_path not in (self.data_paths[0], self.data.path):
+                raise UserError(
+                    f"data_path={self.data_path} and data_paths=[{','.join(self.data_paths)}] name different packs: "
+                    "give one of the two."
+                )
+            self.data_path = self.data_paths[0]
+        for option in ("data_paths", "data_paths_test"):
+            if twice := next((path for path in getattr(self, option) if getattr(self, option).count(path) > 1), None):
+                raise UserError(f"{option} has {twice} twice: name each pack once.")
+        if len(self.data_paths) == 1:
+            self.data_paths = []
+        if self.data_paths_test == self.train_paths:
+            self.data_paths_test = []
+
+    @property
+    def train_paths(self) -> list[str]:
+        """The packs that are trained on."""
+        return self.data_paths or [self.data_path]
+
+    @property
+    def test_paths(self) -> list[str]:
+        """The packs that are evaluated."""
+        return self.data_paths_test or self.train_paths
 
     def _checked_stages(self) -> list[tuple[int, Any]]:
         """The last step of each stage of the curriculum, and the architecture in it."""

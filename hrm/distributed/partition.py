@@ -45,7 +45,8 @@ class SharedModel:
     """A model of which this process keeps its part.
 
     Attributes:
-        weights: what the optimizer updates, by the names in `model.state_dict()`: whole weights, or parts of them.
+        weights: what the optimizer updates, and nothing frozen, by the names in `model.state_dict()`: whole weights, or
+            parts of them.
     """
 
     weights: dict[str, nn.Parameter]
@@ -68,10 +69,10 @@ class SharedModel:
                 self._replace(name)
             self._replace_kernels(config.micro_batches)
         self._sharded: dict[str, nn.Parameter] = {}
-        self.weights = dict(model.named_parameters())
+        self.weights = dict(_trained(model))
         if self._fsdp:
             self._shard_stacks()
-            self._sharded = {name: param for name, param in model.named_parameters() if name in self._cuts}
+            self._sharded = {name: param for name, param in _trained(model) if name in self._cuts}
             # The optimizer works on plain tensors that share their memory with the shards.
             self.weights |= {name: nn.Parameter(_local(param)) for name, param in self._sharded.items()}
         if is_divided and not config.records_exchange:  # evaluation too exchanges then
@@ -101,6 +102,7 @@ class SharedModel:
             for stack_name, stack in self._model.model.inner.stacks.items()
             for index, block in enumerate(stack.blocks)
             for name, count in block.matrices(split).items()
+            if f"model.inner.{stack_name}.layers.{index}.{name}" in self.weights
         }
 
     def last_backward(self) -> None:
@@ -205,8 +207,9 @@ class SharedModel:
 
     def _replace(self, name: str) -> None:
         module, _, attribute = name.rpartition(".")
-        part = self._part(name, self._model.get_parameter(name).detach())
-        setattr(self._model.get_submodule(module), attribute, nn.Parameter(part.clone()))
+        whole = self._model.get_parameter(name)
+        part = nn.Parameter(self._part(name, whole.detach()).clone(), whole.requires_grad)
+        setattr(self._model.get_submodule(module), attribute, part)
 
     def _replace_kernels(self, micro_batches: int) -> None:
         world, inner = self._world, self._model.model.inner
@@ -253,6 +256,10 @@ class SharedModel:
             sharded.set_gradient_divide_factor(1.0)  # the loss is divided by the global batch already
             sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor
             _gather_when_called(stack, "weights")
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, param) for name, param in model.named_parameters() if param.requires_grad)
 
 
 def _gather_when_called(stack: nn.Module, method: str) -> None:

@@ -28,6 +28,11 @@ from hrm.models import ACTLossHead
 from hrm.tasks.base import Evaluator
 from hrm.unforeseen import traceback_folder
 
+_ABOUT_TABLE = {
+    "mean": "Every puzzle has the mean of the puzzle table's rows (puzzle_emb=mean).",
+    "zero": "Every puzzle has a vector of zeros from the puzzle table (puzzle_emb=zero).",
+}
+
 
 def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, float]:
     """Run `evaluate.py` as `config` says.
@@ -108,7 +113,9 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
                     f"{checkpoint.weights_file} on {data_path}/test, kernels: {describe_model(model, checkpoint)}"
                 )
             )
-            if warning := other_identifiers(checkpoint, model, pack):
+            if config.puzzle_emb != "trained":
+                print(_ABOUT_TABLE[config.puzzle_emb])
+            elif warning := other_identifiers(checkpoint, model, pack):
                 print(printable(f"warning: {warning}"), file=sys.stderr)
         if config.ensemble != EnsembleConfig():
             return _evaluate_ensemble(split)
@@ -129,7 +136,9 @@ def _bounded(batch_size: int, pack: Pack, world: World) -> int:
 
 def _load(config: EvaluateConfig, checkpoint: Checkpoint, sizes: ModelSizes, world: World) -> ACTLossHead:
     weights = read_weights(checkpoint.weights_file)
-    return load_model(checkpoint, weights, sizes, config.kernels, world, config.act_max_steps, config.dtype)
+    return load_model(
+        checkpoint, weights, sizes, config.kernels, world, config.act_max_steps, config.dtype, config.puzzle_emb
+    )
 
 
 def _evaluate_full(split: _Split) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hrm.checkpoint.weights import Checkpoint, load_weights, nonfinite_weights
+from hrm.checkpoint.weights import PUZZLE_TABLE, Checkpoint, load_weights, nonfinite_weights, refilled
 from hrm.config import KernelsConfig
 from hrm.data.identity import identifiers_hash
 from hrm.data.pack import Pack
@@ -42,7 +42,7 @@ def trained_sizes(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> tupl
     table = "model.inner.embed_tokens.embedding_weight"
     if table not in weights or weights[table].ndim != 2:
         raise UserError(f"{checkpoint.weights_file} has no table {table}: it is not an HRM's.")
-    return len(weights[table]), len(weights.get("model.inner.puzzle_emb.weights", [None]))
+    return len(weights[table]), len(weights.get(PUZZLE_TABLE, [None]))
 
 
 def load_model(
@@ -53,16 +53,20 @@ def load_model(
     world: World,
     act_max_steps: int | None = None,
     dtype: str = AUTO,
+    puzzle_emb: str = "trained",
 ) -> ACTLossHead:
     """The checkpoint's model in evaluation mode.
 
     Args:
         act_max_steps: another last ACT step than in training.
         dtype: to compute in, as `hrm.kernels.dtypes.computing_dtype` takes it.
+        puzzle_emb: what the rows of the puzzle table are, as in `hrm.config.EvaluateConfig`.
 
     Raises:
         UserError: the checkpoint is of no use, or was trained on puzzles of another kind than `sizes` are of.
     """
+    if puzzle_emb != "trained" and PUZZLE_TABLE in weights:
+        weights = {**weights, PUZZLE_TABLE: refilled(weights[PUZZLE_TABLE], puzzle_emb, sizes.num_puzzle_identifiers)}
     _check_kind(checkpoint, weights, sizes)
     arch = arch_config(checkpoint.config["arch"], sizes.of_data(), where=f"{checkpoint.config_file}: arch")
     arch = replace(arch, forward_dtype=computing_dtype(dtype, arch.forward_dtype, world.device))
@@ -89,10 +93,11 @@ def _check_kind(checkpoint: Checkpoint, weights: Mapping[str, Tensor], sizes: Mo
             f"pack has {sizes.vocab_size}, {sizes.seq_len} to a puzzle: give a pack of its kind, by data_path=, or "
             "another checkpoint."
         )
-    if "model.inner.puzzle_emb.weights" in weights and num_identifiers != sizes.num_puzzle_identifiers:
+    if PUZZLE_TABLE in weights and num_identifiers != sizes.num_puzzle_identifiers:
         raise UserError(
             f"{checkpoint.weights_file} was trained on a pack with {num_identifiers:,} puzzle identifiers, but this "
-            f"one has {sizes.num_puzzle_identifiers:,}: give the pack it was trained on, by data_path=."
+            f"one has {sizes.num_puzzle_identifiers:,}: give the pack it was trained on, by data_path=; or add "
+            "puzzle_emb=mean to answer puzzles unseen in training, or train on this pack from here, by init_from=."
         )
 
 
@@ -110,7 +115,7 @@ def other_identifiers(checkpoint: Checkpoint, model: ACTLossHead, pack: Pack) ->
     identity = checkpoint.config.get("pack_identity")
     trained_on = identity.get("identifiers") if isinstance(identity, dict) else None
     now = identifiers_hash(pack.path)
-    if not trained_on or not now or trained_on == now or "model.inner.puzzle_emb.weights" not in model.state_dict():
+    if not trained_on or not now or trained_on == now or PUZZLE_TABLE not in model.state_dict():
         return None
     return (
         f"{pack.path / 'identifiers.json'} is not that of the pack which {checkpoint.weights_file} was trained on: an "

@@ -185,9 +185,13 @@ class SparseEmbedding(nn.Module):
 
     After a training forward, `local_ids` [B] says which rows of `weights` were read and `local_weights` [B, ndim] is a
     leaf that collects the gradient, one row per sequence; `hrm.optim.SparseSignSGD` writes the update back.
+
+    Attributes:
+        is_frozen: the rows get no gradient.
     """
 
     weights: Tensor
+    is_frozen: bool = False
 
     def __init__(self, num_embeddings: int, ndim: int) -> None:
         super().__init__()
@@ -198,7 +202,7 @@ class SparseEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         rows = self.weights[ids]
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and not self.is_frozen:
             rows.requires_grad_()
             self.local_ids, self.local_weights = ids, rows
         return rows.to(dtype)

@@ -60,7 +60,8 @@ class RecurrentConfig(ACTConfig):
     puzzle_emb_len: int = 0  # tokens of the puzzle prefix, zeros where the vector ends; 0: as many as it fills
     register_tokens: int = 0  # fixed random tokens between the puzzle prefix and the input
     # rope rotates by the position in the row of tokens, rope_2d by row and column of a square grid; learned is added to
-    # the input. Also rope+learned and rope_2d+learned: distances and positions. none: for mlp_t, which needs none.
+    # the input. Also rope+learned and rope_2d+learned: distances and positions. none: for mlp_t, whose weights know
+    # positions; attention takes the tokens for a set then.
     pos_encodings: str = "rope"
     rms_norm_eps: float = 1e-5  # added to the mean square before its root is taken
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
@@ -95,10 +96,6 @@ class RecurrentConfig(ACTConfig):
         choice("arch.gate", self.gate, BLOCKS)
         if self.attention_norm and (self.mlp_t or self.gate != "sigmoid_rms"):
             raise UserError("arch.attention_norm=true is for attention with arch.gate=sigmoid_rms: drop it, or mlp_t.")
-        if self.pos_encodings == "none" and not self.mlp_t:
-            raise UserError(
-                "arch.pos_encodings=none leaves attention blind to positions: choose another, or mlp_t=true."
-            )
         choice("arch.forward_dtype", self.forward_dtype, FORWARD_DTYPES)
         for name in ("hidden_size", "num_heads"):
             at_least(f"arch.{name}", getattr(self, name), 1)

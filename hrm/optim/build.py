@@ -35,7 +35,7 @@ def build_optimizers(
     graphed: bool,
     masks: bool,
 ) -> list[tuple[torch.optim.Optimizer, float]]:
-    """The optimizer of the dense weights, then that of the puzzle table if there is one, each with its base rate.
+    """The optimizer of the dense weights, then that of the puzzle table if one is trained, each with its base rate.
 
     Args:
         group: the processes with the same part of the model, which share a batch; None: all there are.
@@ -49,9 +49,11 @@ def build_optimizers(
 
     betas = (config.beta1, config.beta2)
     dense: torch.optim.Optimizer
+    # All may be frozen: the optimizer of nothing takes a group without weights, but not a list without groups.
+    weights: list[Any] = list(shared.weights.values()) or [{"params": []}]
     if config.optim.name == "adamw":
         dense = torch.optim.AdamW(
-            shared.weights.values(),
+            weights,
             rate(config.lr, torch.float32),
             betas,
             config.optim.eps,
@@ -67,7 +69,7 @@ def build_optimizers(
             "copy_dtype": model.model.inner.dtype if fused and not config.parallel.fsdp else None,
         }
         kind: type[AdamATan2] = AdamATan2
-        if config.optim.name == "muon":
+        if config.optim.name == "muon" and shared.weights:
             kind = Muon
             options |= {
                 "matrices": shared.hidden_matrices(config.optim.split),
@@ -77,9 +79,9 @@ def build_optimizers(
                 "scale": config.optim.scale,
                 "iterations": config.optim.iterations,
             }
-        dense = kind(shared.weights.values(), rate(config.lr), betas, config.weight_decay, **options)
+        dense = kind(weights, rate(config.lr), betas, config.weight_decay, **options)
     optimizers: list[tuple[torch.optim.Optimizer, float]] = [(dense, config.lr)]
-    if model.model.inner.config.puzzle_emb_ndim:
+    if model.model.inner.config.puzzle_emb_ndim and not model.model.inner.puzzle_emb.is_frozen:
         table = model.model.inner.puzzle_emb
         sparse = SparseSignSGD(
             table, rate(config.puzzle_emb_lr), config.puzzle_emb_weight_decay, fused=fused, group=group

@@ -27,7 +27,8 @@ def clip_gradients(
     for group in groups:
         dist.all_reduce(square, group=group)
     norm = (square + _square(whole)).sqrt()
-    torch._foreach_mul_([*whole, *parts], (max_norm / (norm + 1e-6)).clamp(max=1))
+    if whole or parts:  # all may be frozen
+        torch._foreach_mul_([*whole, *parts], (max_norm / (norm + 1e-6)).clamp(max=1))
     return norm
 
 

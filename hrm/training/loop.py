@@ -21,7 +21,7 @@ from hrm.config import DataConfig, PretrainConfig
 from hrm.data.builders.missing import ensure_pack
 from hrm.data.identity import PackIdentity, pack_identity
 from hrm.data.loader import EvalLoader, TrainLoader, deaths_of_workers_told
-from hrm.data.pack import Pack, open_pack
+from hrm.data.pack import Pack, open_pack, read_provenance
 from hrm.distributed.world import World, join_world, share_from_main
 from hrm.errors import UserError
 from hrm.kernels import describe
@@ -35,6 +35,7 @@ from hrm.training.resume import Progress, restore
 from hrm.training.run import Metrics, Run
 from hrm.training.run_log import RunLog, cut_records
 from hrm.training.step import TrainState, initial_state
+from hrm.training.warm_start import WarmStart, frozen_report
 from hrm.unforeseen import traceback_folder
 
 EXIT_INTERRUPTED = 130
@@ -107,7 +108,10 @@ def _pretrain(config: PretrainConfig, world: World) -> tuple[Request, TrainResul
             num_workers=config.num_workers,
             pin_memory=world.device.type == "cuda",
         )
-        state, progress = initial_state(config, train_pack, world), Progress()
+        task = read_provenance(train_pack.path).get("task")  # as it says itself: guesses are none to insist on
+        # What goes on has its weights already.
+        warm_start = WarmStart.read(config, train_pack, identity, task) if saved is None else None
+        state, progress = initial_state(config, train_pack, world, warm_start), Progress()
         window = MetricWindow(world, config.global_batch_size)
         if saved is not None:
             progress = Progress.from_saved(saved)
@@ -116,7 +120,7 @@ def _pretrain(config: PretrainConfig, world: World) -> tuple[Request, TrainResul
         if world.is_main:
             try:
                 _take_over(folder, saved)
-                save_config(config, folder, pack_identity=asdict(identity))
+                save_config(config, folder, pack_identity=asdict(identity), task=task)
                 form_of(train_pack).save(folder)
             except OSError as error:
                 raise UserError(
@@ -135,6 +139,11 @@ def _pretrain(config: PretrainConfig, world: World) -> tuple[Request, TrainResul
             log.say(_summary(config, made_for, state, world, folder))
             environment = environment_info(describe(state.model.kernels), world)
             for line in _origin(config, saved, changed, identity, environment):
+                log.say(line)
+            for line in [
+                *(warm_start.report(state.model, config.arch) if warm_start else ()),
+                *frozen_report(state.model),
+            ]:
                 log.say(line)
             if is_same_run:
                 saver.goes_on_from(state.step, superseded_by_going_on(folder, state.step))

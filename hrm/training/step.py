@@ -25,6 +25,7 @@ from hrm.tasks import task_of
 from hrm.tasks.base import PuzzleSize, Task
 from hrm.training.average import WeightAverage
 from hrm.training.guard import NonFiniteGuard, halt_nonfinite
+from hrm.training.warm_start import WarmStart, freeze
 
 
 @dataclass
@@ -45,8 +46,8 @@ TrainStep = Callable[[Batch], dict[str, Tensor]]
 """Takes this rank's batch, from anywhere; returns the step's metrics, on the device, valid until the next step."""
 
 
-def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainState:
-    """A fresh model with its optimizers, equal on all ranks."""
+def initial_state(config: PretrainConfig, pack: Pack, world: World, warm_start: WarmStart | None = None) -> TrainState:
+    """A fresh model, or one with the weights of another run, and fresh optimizers, equal on all ranks."""
     metadata = pack.metadata
     examples = config.epochs * metadata.total_groups * metadata.mean_puzzle_examples
     total_steps = int(examples / config.global_batch_size)
@@ -65,7 +66,10 @@ def initial_state(config: PretrainConfig, pack: Pack, world: World) -> TrainStat
         device=world.device,
         seed=config.seed,
     )
+    if warm_start is not None:
+        warm_start.put_into(model)
     broadcast_tensors(model.state_dict().values(), world)
+    freeze(model, config.freeze)
     model.model.seed_exploration(config.seed + world.rank)
     if config.augment_entry:
         cells, tokens = symmetries(pack, config.seed)

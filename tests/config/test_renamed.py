@@ -9,7 +9,7 @@ import pytest
 
 from hrm.config import KernelsConfig, PretrainConfig, renamed, to_typed
 from hrm.config.compose import compose
-from hrm.config.renamed import OldNames, Renamed, find_renamed, with_new_names
+from hrm.config.renamed import Combined, Dropped, OldNames, Renamed, find_renamed, is_option, with_new_names
 from hrm.errors import UserError
 
 
@@ -19,9 +19,20 @@ class Part:
     count: int = 1
 
 
+_LENGTH = Combined("length", lambda given: given.get("minutes", 0) + 60 * given.get("hours", 0))
+
+
 @dataclass
 class Whole:
-    RENAMED: ClassVar[OldNames] = {"rounds": "epochs", "no_stop": Renamed("stop", operator.not_), "many": "part.count"}
+    RENAMED: ClassVar[OldNames] = {
+        "rounds": "epochs",
+        "no_stop": Renamed("stop", operator.not_),
+        "many": "part.count",
+        "hours": _LENGTH,
+        "minutes": _LENGTH,
+        "judges": Dropped("nobody judges"),
+    }
+    length: int = 1
     epochs: int = 1
     stop: bool = True
     part: Part = field(default_factory=Part)
@@ -43,6 +54,9 @@ def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"many": 7}, {"part": {"count": 7}}, ["many is called part.count now"]),
         ({"part": {"many": 7}}, {"part": {"count": 7}}, ["part.many is called part.count now"]),
         ({"parts": [{"many": 7}, {"count": 8}]}, {"parts": [{"count": 7}, {"count": 8}]}, ["parts.many is called"]),
+        ({"hours": 2, "minutes": 5}, {"length": 125}, ["hours is called length", "minutes is called length"]),
+        ({"minutes": 5}, {"length": 5}, ["minutes is called length now"]),
+        ({"judges": [1], "epochs": 2}, {"epochs": 2}, ["judges is left out: nobody judges"]),
         ({"other": {"rounds": 3}}, {"other": {"rounds": 3}}, []),
     ],
 )
@@ -75,6 +89,9 @@ def test_names_with_dots() -> None:
     assert find_renamed("part.many", [Whole]) == ("part.", "count")
     assert find_renamed("many", [Whole]) == ("", "part.count")
     assert find_renamed("part.count", [Whole]) is None
+    assert [is_option(name, [Whole]) for name in ("part.count", "part.many", "epochs", "other.epochs")] == [
+        *(True, False, True, False),
+    ]
 
 
 @pytest.fixture
@@ -122,7 +139,6 @@ def test_command_lines_of_trm(capsys: pytest.CaptureFixture[str]) -> None:
     assert (config.ema_decay, config.arch.q_continue, config.arch.mlp_t) == (0.999, False, True)
     assert config.run_name == "pretrain_mlp_t_sudoku"
     assert capsys.readouterr().err.splitlines() == [
-        "note: data_paths is called data_path now.",
         "note: evaluators is left out: a pack's task brings its evaluators.",
         "note: ema is called ema_decay now.",
         "note: arch.no_ACT_continue is called arch.q_continue now.",
@@ -132,13 +148,46 @@ def test_command_lines_of_trm(capsys: pytest.CaptureFixture[str]) -> None:
     assert "evaluators" not in with_new_names({"evaluators": [], "seed": 1}, [PretrainConfig])
 
 
-@pytest.mark.parametrize("paths", ["[a,b]", "[]"])
-def test_one_run_has_one_pack(paths: str) -> None:
-    with pytest.raises(UserError, match=r"give one pack, by data_path="):
-        compose(PretrainConfig, "pretrain", [f"data_paths={paths}"])
-
-
 def test_an_option_of_another_architecture_does_not_propose_itself() -> None:
     with pytest.raises(UserError, match=r"no option arch\.H_layers") as told:
         compose(PretrainConfig, "pretrain", ["arch=trm", "arch.H_layers=0"])
     assert "mean arch.H_layers" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "value"),
+    [
+        (["ema_rate=0.9", "ema=True"], "ema_decay", 0.9),
+        (["ema=True", "ema_rate=0.9"], "ema_decay", 0.9),
+        (["ema=False", "ema_rate=0.9"], "ema_decay", None),
+        (["freeze_weights=True"], "freeze", "trunk"),
+        (["freeze_weights=False"], "freeze", None),
+        (["load_checkpoint=runs/a=b/step_1"], "init_from", "runs/a=b/step_1"),
+        (["+project_name=p"], "project_name", "p"),
+        (["data_paths=[a,b]", "data_paths_test=[a,b]"], "data_paths", ["a", "b"]),
+        (["data_paths=[a,b]", "data_paths_test=[a,b]"], "data_paths_test", []),
+        (["data_path=a", "data_paths_test=[a]"], "data_paths_test", []),
+        (["min_eval_interval=2"], "min_eval_interval", 2),
+    ],
+)
+def test_options_of_trm(overrides: list[str], name: str, value: object) -> None:
+    assert getattr(compose(PretrainConfig, "pretrain", overrides), name) == value
+
+
+@pytest.mark.parametrize(("given", "q_continue"), [("True", False), ("False", True)])
+def test_no_act_continue(given: str, q_continue: bool) -> None:
+    overrides = ["arch=trm", f"arch.no_ACT_continue={given}"]
+    assert compose(PretrainConfig, "pretrain", overrides).arch.q_continue is q_continue
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["data_path=c", "data_paths=[a,b]"], "name different packs"),
+        (["data_paths=[a,a]"], "data_paths has a twice"),
+        (["+unknown=3"], "there is no option unknown"),
+    ],
+)
+def test_packs_that_cannot_be(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        compose(PretrainConfig, "pretrain", overrides)

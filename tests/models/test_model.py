@@ -662,7 +662,6 @@ def test_published_configs_carry_what_the_data_say(tiny_arch: Arch) -> None:
             "arch.pos_encodings=sine is not a choice; there are: learned, none, rope, rope+learned, rope_2d, "
             "rope_2d+learned.",
         ),
-        ({"pos_encodings": "none"}, "arch.pos_encodings=none leaves attention blind to positions"),
         ({"forward_dtype": "bf16"}, "arch.forward_dtype=bf16 is not a choice; did you mean bfloat16?"),
         ({"hidden_size": "wide"}, "arch.hidden_size is not usable: Value 'wide'"),
         ({"num_heads": 5}, "arch.hidden_size=32 cannot be split into arch.num_heads=5 equal heads"),
