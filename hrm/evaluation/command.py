@@ -90,7 +90,7 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
         )
     if not Path(data_path).exists():
         raise UserError(
-            f"The data pack {data_path} does not exist: give its place by data_path=, or {how_to_build(data_path)}"
+            f"The data pack {data_path} does not exist: give its path, data_path=, or {how_to_build(data_path)}"
         )
     pack = open_pack(data_path, "test")
     batch_size = _bounded(batch_size, pack, world)
