@@ -129,9 +129,9 @@ def _csv_line(number: int, text: str, header: Sequence[str]) -> Line:
     try:
         (cells,) = csv.reader([text], strict=True)
     except (csv.Error, ValueError) as error:
-        return Line(number, text, f"it is no row of CSV ({error})")
+        return Line(number, None, f"it is no row of CSV ({error})")
     if len(cells) != len(header):
-        return Line(number, text, f"it has {len(cells)} cells, but the header has {len(header)}")
+        return Line(number, None, f"it has {len(cells)} cells, but the header has {len(header)}")
     row = dict(zip(header, cells, strict=True))
     value = {name: row[name] for name in (*_COLUMNS, "puzzle") if row.get(name)}
     return Line(number, value)

@@ -79,5 +79,5 @@ def _guessed(
 
 def _usual_sizes(vocab_size: int) -> list[PuzzleSize]:
     """Of the published packs, and of Sudoku boards whose digits the vocabulary has."""
-    cells = dict.fromkeys([max(vocab_size - 2, 1) ** 2, 900])
+    cells = dict.fromkeys([900, max(vocab_size - 2, 1) ** 2])
     return [PuzzleSize(count, vocab_size) for count in cells if math.isqrt(count) ** 2 == count]
