@@ -8,6 +8,7 @@ is wrong with a file is a `ValueError` or an `OSError`, whose text says so in a 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -216,7 +217,7 @@ def read_array(file: Path | str, kinds: str, wanted: str) -> NDArray[Any]:
         claimed = math.prod(shape) * dtype.itemsize
         if claimed > size - start:
             raise ValueError(f"its header claims {claimed:,} bytes, but {size - start:,} follow")
-        if size > _SPARSE_BYTES and _stored_bytes(stream.fileno(), size) < _SPARSE_SHARE * size:
+        if _is_hole(stream):
             raise ValueError(f"it claims {size:,} bytes, but hardly any are stored")
         order = "F" if is_fortran else "C"
         if not claimed:  # nothing to map
@@ -224,6 +225,20 @@ def read_array(file: Path | str, kinds: str, wanted: str) -> NDArray[Any]:
         # A plain view of the map: np.memmap's own indexing adds a cost to every gather.
         mapped = np.memmap(stream, dtype, "r", start, shape, order=order)  # type: ignore[call-overload]
     return np.asarray(mapped)
+
+
+def sha256_of(file: Path | str) -> str:
+    """Of a regular file, in hexadecimal; an OSError for pipes, devices, and files that are almost all holes."""
+    with open_regular(file) as stream:
+        if _is_hole(stream):
+            raise OSError(f"it claims {os.fstat(stream.fileno()).st_size:,} bytes, but hardly any are stored")
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _is_hole(stream: BufferedReader) -> bool:
+    """Whether a file is large, and almost all of it is not stored: to read it takes hours, to make it none."""
+    size = os.fstat(stream.fileno()).st_size
+    return size > _SPARSE_BYTES and _stored_bytes(stream.fileno(), size) < _SPARSE_SHARE * size
 
 
 def _stored_bytes(descriptor: int, size: int) -> int:

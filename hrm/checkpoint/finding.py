@@ -25,10 +25,10 @@ from hrm.checkpoint.states import (
 )
 from hrm.config import PretrainConfig
 from hrm.data.identity import PackIdentity
-from hrm.data.pack import Pack, sha256_of
+from hrm.data.pack import Pack
 from hrm.errors import UserError, first_sentence, shortened
 from hrm.models import arch_config
-from hrm.reading import read_json, read_text
+from hrm.reading import read_json, read_text, sha256_of
 
 AUTO = "auto"
 _MOST_BYTES = 1 << 26  # of the metadata and of the sums
@@ -89,8 +89,8 @@ def read_metadata(folder: Path) -> StateMetadata:
         if content["format"] not in READABLE_FORMATS:
             known = " and ".join(map(str, READABLE_FORMATS))
             raise UserError(
-                f"{folder} has format {content['format']} of training states, but this version reads {known}: resume "
-                "with the version that saved it."
+                f"{folder} has format {shortened(content['format'])} of training states, but this version reads "
+                f"{known}: resume with the version that saved it."
             )
         metadata = StateMetadata(**content)
         for name, (kind, accepts) in _KINDS.items():
@@ -98,7 +98,11 @@ def read_metadata(folder: Path) -> StateMetadata:
                 raise ValueError(f"{name} is {shortened(value)}, not {kind}")
         return metadata
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is no training state of this program ({METADATA_FILE}: {error!r}).") from error
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else first_sentence(error)
+        raise UserError(
+            f"{folder} is no training state of this program ({METADATA_FILE}: {shortened(reason)}): resume from "
+            "another one."
+        ) from error
 
 
 def _sha256(file: Path) -> str | None:

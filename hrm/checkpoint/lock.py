@@ -28,8 +28,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from hrm.checkpoint.run_folder import make_folder
+from hrm.checkpoint.run_folder import cannot_write, make_folder
 from hrm.errors import UserError
+from hrm.reading import parse_json
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, lockf
@@ -71,11 +72,11 @@ class Holder:
     def read(cls, descriptor: int) -> Holder | None:
         """None where nobody has written yet, or something that names no process."""
         try:
-            fields = json.loads(os.pread(descriptor, 1 << 16, 0))
+            fields = parse_json(os.pread(descriptor, 1 << 16, 0).decode())
             jobs = {str(name): (str(job), int(attempt)) for name, (job, attempt) in fields["jobs"].items()}
             host, since, token, machine = (_plain(fields[name]) for name in ("host", "since", "token", "machine"))
             return cls(host, int(fields["pid"]), since, token, machine, jobs)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, OverflowError, TypeError, KeyError, AttributeError):
             return None
 
     def is_earlier_attempt_of(self, other: Holder) -> bool:
@@ -121,9 +122,9 @@ class RunLock:
             self._descriptor = self._take()
         except OSError as error:
             self._remove_empty_folders()
-            raise UserError(
-                f"checkpoint_path={self._folder} cannot be written ({error.strerror}): give another path."
-            ) from error
+            if os.path.lexists(self._file) and (self._file.is_symlink() or not self._file.is_file()):
+                raise UserError(f"{self._file} is not the file that a run leaves there: remove it.") from error
+            raise cannot_write(self._folder, error) from error
         _held.add(self._file.resolve())
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
         return self
@@ -151,7 +152,12 @@ class RunLock:
             is_current = _is_at(descriptor, self._file)  # else its holder removed it after we opened it
             is_here = holder is not None and holder.machine == self._own.machine
             if is_current and (is_locked if is_here else holder is None and is_locked is not False):
-                return self._written(descriptor)
+                if os.fstat(descriptor).st_nlink == 1:
+                    return self._written(descriptor)
+                os.close(descriptor)  # what has other names too, such as in a backup, stays as it is
+                if (replaced := self._replace()) is not None:
+                    return replaced
+                continue
             beat = os.fstat(descriptor).st_mtime_ns
             os.close(descriptor)  # and opened anew for the next look: only then a shared disk shows changes for sure
             waited = time.monotonic() - since
@@ -197,7 +203,10 @@ class RunLock:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(asdict(self._own)).encode(), 0)
             os.fsync(descriptor)
-        except OSError:
+        except OSError:  # such as on a full disk
+            with suppress(OSError):
+                if _is_at(descriptor, self._file):
+                    self._file.unlink()
             os.close(descriptor)
             raise
         return descriptor

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from hrm.config import PretrainConfig
 from hrm.errors import UserError
 from hrm.models.losses import LossConfig
+from hrm.reading import read_json
 from hrm.tasks.form import FORM_FILE, IDENTIFIERS_FILE
 
 CONFIG_FILE = "all_config.yaml"
@@ -36,6 +37,14 @@ def make_folder(folder: Path, option: str) -> None:
         raise UserError(f"{option}={folder} cannot be made a folder ({error.strerror}): give another path.") from error
 
 
+def cannot_write(folder: Path, error: OSError) -> UserError:
+    """What to tell of a run folder that a run cannot begin in."""
+    return UserError(
+        f"the run folder {folder} cannot be written ({error.strerror or error}): put that right, or give another "
+        "checkpoint_path."
+    )
+
+
 def keep_earlier_run(folder: Path, after: int | None = None) -> None:
     """Move what an earlier run left in a run folder into `earlier_<n>` there.
 
@@ -51,7 +60,7 @@ def keep_earlier_run(folder: Path, after: int | None = None) -> None:
     left += [file for name in names if os.path.lexists(file := folder / name)]
     if left:
         number = 1
-        while (aside := folder / f"earlier_{number}").exists():
+        while os.path.lexists(aside := folder / f"earlier_{number}"):
             number += 1
         aside.mkdir()
         for path in left:
@@ -61,12 +70,17 @@ def keep_earlier_run(folder: Path, after: int | None = None) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes that died were writing; to be called by the one that holds the folder."""
     for path in folder.iterdir():
-        if not _TEMPORARY.fullmatch(path.name):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        if _TEMPORARY.fullmatch(path.name):
+            with suppress(OSError):
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with what is in it, or a link, but never what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def save_config(config: PretrainConfig, folder: Path, **more: object) -> None:
@@ -101,9 +115,10 @@ def superseded_by_going_on(folder: Path, step: int) -> list[Path]:
 def _stopped_after(folder: Path) -> int:
     """The step after which a run was stopped, as it wrote down; -1 where it did not."""
     try:
-        return int(json.loads((folder / STOPPED_FILE).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        step = read_json(folder / STOPPED_FILE, most=1 << 16)["step"]
+    except (OSError, ValueError, KeyError, TypeError):
         return -1
+    return step if type(step) is int else -1
 
 
 def write_atomically(file: Path, content: bytes) -> None:

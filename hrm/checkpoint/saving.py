@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from hrm.checkpoint.run_folder import sync
+from hrm.checkpoint.run_folder import remove, sync
 from hrm.checkpoint.states import METADATA_FILE, SUMS_FILE, StateMetadata, states_in
-from hrm.data.pack import sha256_of
 from hrm.distributed.world import World, is_of_an_exchange
 from hrm.errors import first_sentence
+from hrm.reading import sha256_of
 
 
 class StateSaver:
@@ -187,7 +187,7 @@ class StateSaver:
             if step != best_step:
                 hidden = states[step].with_name(f".{states[step].name}.tmp")  # so that none is ever there in part
                 states[step].rename(hidden)
-                shutil.rmtree(hidden)
+                remove(hidden)
 
 
 def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from hrm.data.pack import Pack, PackSet, sha256_of
+from hrm.data.pack import Pack, PackSet
+from hrm.errors import UserError
+from hrm.reading import sha256_of
 
 _CACHED_FROM_BYTES = 1 << 26  # smaller files are hashed faster than a cache is worth
 
@@ -51,7 +53,12 @@ def _files_of(split: Pack) -> Iterable[Path]:
 
 
 def _hash_if_there(file: Path) -> str:
-    return sha256_of(file) if file.is_file() else ""
+    try:
+        return sha256_of(file) if file.is_file() else ""
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read ({error.strerror or error}); build or download the pack again."
+        ) from error
 
 
 def _hash(file: Path) -> str:

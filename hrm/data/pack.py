@@ -9,7 +9,6 @@ A group is one original puzzle with its augmentations, a puzzle is one augmentat
 one row of inputs and labels. A pack is checked whole when it is opened, so that what reads it later need not doubt it.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hrm.errors import UserError, shortened
-from hrm.reading import open_regular, parse_json, read_array, read_json, read_text
+from hrm.reading import parse_json, read_array, read_json, read_text, sha256_of
 from hrm.version import __version__
 
 IntArray = npt.NDArray[np.integer[Any]]
@@ -240,12 +239,6 @@ def open_pack(data_path: Path | str, split: str) -> Pack:
 
 def _splits_in(path: Path) -> list[str]:
     return [split for split in SPLITS if (path / split / "dataset.json").is_file()]
-
-
-def sha256_of(file: Path) -> str:
-    """Of a regular file; an OSError for pipes and devices."""
-    with open_regular(file) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type] # typeshed wants more of it
 
 
 def _counts(folder: Path, split: str) -> dict[str, int]:

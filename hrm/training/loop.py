@@ -13,7 +13,13 @@ import torch
 
 from hrm.checkpoint.finding import AUTO, check_options, find_state
 from hrm.checkpoint.lock import RunLock
-from hrm.checkpoint.run_folder import keep_earlier_run, remove_leftovers, save_config, superseded_by_going_on
+from hrm.checkpoint.run_folder import (
+    cannot_write,
+    keep_earlier_run,
+    remove_leftovers,
+    save_config,
+    superseded_by_going_on,
+)
 from hrm.checkpoint.save_points import Request, SavePoints
 from hrm.checkpoint.saving import StateSaver
 from hrm.checkpoint.states import SavedState, environment_info
@@ -123,10 +129,7 @@ def _pretrain(config: PretrainConfig, world: World) -> tuple[Request, TrainResul
                 save_config(config, folder, pack_identity=asdict(identity), task=task)
                 form_of(train_pack).save(folder)
             except OSError as error:
-                raise UserError(
-                    f"the run folder {folder} cannot be written ({error.strerror}): make room, or give another "
-                    "checkpoint_path."
-                ) from error
+                raise cannot_write(folder, error) from error
         is_same_run = saved is not None and saved.is_of(folder)
         wandb_id = saved.metadata.wandb_id if saved and is_same_run else None
         with (

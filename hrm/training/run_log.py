@@ -16,11 +16,14 @@ from urllib.parse import urlparse
 
 from tqdm import tqdm
 
-from hrm.checkpoint.run_folder import METRICS_FILE, write_atomically
+from hrm.checkpoint.run_folder import METRICS_FILE, cannot_write, replacing
 from hrm.config import PretrainConfig
 from hrm.distributed.world import World
 from hrm.errors import first_sentence, printable_lines
 from hrm.output import UnbreakableStream
+from hrm.reading import open_regular
+
+_MOST_OF_A_RECORD = 1 << 20  # bytes
 
 # What W&B takes in WANDB_MODE, by what it means here.
 _WANDB_MODES = {
@@ -67,7 +70,11 @@ class RunLog:
         self._waiting = b""  # for a place on the disk
         self._wandb = None
         if world.is_main:
-            self._file = (folder / METRICS_FILE).open("ab", buffering=0)  # so that it is known what was written
+            try:
+                self._file = (folder / METRICS_FILE).open("ab", buffering=0)  # so that it is known what was written
+            except OSError as error:
+                self._bar.close()
+                raise cannot_write(folder, error) from error
             self._wandb = _start_wandb(config, folder, wandb_id, self.say)
 
     @property
@@ -76,12 +83,12 @@ class RunLog:
         return None if self._wandb is None else self._wandb.id
 
     def size(self) -> int:
-        """Bytes of records on the disk, up to now."""
+        """Bytes of records up to now, those that wait for a place on the disk among them."""
         if self._file is None:
             return 0
         with suppress(OSError):
             os.fsync(self._file.fileno())
-        return self._file.tell()
+        return self._file.tell() + len(self._waiting)
 
     def __enter__(self) -> Self:
         return self
@@ -140,9 +147,16 @@ class RunLog:
 
 
 def cut_records(source: Path, size: int, folder: Path) -> None:
-    """Put the first `size` bytes of the records of run folder `source` into `folder`, which may be the same."""
-    file = source / METRICS_FILE
-    write_atomically(folder / METRICS_FILE, file.read_bytes()[:size] if file.is_file() else b"")
+    """Put the records in the first `size` bytes of those of run folder `source` into `folder`, which may be the same.
+
+    A record that was written in part, as the disk was full, is left out.
+    """
+    with replacing(folder / METRICS_FILE) as temporary, temporary.open("wb") as kept:
+        if not (file := source / METRICS_FILE).is_file():
+            return
+        with open_regular(file) as records:
+            while (line := records.readline(_MOST_OF_A_RECORD)).endswith(b"\n") and records.tell() <= size:
+                kept.write(line)
 
 
 def _start_wandb(config: PretrainConfig, folder: Path, wandb_id: str | None, say: Callable[[str], None]) -> Any:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 
 from hrm.checkpoint.finding import find_state, read_metadata
-from hrm.data.pack import sha256_of
+from hrm.checkpoint.saving import StateSaver
 from hrm.errors import UserError
+from hrm.reading import sha256_of
 from tests.helpers.entry_points import TINY_RUN, make_pack, run_script, train
+from tests.helpers.training import ALONE
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,26 @@ def test_a_pipe_among_the_files_is_not_waited_for(name: str, state: Path) -> Non
     os.mkfifo(state / name)
     with pytest.raises(UserError, match="state_3"):
         find_state(str(state), state.parent)
+
+
+@pytest.mark.parametrize("name", ["state.json", "SHA256SUMS", "more.safetensors"])
+def test_a_hole_of_terabytes_is_not_read(name: str, state: Path) -> None:
+    (state / name).touch()
+    sum_up(state)
+    os.truncate(state / name, 1 << 42)
+    started = time.perf_counter()
+    with pytest.raises(UserError, match="state_3"):
+        find_state(str(state), state.parent)
+    assert time.perf_counter() - started < 10
+
+
+def test_a_link_to_a_state_is_discarded_as_a_link(run: Path, tmp_path: Path) -> None:
+    saver = StateSaver(tmp_path, 1, ALONE, 1.0)
+    for step, name in enumerate(("state_3", "state_6")):
+        (tmp_path / f"state_{step}").symlink_to(run / "run" / name)
+    saver._discard_all_but(None)
+    assert [path.name for path in tmp_path.iterdir()] == ["state_1"]
+    assert (run / "run/state_3/state.json").is_file()
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "run/" + "y" * 300, "state_" + "1" * 300, "a\0b"])

@@ -1,5 +1,6 @@
 """One living run a folder: the living are not disturbed, the dead block nobody."""
 
+import errno
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -194,9 +195,17 @@ def test_a_folder_that_is_gone_is_no_lost_lock(tmp_path: Path) -> None:
         assert not lock.lost
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "1e999", '{"host": 1}', '{"jobs": [3]}', "\0" * 100])
-def test_any_content_is_no_obstacle(tmp_path: Path, content: str) -> None:
-    (tmp_path / LOCK_FILE).write_text(content)
+NO_LOCK = r"\.lock is not the file that a run leaves there: remove it"
+FOREIGN = '{"host": "h", "since": "s", "token": "t", "machine": "m", "pid": Infinity, "jobs": {}}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "1e999", '{"host": 1}', '{"jobs": [3]}', "\0" * 100, "[" * 60_000, FOREIGN, b"\xff"],
+    ids=lambda content: repr(content)[:20],
+)
+def test_any_content_is_no_obstacle(tmp_path: Path, content: str | bytes) -> None:
+    (tmp_path / LOCK_FILE).write_bytes(content.encode() if isinstance(content, str) else content)
     with RunLock(tmp_path, pytest.fail):
         pass
 
@@ -204,9 +213,39 @@ def test_any_content_is_no_obstacle(tmp_path: Path, content: str) -> None:
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("kept")
     (tmp_path / LOCK_FILE).symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match="cannot be written"), RunLock(tmp_path):
+    with pytest.raises(UserError, match=NO_LOCK), RunLock(tmp_path):
         pass
     assert (tmp_path / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_no_file_is_named(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / LOCK_FILE)
+    with pytest.raises(UserError, match=NO_LOCK), RunLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("holder_is_dead", [True, False])
+def test_a_hard_link_is_not_written_through(holder_is_dead: bool, tmp_path: Path, quick: None) -> None:
+    """Such as in a copy by `cp -al`, of the folder of a run that was killed, or of other content."""
+    text = json.dumps(asdict(Holder.this_process()) | {"pid": 1}) if holder_is_dead else "precious"
+    (tmp_path / "other").write_text(text)
+    (tmp_path / "run").mkdir()
+    os.link(tmp_path / "other", tmp_path / "run" / LOCK_FILE)
+    with RunLock(tmp_path / "run", pytest.fail):
+        assert json.loads((tmp_path / "run" / LOCK_FILE).read_text())["pid"] == os.getpid()
+    assert (tmp_path / "other").read_text() == text
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(UserError, match=r"run cannot be written \(No space left"), RunLock(tmp_path / "a" / "run"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_folders_made_for_nothing_go(tmp_path: Path) -> None:

@@ -32,10 +32,11 @@ from hrm.checkpoint.states import StateMetadata
 from hrm.checkpoint.weights import read_weights
 from hrm.config import DataConfig, KernelsConfig, OptimConfig, ParallelConfig, PretrainConfig
 from hrm.data.loader import TrainLoader
-from hrm.data.pack import open_pack, sha256_of
+from hrm.data.pack import open_pack
 from hrm.distributed.world import World
 from hrm.errors import UserError
 from hrm.models.hrm import HRMConfig
+from hrm.reading import sha256_of
 from hrm.training.loop import EXIT_PREEMPTED, pretrain
 from hrm.training.resume import restore
 from hrm.training.run_log import RunLog

@@ -24,14 +24,16 @@ import yaml
 from safetensors.torch import load_file
 
 from hrm.checkpoint import run_folder
+from hrm.checkpoint.run_folder import superseded_by_going_on
 from hrm.config import DataConfig, PretrainConfig
 from hrm.data.loader import TrainLoader
 from hrm.errors import UserError
 from hrm.models.hrm import HRMConfig
 from hrm.training import run
 from hrm.training.loop import EXIT_INTERRUPTED, EXIT_PREEMPTED, pretrain
-from hrm.training.run_log import RunLog
+from hrm.training.run_log import RunLog, cut_records
 from tests.helpers.entry_points import CPU, ROOT, TINY_MODEL, make_pack, run_script
+from tests.helpers.training import ALONE
 
 ALWAYS = 1e-9  # minutes: a training state after every step
 
@@ -340,6 +342,64 @@ def test_leftovers_of_dead_runs_go(config: PretrainConfig, folder: Path) -> None
     (folder / ".tmp_of_mine").touch()
     pretrain(replace(config, epochs=1))
     assert {path.name for path in folder.glob(".*")} == {".mine", ".tmp_of_mine"}
+
+
+@pytest.mark.parametrize(
+    ("content", "size", "kept"),
+    [
+        (b'{"a": 1}\n{"b": 2}\n{"c', 21, b'{"a": 1}\n{"b": 2}\n'),  # written in part when the disk was full
+        (b'{"a": 1}\n{"b": 2}\n', 9, b'{"a": 1}\n'),
+        (b'{"a": 1}\n', 200, b'{"a": 1}\n'),  # the rest never found a place
+        (b"", 200, b""),
+    ],
+)
+def test_records_of_the_run_that_goes_on(content: bytes, size: int, kept: bytes, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    cut_records(tmp_path, size, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == kept
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.symlink_to("/dev/zero"), Path.mkdir, None])
+def test_records_that_are_none(make: Callable[[Path], None] | None, tmp_path: Path) -> None:
+    (tmp_path / "earlier").mkdir()
+    file = tmp_path / "earlier" / "metrics.jsonl"
+    if make is None:
+        file.touch()
+        os.truncate(file, 1 << 42)
+    else:
+        make(file)
+    cut_records(tmp_path / "earlier", 1 << 62, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_records_that_wait_are_counted(config: PretrainConfig, folder: Path, limited: Callable[[int], None]) -> None:
+    """A state saved meanwhile goes on behind them, as they are written as soon as there is room."""
+    folder.mkdir()
+    with RunLog(config, folder, 10, ALONE) as log:
+        log.record({"step": 1.0})
+        size = log.size()
+        limited(size + 5)
+        log.record({"step": 2.0})
+        assert (folder / "metrics.jsonl").stat().st_size == size + 5
+        assert log.size() == 2 * size
+        no_limit(limited)
+    cut_records(folder, 2 * size, folder)
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()] == [1, 2]
+
+
+def test_a_folder_without_room_for_records_is_a_sentence(config: PretrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written"):
+        RunLog(config, tmp_path / "gone", 10, ALONE)
+
+
+def test_pipes_and_links_of_an_earlier_run_hold_nobody_up(config: PretrainConfig, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "earlier_1").symlink_to("nowhere")
+    (folder / "metrics.jsonl").touch()
+    os.mkfifo(folder / "stopped.json")
+    assert superseded_by_going_on(folder, 3) == []
+    pretrain(replace(config, epochs=1))
+    assert {path.name for path in (folder / "earlier_2").iterdir()} == {"metrics.jsonl", "stopped.json"}
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
