@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TextIO
 
+from hrm.errors import UserError
+
 
 class UnbreakableStream:
-    """A text stream whose `write` and `flush` never raise: what cannot be written is dropped."""
+    """A text stream whose `write` and `flush` never raise: what cannot be written is dropped.
+
+    Attributes:
+        error: the last of what was not written for another reason than that nobody reads any more.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.error: OSError | None = None
 
     def write(self, text: str) -> int:
         """Write, if that works; the number of characters, as if it had."""
-        with suppress(OSError, ValueError):  # ValueError: the stream was closed
+        with self._note():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
+        with self._note():
             self._stream.flush()
+
+    @contextmanager
+    def _note(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EPIPE:
+                self.error = error
+        except ValueError:  # the stream was closed
+            pass
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -44,7 +62,22 @@ def unbreakable_output() -> Iterator[None]:
             sys.stdout, sys.stderr = former
             for stream in former:
                 if stream is not None:
-                    _silence_if_broken(stream)
+                    silence_if_broken(stream)
+
+
+@contextmanager
+def output_that_counts() -> Iterator[None]:
+    """As `unbreakable_output`, for work whose result is what it prints.
+
+    Raises:
+        UserError: it could not be printed, for another reason than that its reader left.
+    """
+    with unbreakable_output():
+        out = sys.stdout
+        yield
+        out.flush()
+    if isinstance(out, UnbreakableStream) and out.error is not None:
+        raise UserError(f"the output cannot be written ({out.error.strerror}): send it elsewhere.")
 
 
 def occupy_standard_descriptors() -> None:
@@ -56,7 +89,8 @@ def occupy_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
 
 
-def _silence_if_broken(stream: TextIO) -> None:
+def silence_if_broken(stream: TextIO) -> None:
+    """Send a stream that cannot be written nowhere, so that Python does not fail over it at its end."""
     try:
         stream.flush()
     except (OSError, ValueError):

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hrm.errors import first_sentence, printable
+from hrm.output import silence_if_broken
 
 EXIT_UNFORESEEN = 1
 _FOLDER = "traceback_folder"
@@ -55,4 +56,7 @@ def unforeseen(error: Exception) -> str:
 
 def tell(sentence: str) -> None:
     """Print an error on stderr, on one line that steers no terminal."""
-    print(f"error: {printable(sentence)}", file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):  # the exit status says that there was one
+        print(f"error: {printable(sentence)}", file=sys.stderr, flush=True)
+    if sys.stderr is not None:
+        silence_if_broken(sys.stderr)

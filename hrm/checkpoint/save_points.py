@@ -131,6 +131,12 @@ class SavePoints:
             raise Interrupted
 
 
+def leave_signals_alone() -> None:
+    """Ignore signals to stop from here on, where all is saved and one would only change the exit status."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """A context that no signal to stop ends, nor the death of a loader's worker, at which PyTorch raises wherever the

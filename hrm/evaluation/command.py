@@ -25,6 +25,7 @@ from hrm.evaluation.runner import evaluate, parts_of, save_outputs, show_predict
 from hrm.evaluation.show import SHOWN_OUTPUTS, check_show, show_puzzles
 from hrm.evaluation.solve import solve_puzzle
 from hrm.models import ACTLossHead
+from hrm.output import output_that_counts
 from hrm.tasks.base import Evaluator
 from hrm.unforeseen import traceback_folder
 
@@ -45,7 +46,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, float]:
         UserError: for a checkpoint, a pack or a puzzle that is missing, broken or does not fit the others.
     """
     _check_modes(config)
-    with join_world(config.device) as world:
+    with output_that_counts(), join_world(config.device) as world:
         checkpoint = find_checkpoint(config.checkpoint)
         if config.puzzle is not None:
             solve_puzzle(config, checkpoint, config.puzzle, world)

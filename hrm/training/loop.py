@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from hrm.checkpoint.run_folder import (
     save_config,
     superseded_by_going_on,
 )
-from hrm.checkpoint.save_points import Request, SavePoints
+from hrm.checkpoint.save_points import Request, SavePoints, leave_signals_alone
 from hrm.checkpoint.saving import StateSaver
 from hrm.checkpoint.states import SavedState, environment_info
 from hrm.config import DataConfig, PretrainConfig
@@ -65,6 +66,7 @@ def pretrain(config: PretrainConfig) -> TrainResult:
     """
     with unbreakable_output(), join_world(config.device, config.parallel, config.dist_timeout) as world:
         request, result = _pretrain(config, world)
+    atexit.register(leave_signals_alone)
     if request.stops:
         raise SystemExit(EXIT_INTERRUPTED if request is Request.INTERRUPT else EXIT_PREEMPTED)
     return result

@@ -600,6 +600,20 @@ def test_output_that_cannot_be_written(redirected: str, pack: Path, folder: Path
     assert all(json.loads(line)["step"] for line in lines)
 
 
+def test_signals_that_follow_change_no_status(pack: Path, folder: Path) -> None:
+    """Not even when all is saved, and Python comes to its end."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(["bash", "-c", f"exec {command(pack, folder)}"], cwd=ROOT, env=environment)
+    while not (folder / "metrics.jsonl").is_file() or not (folder / "metrics.jsonl").read_text().count("\n"):
+        assert process.poll() is None
+        time.sleep(0.02)
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    assert process.returncode in (EXIT_PREEMPTED, 0)  # 0 if it came to its end before
+    assert [path.name for path in folder.glob("state_*")]
+
+
 @pytest.mark.parametrize("mode", ["", "sometimes", "\n", "dryrun "])
 def test_odd_modes_of_wandb(
     mode: str, config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -4,37 +4,58 @@ from __future__ import annotations
 
 import argparse
 import csv
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import FrameType
+from typing import Any, NoReturn, TypeAlias
 
 from numpy.typing import NDArray
 
 from hrm.data.pack import SPLITS
 from hrm.errors import UserError, printable_lines
+from hrm.output import output_that_counts
 from hrm.reading import open_lines
 from hrm.unforeseen import EXIT_UNFORESEEN, tell, unforeseen
 
 # What `bytes` takes: rows of arrays, and bytes themselves. Python 3.12 has a name for it.
 Buffer: TypeAlias = NDArray[Any] | bytes
 
+EXIT_INTERRUPTED = 130
+
 MOST_SOURCE = 256
 """Characters of a source's name."""
 
 
 def run_command(work: Callable[[argparse.Namespace], str], parse: Callable[[], argparse.Namespace]) -> int:
-    """Print what `work` returns for the arguments that `parse` returns, or what is wrong; returns the exit status."""
+    """Print what `work` returns for the arguments that `parse` returns, or what is wrong; returns the exit status.
+
+    Signals to end it let `work` remove what it had begun.
+    """
+    for name in ("SIGTERM", "SIGHUP"):
+        if (number := getattr(signal, name, None)) and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
     try:
-        print(printable_lines(work(parse())))
+        arguments = parse()
+        with output_that_counts():
+            print(printable_lines(work(arguments)))
     except UserError as error:
         tell(str(error))
         return 2
+    except KeyboardInterrupt:
+        tell("stopped by Ctrl-C; nothing was written.")
+        return EXIT_INTERRUPTED
     except Exception as error:
         tell(unforeseen(error))
         return EXIT_UNFORESEEN
     return 0
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # a second one does not break the tidying
+    sys.exit(128 + number)
 
 
 def option(name: str) -> str:
