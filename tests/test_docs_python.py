@@ -47,7 +47,7 @@ def test_the_page_runs(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(BLOCKS)],
         cwd=tmp_path,
-        env={"PATH": "", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

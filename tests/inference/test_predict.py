@@ -1,5 +1,6 @@
 """Models used from a program: what they take, what they answer, and how little memory it takes."""
 
+import gc
 import json
 import math
 import tracemalloc
@@ -312,20 +313,24 @@ def test_a_stream_gives_the_same_answers(small: TrainedModel, boards: Any) -> No
 def test_a_thousand_boards_in_constant_memory(small: TrainedModel) -> None:
     """Python's and numpy's memory at its highest, of 100 boards and of 1,000; PyTorch's is that of the slots."""
 
-    def highest(count: int) -> int:
-        rng = np.random.default_rng(0)
+    def highest(count: int, *, keep: bool = False) -> int:
+        rng, kept, answered = np.random.default_rng(0), [], 0
+        gc.collect()
         tracemalloc.start()
-        answered = 0
         for chunk in small.predict(({"tokens": rng.integers(1, 6, 16)} for _ in range(count)), stream=True):
             answered += len(chunk)
+            kept += [chunk] if keep else []
         assert answered == count
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most
 
-    highest(100)
-    few, many = highest(100), highest(1000)
-    assert many < 1.2 * few + 50_000, (few, many)
+    def of_a_board(*, keep: bool) -> float:
+        highest(100, keep=keep)  # what is made once is there
+        return (highest(1000, keep=keep) - highest(100, keep=keep)) / 900
+
+    assert of_a_board(keep=True) > 500, "what a board takes that is kept"
+    assert of_a_board(keep=False) < 150, "what Python has not collected yet"
 
 
 # --- what a model is ---
