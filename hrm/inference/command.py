@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 
+from hrm.checkpoint.weights import find_checkpoint
 from hrm.config import EnsembleConfig, EvaluateConfig
-from hrm.errors import UserError, printable
+from hrm.errors import UserError, printable, printable_lines
 from hrm.evaluation.command import evaluate_checkpoint
 from hrm.inference.files import STANDARD, predict_file
-from hrm.inference.model import from_pretrained
+from hrm.inference.model import TrainedModel, from_pretrained
 from hrm.inference.predictor import PredictOptions
+from hrm.reading import parse_json
+from hrm.tasks import all_tasks
+from hrm.tasks.base import PuzzleSize
+from hrm.tasks.form import read_form
 
 EXIT_UNANSWERED = 3
 """Exit status where some of the inputs could not be answered; the others were."""
@@ -26,23 +32,13 @@ def evaluate_or_predict(config: EvaluateConfig) -> None:
     if config.input is None:
         if config.output is not None:
             raise UserError("output= is for the answers to input=: give that too, or take output_dir=.")
-        evaluate_checkpoint(config)
+        if config.puzzle is not None and not _is_drawn(config.puzzle, config.checkpoint):
+            _answer_one(config, config.puzzle)
+        else:
+            evaluate_checkpoint(config)
         return
     _check(config)
-    model = from_pretrained(
-        config.checkpoint,
-        device=config.device,
-        dtype=config.dtype,
-        kernels=config.kernels,
-        data_path=config.data_path,
-    )
-    options = PredictOptions(
-        config.act_max_steps,
-        config.ensemble.augmentations,
-        halt=config.act == "halt",
-        batch_size=config.global_batch_size,
-        halt_margin=config.act_margin,
-    )
+    model, options = _model(config), _options(config)
     target = config.output or STANDARD
     count = predict_file(model, config.input, target, options)
     if count.bad or target != STANDARD:
@@ -56,15 +52,72 @@ def evaluate_or_predict(config: EvaluateConfig) -> None:
         raise SystemExit(EXIT_UNANSWERED)
 
 
-def _check(config: EvaluateConfig) -> None:
-    """UserError for options that have no meaning with input=."""
+def _model(config: EvaluateConfig) -> TrainedModel:
+    return from_pretrained(
+        config.checkpoint,
+        device=config.device,
+        dtype=config.dtype,
+        kernels=config.kernels,
+        data_path=config.data_path,
+    )
+
+
+def _options(config: EvaluateConfig) -> PredictOptions:
+    return PredictOptions(
+        config.act_max_steps,
+        config.ensemble.augmentations,
+        halt=config.act == "halt",
+        batch_size=config.global_batch_size,
+        halt_margin=config.act_margin,
+    )
+
+
+def _is_drawn(text: str, name: str) -> bool:
+    """Whether a puzzle is a board that is filled in, which `hrm.evaluation.solve` draws; not so ARC's and one's own."""
+    if text.lstrip()[:1] in ("{", "["):
+        return False
+    form = read_form(find_checkpoint(name).folder)
+    if form is None or form.task not in (tasks := all_tasks()):
+        return True
+    return tasks[form.task].view(PuzzleSize(form.seq_len, form.vocab_size)).blank is not None
+
+
+def _answer_one(config: EvaluateConfig, text: str) -> None:
+    """Answer a puzzle that is no board, JSON or a text as `predict` takes it, and print the answer."""
+    _check(replace(config, puzzle=None), "puzzle")
+    value: object = text
+    if text.lstrip()[:1] in ("{", "["):
+        try:
+            value = parse_json(text)
+        except ValueError as error:
+            raise UserError(f"puzzle= is not valid JSON ({error}).") from error
+    model = _model(config)
+    try:
+        puzzles = model.task.puzzles_of(value, model.form)
+    except UserError as error:
+        raise UserError(f"puzzle= cannot be answered: {error}") from error
+    out = model.predictor.answer(puzzles, range(len(puzzles)), _options(config))
+    for answer, q_halt, steps in zip(out.values, out.q_halt.tolist(), out.steps.tolist(), strict=True):
+        rows = answer if isinstance(answer, list) and answer and isinstance(answer[0], list) else [answer]
+        print(printable_lines("\n".join(_row(row) for row in rows)))
+        print(f"q_halt {q_halt:.2f} after {steps} ACT steps.")
+
+
+def _row(cells: object) -> str:
+    if not isinstance(cells, list):
+        return str(cells)
+    return " ".join("." if cell is None else str(cell) for cell in cells)
+
+
+def _check(config: EvaluateConfig, option: str = "input") -> None:
+    """UserError for options that have no meaning with input=, or with another one."""
     outputs = {name: getattr(config, name) for name in ("puzzle", "save_outputs", "show", "report", "output_dir")}
     for name, value in outputs.items():
         if value:
-            raise UserError(f"input= cannot be used with {name}=: leave one of them out.")
+            raise UserError(f"{option}= cannot be used with {name}=: leave one of them out.")
     if config.act == "both":
-        raise UserError("input= cannot be used with act=both: take act=halt or act=full.")
+        raise UserError(f"{option}= cannot be used with act=both: take act=halt or act=full.")
     if config.ensemble.checkpoints != EnsembleConfig().checkpoints:
-        raise UserError("input= cannot be used with ensemble.checkpoints=: one model answers.")
+        raise UserError(f"{option}= cannot be used with ensemble.checkpoints=: one model answers.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("input= works in a single process: leave out torchrun.")
+        raise UserError(f"{option}= works in a single process: leave out torchrun.")

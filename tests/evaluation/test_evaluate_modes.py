@@ -192,7 +192,7 @@ def test_a_list_of_ratings_cut_short(described: tuple[Path, Path, dict[str, list
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["act=early"], "act=early is not a choice; there are: both, full, halt."),
+        (["act=early"], "act=early is not a choice; there are: auto, both, full, halt."),
         (
             ["act=halt", "save_outputs=[logits]"],
             "save_outputs= needs every step of every puzzle: take act=full or act=both.",

@@ -189,6 +189,27 @@ def test_what_cannot_be(small: Path, tmp_path: Path, options: list[str], sentenc
     assert source.read_text() == "." * 16 + "\n"
 
 
+def test_one_puzzle_that_is_no_board(tmp_path: Path) -> None:
+    """`puzzle=` for ARC and for symbols of one's own prints the answer that `input=` writes."""
+    arc = untrained(tmp_path / "arc", PuzzleForm("arc", 900, 12, 2, identifiers=("<blank>", "rule")), halt_max_steps=1)
+    own = untrained(tmp_path / "own", PuzzleForm("tokens", 4, 5, symbols=("a", "go", 1, 2), answers_cover_inputs=True))
+    for run, typed, value in (
+        (arc, '{"input": [[1, 2]], "puzzle": "rule"}', {"input": [[1, 2]], "puzzle": "rule"}),
+        (own, "a go 1", ["a", "go", 1]),
+    ):
+        outcome = run_script("evaluate.py", f"checkpoint={run}", "device=cpu", f"puzzle={typed}")
+        assert outcome.status == 0, outcome.err
+        (record,) = answered(tmp_path, run, written(tmp_path / "a.jsonl", json.dumps(value)), "act=full")
+        rows = record["answer"] if run is arc else [record["answer"]]
+        assert outcome.out.splitlines()[:-1] == [" ".join(map(str, row)) for row in rows]
+        assert outcome.out.splitlines()[-1].startswith(f"q_halt {record['q_halt']:.2f} after ")
+    outcome = run_script("evaluate.py", f"checkpoint={own}", "device=cpu", "puzzle=a went")
+    assert outcome.status == 2
+    assert (
+        outcome.err == 'error: puzzle= cannot be answered: cell 2 is "went", which is no symbol that the model knows.\n'
+    )
+
+
 @pytest.mark.slow
 def test_a_task_of_ones_own_from_examples_to_a_pipe(tmp_path: Path) -> None:
     """Lists of 3 to 5 letters, whose answer is the same with each letter replaced by the next one."""
