@@ -18,7 +18,7 @@ import yaml
 
 from hrm.config import DataConfig, PretrainConfig
 from hrm.config.compose import run
-from hrm.data.builders.missing import ensure_pack
+from hrm.data.builders.missing import ensure_pack, how_to_build
 from hrm.data.pack import PackMetadata, PackSet, write_split
 from hrm.errors import UserError
 from hrm.models.hrm import HRMConfig
@@ -340,6 +340,12 @@ def test_training_says_what_makes_its_pack(
     assert f"data_path={data_path} does not exist: " in str(told.value)
     assert says in str(told.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["sudoku-4x4", "sudoku-mine", "elsewhere"])
+def test_evaluation_names_no_option_that_it_lacks(folder: str) -> None:
+    assert "data=" in how_to_build(f"data/{folder}")
+    assert "data=" not in how_to_build(f"data/{folder}", by_name=False)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,12 @@ def test_links_name_what_exists(page: str) -> None:
             assert fragment in headings((ROOT / path).read_text() if path else text), f"{page} links to {target}"
 
 
+@pytest.mark.parametrize("page", [page for page in TEXTS if page != "docs/options.md"])  # architectures share options
+def test_nothing_stands_twice(page: str) -> None:
+    paragraphs = [text.strip() for text in (ROOT / page).read_text().split("\n\n")]
+    assert not {text for text in paragraphs if len(text) > 200 and paragraphs.count(text) > 1}
+
+
 def test_links_are_found() -> None:
     """Else the test above could not fail."""
     text = "[a](b.md#c) ![d](e/f.svg)\n```\n[no](no.md)\n```\nand `[no](no.md)`, [g](https://h.org/i)"

@@ -17,6 +17,7 @@ from pkgutil import iter_modules
 from hrm.config.checks import neighbours
 from hrm.config.paths import DISTRIBUTION
 from hrm.errors import UserError
+from hrm.output import unbreakable_output
 from hrm.unforeseen import tell
 from hrm.version import __version__
 
@@ -24,6 +25,7 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
+@unbreakable_output()  # as in `hrm data list | head`
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first argument names, and return the exit status."""
     name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]

@@ -30,6 +30,7 @@ from hrm.config.training import PretrainConfig
 from hrm.config.typed import option_names
 from hrm.config.yaml_files import read_old_names
 from hrm.errors import UserError, first_sentence
+from hrm.output import unbreakable_output
 from hrm.unforeseen import EXIT_UNFORESEEN, unforeseen
 from hrm.unforeseen import tell as tell_error
 
@@ -65,6 +66,7 @@ _FLAGS = {
 }
 
 
+@unbreakable_output()  # as in `pretrain.py --help | head`
 def run(
     schema: type[T],
     config_name: str,

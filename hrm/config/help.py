@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import string
 import textwrap
@@ -42,13 +43,21 @@ def help_page(composed: DictConfig, program: str, folders: tuple[Path, ...] = ()
         folders: with YAML files beside those of the package.
     """
     in_torchrun = program.removeprefix("python ") if program.startswith("python ") else f"-m {program}"
-    page = string.Template(composed.hydra.help.template).safe_substitute(
-        PROGRAM=program,
-        IN_TORCHRUN=in_torchrun,
+    page = string.Template(_in_columns(composed.hydra.help.template, program, in_torchrun)).safe_substitute(
         APP_CONFIG_GROUPS="\n".join(_group_lines(composed, folders)),
         CONFIG="\n".join(_option_lines(composed)),
     )
     return page.rstrip()
+
+
+def _in_columns(template: str, program: str, in_torchrun: str) -> str:
+    """The template with its command lines filled in and the explanations that follow two spaces each in one column."""
+    rows = [re.split(r"(?<=\S) {2,}", line) for line in template.splitlines()]
+    examples = [row for row in rows if "$PROGRAM" in row[0] or "$IN_TORCHRUN" in row[0]]
+    for row in examples:
+        row[0] = string.Template(row[0]).safe_substitute(PROGRAM=program, IN_TORCHRUN=in_torchrun)
+    width = max((len(row[0]) for row in examples if len(row) > 1), default=0)
+    return "\n".join("  ".join([row[0].ljust(width) if len(row) > 1 else row[0], *row[1:]]) for row in rows)
 
 
 def groups_in(composed: DictConfig) -> list[str]:

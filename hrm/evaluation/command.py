@@ -91,7 +91,8 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
         )
     if not Path(data_path).exists():
         raise UserError(
-            f"The data pack {data_path} does not exist: give its path, data_path=, or {how_to_build(data_path)}"
+            f"The data pack {data_path} does not exist: give its path, data_path=, or "
+            + how_to_build(data_path, by_name=False)
         )
     pack = open_pack(data_path, "test")
     batch_size = _bounded(batch_size, pack, world)

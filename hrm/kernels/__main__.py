@@ -13,6 +13,7 @@ from hrm.config import kernels_config
 from hrm.errors import UserError
 from hrm.kernels import KernelRequest, describe, resolve
 from hrm.kernels.presets import presets, table
+from hrm.output import unbreakable_output
 
 BEGIN, END = "<!-- written by: python -m hrm.kernels --write docs/kernels.md -->", "<!-- end -->"
 
@@ -32,6 +33,7 @@ def write_table(file: Path) -> None:
     file.write_text(new, encoding="utf-8")
 
 
+@unbreakable_output()  # as in `python -m hrm.kernels | head`
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m hrm.kernels", description="List what kernels= can name.")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table between the marks of this file")

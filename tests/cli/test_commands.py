@@ -1,5 +1,6 @@
 """The console script `hrm`: its commands are found, and do what the doors at the top do."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from hrm import cli
 from hrm.cli.train import DEMO, with_recipe
 from hrm.data.builders import find_builders
 from hrm.version import __version__
+from tests.helpers.entry_points import ROOT
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +45,29 @@ def test_misspelt_commands_name_their_neighbours(
 def test_unknown_commands_list_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["xyz"]) == 2
     assert f"there are: {', '.join(cli.commands())}." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "hrm"],
+        ["-m", "hrm", "data", "list"],
+        pytest.param(["pretrain.py", "--help"], marks=pytest.mark.slow),
+        pytest.param(["-m", "hrm.kernels"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("buffering", ["", "1"])  # with it, the pipe breaks when Python ends
+def test_readers_may_leave(command: list[str], buffering: str) -> None:
+    """As `| head -1` does."""
+    environment = os.environ | {"PYTHONUNBUFFERED": buffering}
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help_needs_no_pytorch() -> None:

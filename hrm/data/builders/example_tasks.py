@@ -1,7 +1,7 @@
-"""Writes examples of a small reasoning task as JSON lines, for dataset/build_custom_dataset.py.
+"""Writes examples of a small reasoning task as JSON lines, for `hrm data custom`.
 
-python dataset/write_example_task.py topological_order --count 5000 --output data/order.jsonl
-python dataset/build_custom_dataset.py --train data/order.jsonl --test-fraction 0.1 --output-dir data/order
+hrm data example topological_order --count 5000 --output data/order.jsonl
+hrm data custom --train data/order.jsonl --test-fraction 0.1 --output-dir data/order
 
 dag_path           input: start, goal, and for every pair of nodes whether an edge leads from the first to the second
                    output: the nodes of a path of fewest edges

@@ -1,6 +1,6 @@
 """Lists the data sets that `data=` can name: where they come from, how to get them, and what is built already.
 
-python dataset/list_datasets.py
+hrm data list
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Builds a maze pack from the hub, from CSV files or from random mazes.
 
-python dataset/build_maze_dataset.py --output-dir data/maze-30x30-hard-1k
-python dataset/build_maze_dataset.py --source-dir my-mazes --output-dir data/my-mazes --aug
-python dataset/build_maze_dataset.py --generate 30x30 --output-dir data/maze-30x30
+hrm data maze --output-dir data/maze-30x30-hard-1k
+hrm data maze --source-dir my-mazes --output-dir data/my-mazes --aug
+hrm data maze --generate 30x30 --output-dir data/maze-30x30
 
 Generated mazes have walls like the published ones and paths of the same least length, but start and goal are about as
 far apart as the maze allows where the published ones are random cells far enough apart. Their paths are a little longer

@@ -35,8 +35,12 @@ def ensure_pack(data: DataConfig, data_path: str) -> None:
         )
 
 
-def how_to_build(data_path: str) -> str:
-    """The end of a sentence about a pack that is missing: how to get one there, judged by the name of its folder."""
+def how_to_build(data_path: str, by_name: bool = True) -> str:
+    """The end of a sentence about a pack that is missing: how to get one there, judged by the name of its folder.
+
+    Args:
+        by_name: whether the command line takes `data=NAME`.
+    """
     known = read_registry()
     by_folder = {Path(entry.path).name: name for name, entry in known.items()}
     folder = Path(data_path).name
@@ -45,12 +49,16 @@ def how_to_build(data_path: str) -> str:
         close = [name for name in by_folder if re.split(r"\W", name)[0] == re.split(r"\W", folder)[0]][:1]
     if not close:
         names = " or ".join(known)
-        return f"choose a pack by name, data={names}, or build one there: `hrm data --help` lists the builders."
+        choose = f"choose a pack by name, data={names}, or " if by_name else ""
+        return f"{choose}build one there: `hrm data --help` lists the builders."
     name = by_folder[close[0]]
     command = f"`{build_command(known[name].build, data_path)}`"
     if close == [folder]:
-        return f"build it by {command}, or name the pack, data={name}, which builds it first."
-    return f"correct it, or build one there, e.g. {command}; or choose a pack by name, data={' or '.join(known)}."
+        return f"build it by {command}" + (
+            f", or name the pack, data={name}, which builds it first." if by_name else "."
+        )
+    choose = f"; or choose a pack by name, data={' or '.join(known)}" if by_name else ""
+    return f"correct it, or build one there, e.g. {command}{choose}."
 
 
 def _builder_argv(build: str) -> list[str]:

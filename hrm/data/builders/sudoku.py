@@ -1,8 +1,8 @@
 """Builds a Sudoku pack from the hub, from CSV files or from generated puzzles.
 
-python dataset/build_sudoku_dataset.py --output-dir data/sudoku-extreme-1k-aug-1000 --subsample-size 1000 --num-aug 1000
-python dataset/build_sudoku_dataset.py --source-dir my-puzzles --output-dir data/my-puzzles
-python dataset/build_sudoku_dataset.py --generate 2x2 --train-size 5000 --test-size 1000 --output-dir data/sudoku-4x4
+hrm data sudoku --output-dir data/sudoku-extreme-1k-aug-1000 --subsample-size 1000 --num-aug 1000
+hrm data sudoku --source-dir my-puzzles --output-dir data/my-puzzles
+hrm data sudoku --generate 2x2 --train-size 5000 --test-size 1000 --output-dir data/sudoku-4x4
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -90,7 +91,8 @@ def figure_of(panels: Sequence[Panel], x_label: str, columns: int = 3) -> Any:
     for panel, axes in zip(panels, grid.flat, strict=True):
         for curve in panel.curves:
             scale = 100 if panel.axis == "percent" else 1
-            (line,) = axes.plot(curve.x, [scale * value for value in curve.y], label=curve.label, **curve.style)
+            values = [scale * value for value in curve.y]
+            (line,) = axes.plot(curve.x, values, label=curve.label, clip_on=False, **curve.style)  # 0 shows too
             lines.setdefault(curve.label, line)
         axes.set(xlabel=x_label, ylabel=f"{panel.label} (%)" if panel.axis == "percent" else panel.label)
         if panel.axis == "log":
@@ -99,7 +101,8 @@ def figure_of(panels: Sequence[Panel], x_label: str, columns: int = 3) -> Any:
             axes.yaxis.set_minor_formatter("{x:g}")
             axes.tick_params(axis="y", which="minor", labelsize=7)
         else:
-            axes.set_ylim(bottom=0)
+            highest = axes.dataLim.y1  # infinite where there are no values
+            axes.set_ylim(0, 1.05 * highest if 0 < highest < math.inf else 1)
         axes.grid(alpha=0.3, which="both")
     if max(len(panel.curves) for panel in panels) <= _LEGEND_LINES:
         for axes in grid.flat:
