@@ -158,7 +158,10 @@ def _evaluate_full(split: _Split) -> dict[str, float]:
         print(printable(f"Saved {', '.join(wanted)} in {file}."))
     if config.show and world.is_main:
         show_puzzles(outputs, config.show, split.pack, split.checkpoint, split.folder)
-    if report and config.report and (page := report.write(Path(config.report), split.checkpoint.weights_file, world)):
+    if report and config.report and not any(values["count"] for values in metrics.values()):
+        if world.is_main:
+            print("No report is written, for it would compare answers with labels, and there are none.")
+    elif report and config.report and (page := report.write(Path(config.report), split.checkpoint.weights_file, world)):
         print(printable(f"Wrote {page}, and GIFs beside it."))
     return result
 

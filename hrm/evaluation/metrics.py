@@ -57,7 +57,7 @@ class MetricSums:
             totals[name] = totals.get(name, 0) + value.to(self._world.device, torch.float32)
 
     def averages(self) -> dict[str, dict[str, float]]:
-        """Over the examples of all ranks, with `count`, how many they were."""
+        """Over the labelled examples of all ranks, with `count`, how many they were: alone if there are none."""
         return {set_name: _average(totals, self._world) for set_name, totals in self._totals.items()}
 
 
@@ -67,7 +67,7 @@ def _average(totals: dict[str, Tensor], world: World) -> dict[str, float]:
     sum_over_ranks([stacked], world)
     values = dict(zip(names, stacked.tolist(), strict=True))
     count = values.pop("count")
-    return {"count": count} | {name: value / max(count, 1) for name, value in values.items()}
+    return {"count": count} | ({name: value / count for name, value in values.items()} if count else {})
 
 
 def _natural(name: str) -> list[str | int]:
@@ -104,7 +104,19 @@ class Throughput:
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """Metrics by set, a row each, under the names they are logged by."""
-    rows = [(f"{set_name}/{name}", value) for set_name, values in metrics.items() for name, value in values.items()]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {value:>10.{0 if name.endswith('/count') else 4}f}" for name, value in rows)
+    """Metrics by set, a row each, under the names they are logged by; a sentence for sets without labels."""
+    rows = [
+        (f"{set_name}/{name}", value)
+        for set_name, values in metrics.items()
+        for name, value in values.items()
+        if values["count"]
+    ]
+    width = max((len(name) for name, _ in rows), default=0)
+    lines = [f"  {name:<{width}}  {value:>10.{0 if name.endswith('/count') else 4}f}" for name, value in rows]
+    unlabelled = [set_name for set_name, values in metrics.items() if not values["count"]]
+    return "\n".join(lines + [f"  {nothing_scored(set_name)}" for set_name in unlabelled])
+
+
+def nothing_scored(set_name: str) -> str:
+    """What stands in place of the metrics of a set whose labels are not known."""
+    return f"No right answer is known to any puzzle of the set {set_name}, so nothing is scored."

@@ -167,8 +167,9 @@ def evaluate(
         throughput: counts the puzzles and takes the time.
 
     Returns:
-        `(metrics, saved)`: `metrics[set][name]` averaged over the examples of all ranks, with `count`, how many they
-        were; `saved[name]` of this rank's examples in order, on the CPU, padding left out.
+        `(metrics, saved)`: `metrics[set][name]` averaged over the labelled examples of all ranks, with `count`, how
+        many they were, alone where there are none; `saved[name]` of this rank's examples in order, on the CPU, padding
+        left out.
     """
     keep = list(dict.fromkeys(keep))
     was_training = model.training

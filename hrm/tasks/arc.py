@@ -39,10 +39,19 @@ VOCAB_SIZE = COLOR_TOKEN + NUM_COLORS
 
 
 class Pair(NamedTuple):
-    """A grid and what it is to be turned into."""
+    """A grid and what it is to be turned into: 0x0 where that is hidden, as in the competition's test inputs."""
 
     input: Grid
     output: Grid
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether the output is known."""
+        return self.output.size > 0
+
+
+HIDDEN: Grid = np.empty((0, 0), dtype=np.uint8)
+"""Stands for an output that is not known. Its tokens are all padding, which is not learned and not scored."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ class ArcTask:
     def parse(cls, name: str, value: object, evaluated: bool) -> Self:
         """The task that JSON holds in the official form: `{"train": [{"input": grid, "output": grid}], "test": ...}`.
 
+        Test pairs may lack their output, or have null there.
+
         Raises:
             UserError: if it is not of this form; says which pair is wrong, but not in which file.
         """
@@ -65,10 +76,23 @@ class ArcTask:
             raise UserError("a task must be an object with train and test pairs.")
         return cls(name, _parse_pairs(value, "train"), _parse_pairs(value, "test"), evaluated)
 
+    @property
+    def trained(self) -> list[Pair]:
+        """The pairs to be trained on: where the task is not evaluated, also the test pairs, as far as solved."""
+        return [*self.train, *(pair for pair in self.test if pair.is_solved and not self.evaluated)]
+
+    @property
+    def hidden(self) -> int:
+        """How many test inputs have no known output."""
+        return sum(not pair.is_solved for pair in self.test)
+
     def to_json(self) -> dict[str, list[dict[str, list[list[int]]]]]:
         """The official form that `parse` reads."""
         return {
-            kind: [{"input": pair.input.tolist(), "output": pair.output.tolist()} for pair in pairs]
+            kind: [
+                {side: grid.tolist() for side, grid in pair._asdict().items() if side == "input" or pair.is_solved}
+                for pair in pairs
+            ]
             for kind, pairs in (("train", self.train), ("test", self.test))
         }
 
@@ -82,8 +106,9 @@ def _parse_pairs(task: Mapping[str, object], kind: str) -> list[Pair]:
         grids = []
         for side in Pair._fields:
             try:
-                grids.append(parse_grid(pair[side]))
-            except (KeyError, TypeError) as error:
+                is_hidden = (kind, side) == ("test", "output") and pair.get("output") is None
+                grids.append(HIDDEN if is_hidden else parse_grid(pair[side]))
+            except (KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{kind} pair {number} has no {side}.") from error
             except UserError as error:
                 raise UserError(f"{kind} pair {number}, {side}: {error}") from error

@@ -48,10 +48,12 @@ class ArcResult:
 
     `pass_at[K]` is the share of tasks with the truths of all test inputs among the first K answers, the paper's figure.
     `share_at[K]` is the mean over tasks of the share of their test inputs of which this is true, TRM's figure; it is
-    the larger one where tasks have several test inputs. `submission` holds the first two answers to every test input,
-    as the competition wants them in submission.json.
+    the larger one where tasks have several test inputs. Both are over the `scored` tasks and test inputs, whose truths
+    are known, and empty where there are none. `submission` holds the first two answers to every test input, known or
+    not, as the competition wants them in submission.json.
     """
 
+    scored: tuple[int, int]  # tasks, and their test inputs
     pass_at: dict[int, float]
     share_at: dict[int, float]
     submission: dict[str, list[dict[str, list[list[int]]]]]
@@ -63,7 +65,8 @@ class ArcScorer:
     Ranks score their own answers; `merge` adds the votes of the others.
 
     Args:
-        pack: the test split, built by this or the published builder. Its examples that are not augmented are the truth.
+        pack: the test split, built by this or the published builder. Its examples that are not augmented are the truth,
+            as far as they have labels.
 
     Raises:
         UserError: the pack holds no ARC tasks, or its identifiers.json does not fit.
@@ -147,11 +150,15 @@ class ArcScorer:
         submission = {}
         for task, pairs in self.tests.items():
             ranked = [[key for key, _ in _ranked(self.votes[task, _key(pair.input)])] for pair in pairs]
-            needed.append(np.array([_rank(_key(pair.output), keys) for pair, keys in zip(pairs, ranked, strict=True)]))
+            answered = zip(pairs, ranked, strict=True)
+            if known := [_rank(_key(pair.output), keys) for pair, keys in answered if pair.is_solved]:
+                needed.append(np.array(known))
             submission[task] = [_attempts(keys) for keys in ranked]
+        counts = PASS_AT if needed else ()
         return ArcResult(
-            {k: float(np.mean([(ranks <= k).all() for ranks in needed])) for k in PASS_AT},
-            {k: float(np.mean([(ranks <= k).mean() for ranks in needed])) for k in PASS_AT},
+            (len(needed), sum(map(len, needed))),
+            {k: float(np.mean([(ranks <= k).all() for ranks in needed])) for k in counts},
+            {k: float(np.mean([(ranks <= k).mean() for ranks in needed])) for k in counts},
             submission,
         )
 
@@ -210,15 +217,27 @@ class ArcEvaluator(Evaluator):
         file = folder / "submission.json"
         with new_file(file):
             file.write_text(json.dumps(result.submission) + "\n")
+        asked = sum(map(len, result.submission.values()))
+        saved = f"  Saved the first two answers to all {asked:,} test inputs in {file}."
+        tasks, inputs = result.scored
+        if not tasks:
+            return saved
         passed, shares = (
             ", ".join(f"{100 * share:.2f} % at {count}" for count, share in counted.items())
             for counted in (result.pass_at, result.share_at)
         )
-        return (
-            f"  Tasks solved, by answers allowed: {passed}.\n"
-            f"  Mean share of a task's test inputs solved (TRM's figure): {shares}.\n"
-            f"  Saved the first two answers in {file}."
-        )
+        lines = [
+            f"  Tasks solved, by answers allowed: {passed}.",
+            f"  Mean share of a task's test inputs solved (TRM's figure): {shares}.",
+            saved,
+        ]
+        if inputs < asked:
+            lines.insert(
+                0,
+                f"  The outputs of {inputs:,} of {asked:,} test inputs are known, in {tasks:,} of "
+                f"{len(result.submission):,} tasks; only these are scored.",
+            )
+        return "\n".join(lines)
 
     def details(self, name: str, inputs: Tokens) -> dict[str, Any]:
         """The task's demonstrations, and the first two of the grids that its augmentations voted for."""

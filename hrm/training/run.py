@@ -25,6 +25,7 @@ from hrm.data.pack import Pack
 from hrm.data.prefetch import on_device
 from hrm.distributed.world import World, is_of_an_exchange, share_from_main
 from hrm.errors import UserError, first_sentence
+from hrm.evaluation.metrics import nothing_scored
 from hrm.evaluation.runner import evaluate, save_outputs
 from hrm.models import ACTLossHead
 from hrm.optim.nonfinite import find_nonfinite
@@ -240,6 +241,9 @@ class Run:
         self.last_metrics = metrics
         for set_name, values in metrics.items():
             self.log.record({"step": state.step} | {f"{set_name}/{name}": value for name, value in values.items()})
+            if not values["count"]:
+                self.log.say(f"step {state.step}: {nothing_scored(set_name)}")
+                continue
             self.log.say(
                 f"step {state.step}, test set {set_name}: {100 * values['exact_accuracy']:.2f} % of "
                 f"{values['count']:.0f} puzzles exactly right, {100 * values['accuracy']:.2f} % of cells "
@@ -267,7 +271,9 @@ class Run:
         """Take an evaluation into account."""
         progress = self.progress
         count = sum(values["count"] for values in metrics.values())
-        accuracy = sum(values["exact_accuracy"] * values["count"] for values in metrics.values()) / max(count, 1)
+        if not count:  # no label, so no evaluation is better than another
+            return
+        accuracy = sum(values.get("exact_accuracy", 0) * values["count"] for values in metrics.values()) / count
         progress.evaluations_since_best += 1
         if progress.best_accuracy is None or accuracy > progress.best_accuracy:
             progress.best_accuracy, progress.best_step = accuracy, self.state.step

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -353,6 +354,125 @@ def test_kaggle_files(tmp_path: Path) -> None:
     assert packs[0] == packs[1]
 
 
+# Outputs that are hidden.
+
+
+def asked(tasks: dict[str, Any]) -> dict[str, Any]:
+    """Tasks without the outputs of their test pairs."""
+    return {name: task | {"test": [{"input": pair["input"]} for pair in task["test"]]} for name, task in tasks.items()}
+
+
+def write_hidden(folder: Path, layout: str) -> list[Path]:
+    """Sources of TRAINING, and of EVALUATION without outputs, in one of several layouts."""
+    folder.mkdir()
+    if layout == "official":
+        for split, tasks in (("training", TRAINING), ("test", asked(EVALUATION))):
+            (folder / split).mkdir()
+            for name, task in tasks.items():
+                (folder / split / f"{name}.json").write_text(json.dumps(task))
+        return [folder]
+    solved = {name: [pair["output"] for pair in task["test"]] for name, task in TRAINING.items()}
+    (folder / "arc-agi_training_challenges.json").write_text(json.dumps(asked(TRAINING)))
+    (folder / "arc-agi_training_solutions.json").write_text(json.dumps(solved))
+    if layout == "plain file":
+        null = {
+            name: task | {"test": [pair | {"output": None} for pair in task["test"]]}
+            for name, task in asked(EVALUATION).items()
+        }
+        (folder / "mine.json").write_text(json.dumps(null))
+        return [folder, folder / "mine.json"]
+    file = folder / f"arc-agi_{layout}_challenges.json"
+    file.write_text(json.dumps(asked(EVALUATION)))
+    return [folder / "arc-agi_training_challenges.json", file] if layout == "evaluation" else [folder]
+
+
+@pytest.mark.parametrize("layout", ["official", "test", "evaluation", "plain file"])
+def test_hidden_outputs(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The pack is the one with outputs, but for those: they are padding, which is not learned and not scored."""
+    sources = write_hidden(tmp_path / "hidden", layout)
+    folder = run(tmp_path / "pack", "--dataset-dirs", *sources, "--num-aug", 4)
+    inputs = sum(len(task["test"]) for task in EVALUATION.values())
+    told = capsys.readouterr()
+    assert f"{inputs} test inputs have no known output, and are answered but not scored" in told.out
+    assert not re.search(r"^(warning|note)", told.err, re.MULTILINE)
+    whole = contents(run(tmp_path / "whole", "--dataset-dirs", write_folders(tmp_path / "raw"), "--num-aug", 4))
+    found = contents(folder)
+    differs = {name for name in whole if found[name] != whole[name]}
+    assert differs == {"test/all__labels.npy", "test_puzzles.json", "provenance.json"}
+    assert not open_pack(folder, "test").sets["all"].labels.any()
+    puzzles = json.loads((folder / "test_puzzles.json").read_text())
+    assert puzzles == asked(EVALUATION)
+    assert all(ArcTask.parse(name, task, True).hidden == len(task["test"]) for name, task in puzzles.items())
+
+
+def test_hidden_outputs_of_training_tasks_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kaggle = tmp_path / "kaggle"
+    kaggle.mkdir()
+    for split, tasks in (("training", TRAINING), ("evaluation", EVALUATION)):
+        (kaggle / f"arc-agi_{split}_challenges.json").write_text(json.dumps(asked(tasks)))
+    one, *others = TRAINING
+    solutions = {one: [pair["output"] for pair in TRAINING[one]["test"]]}
+    (kaggle / "arc-agi_training_solutions.json").write_text(json.dumps(solutions))
+    folder = run(tmp_path / "pack", "--dataset-dirs", kaggle, "--num-aug", 0)
+    hidden = sum(len(TRAINING[name]["test"]) for name in others)
+    assert f"{hidden} test inputs of training tasks have no known output, and are left out" in capsys.readouterr().out
+    pairs = sum(len(task["train"]) for task in (TRAINING | EVALUATION).values()) + len(TRAINING[one]["test"])
+    labels = open_pack(folder, "train").sets["all"].labels
+    assert len(labels) == pairs
+    assert labels.any(1).all()
+
+
+# Several sources.
+
+
+def test_a_task_in_two_places_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is evaluated if it is anywhere, and its outputs are known if they are anywhere."""
+    raw = write_folders(tmp_path / "raw")
+    plain = contents(run(tmp_path / "plain", "--dataset-dirs", raw, "--num-aug", 2))
+    capsys.readouterr()
+    more = tmp_path / "more"
+    (more / "training").mkdir(parents=True)
+    (more / "test").mkdir()
+    first, second = EVALUATION
+    (more / "training" / f"{first}.json").write_text(json.dumps(EVALUATION[first]))
+    (more / "test" / f"{second}.json").write_text(json.dumps(asked(EVALUATION)[second]))
+    for sources in ((raw, more), (more, raw)):
+        built = contents(run(tmp_path / "pack", "--dataset-dirs", *sources, "--num-aug", 2))
+        assert {name for name in plain if built[name] != plain[name]} == {"provenance.json"}
+        (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+        assert f"tasks in {sources[0]} and in {sources[1]}: " in warning
+        assert f"{first}, {second} (2); each" in warning or f"{second}, {first} (2); each" in warning
+
+
+def test_excluded_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = write_folders(tmp_path / "raw")
+    first, second, third = TRAINING
+    lines, tasks = tmp_path / "names.txt", tmp_path / "tasks.json"
+    lines.write_text(f"{first}\n{second}\nnot_here\n")
+    tasks.write_text(json.dumps({name: TRAINING[name] for name in (first, second)}))
+    built = []
+    for number, excluded in enumerate([[f"{first},{second}"], [first, second], [lines], [tasks, first]]):
+        folder = run(tmp_path / str(number), "--dataset-dirs", raw, "--num-aug", 0, "--exclude-tasks", *excluded)
+        assert "without 2 excluded tasks" in capsys.readouterr().out
+        assert json.loads((folder / "identifiers.json").read_text()) == ["<blank>", third, *EVALUATION]
+        assert json.loads((folder / "provenance.json").read_text())["arguments"]["exclude_tasks"] == [
+            *map(str, excluded)
+        ]
+        built.append(contents(folder)["train/all__inputs.npy"])
+    assert len(set(built)) == 1
+
+    def told(excluded: object) -> str:
+        return failure(capsys, tmp_path / "none", "--dataset-dirs", raw, "--exclude-tasks", excluded)
+
+    assert "--exclude-tasks: no task is named typo, and no such file is there" in told(f"{first},typo")
+    lines.write_text("not_here")
+    assert f"--exclude-tasks {lines} names none of the tasks" in told(lines)
+    tasks.write_text("[1]")
+    assert "holds a JSON list of something else than names" in told(tasks)
+    tasks.write_text("[")
+    assert f"--exclude-tasks {tasks} cannot be read" in told(tasks)
+
+
 @pytest.mark.parametrize("suffix", [".json", ".json.gz"])
 def test_a_file_of_tasks_is_trained_on(suffix: str, tmp_path: Path) -> None:
     """And --dataset-dirs may be given once with several folders or several times."""
@@ -465,19 +585,21 @@ def test_sources_that_cannot_be_built_from(
         return failure(capsys, tmp_path / "pack", "--num-aug", 1, "--dataset-dirs", *sources)
 
     raw = write_folders(tmp_path / "raw")
-    again = raw / "../raw"
-    assert f"task {next(iter(EVALUATION))} is in {raw} and in {again}: with its test" in told(raw, again)
     empty = tmp_path / "empty"
     empty.mkdir()
     assert f"{empty} holds no ARC tasks" in told(empty)
     unsolved = {name: {"train": task["train"], "test": [{}]} for name, task in TRAINING.items()}
     (empty / "arc-agi_training_challenges.json").write_text(json.dumps(unsolved))
-    assert f"{empty / 'arc-agi_training_solutions.json'} cannot be read" in told(empty)
+    assert f"{empty / 'arc-agi_training_challenges.json'}, task {next(iter(TRAINING))}: test pair 1 has no inp" in told(
+        empty
+    )
     (empty / "arc-agi_training_solutions.json").write_text(json.dumps({next(iter(TRAINING)): []}))
     assert f"does not fit the test pairs of task {next(iter(TRAINING))}" in told(empty)
+    (empty / "arc-agi_evaluation_solutions.json").write_text("{}")
+    assert "arc-agi_evaluation_challenges.json is not beside it" in told(empty)
     alone = tmp_path / "alone.json"
     alone.write_text(json.dumps(TRAINING))
-    assert "None of the tasks is of a split named evaluation" in told(alone)
+    assert "None of the tasks is of a split named evaluation or test" in told(alone)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     assert "GB are free there; make room" in told(raw)
 

