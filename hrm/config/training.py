@@ -53,7 +53,7 @@ class PretrainConfig:
     epochs: int = 100000  # passes over the groups of the training set; a multiple of eval_interval
     eval_interval: int | None = 10000  # epochs between evaluations; null: one evaluation, at the end
     min_eval_interval: int = 0  # the first passes of eval_interval epochs that are not evaluated
-    eval_examples: int | None = None  # evaluate on so many examples of each set, chosen by the seed; null: on all
+    eval_examples: int | None = None  # evaluate on so many examples of each set, drawn by the seed; null: on all
     checkpoint_every_eval: bool = True  # save the weights at every evaluation; false: only at the end
 
     # The training state to resume from: auto: the last one in the run folder, if any; or its path; null: start anew.

@@ -84,7 +84,7 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Every example of every set once, in order.
+    """Every example of every set once, in order, or so many of each set, the same in every pass.
 
     Iterating gives `(set name, batch of this rank, real examples in the global batch)`. The last global batch of a set
     is filled up with blank puzzles, whose labels are all ignored, so that the ranks' batches are always of one size.
@@ -101,9 +101,13 @@ class EvalLoader:
         world_size: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
+        examples: int | None = None,
+        seed: int = 0,
     ) -> None:
+        """`examples`: of each set, at most, drawn by `seed`; None: all."""
         self._pack = pack
         self._global_batch_size = global_batch_size
+        self._examples = {name: _chosen(len(data.inputs), examples, seed) for name, data in pack.sets.items()}
         self._local_batch_size = _local_batch_size(global_batch_size, world_size)
         self._rank = rank
         self._rows = _Rows(pack, self._local_batch_size)
@@ -112,21 +116,28 @@ class EvalLoader:
 
     def __len__(self) -> int:
         """Number of batches."""
-        return sum(-(-len(data.inputs) // self._global_batch_size) for data in self._pack.sets.values())
+        return sum(-(-len(chosen) // self._global_batch_size) for chosen in self._examples.values())
 
     def __iter__(self) -> Iterator[tuple[str, Batch, int]]:
         batches = _load(self._rows, self._plan(), self._num_workers, self._pin_memory)
-        for name, data in self._pack.sets.items():
-            for start in range(0, len(data.inputs), self._global_batch_size):
-                yield name, next(batches), min(self._global_batch_size, len(data.inputs) - start)
+        for name, chosen in self._examples.items():
+            for start in range(0, len(chosen), self._global_batch_size):
+                yield name, next(batches), min(self._global_batch_size, len(chosen) - start)
 
     def _plan(self) -> "Iterator[_Slice]":
-        for name, data in self._pack.sets.items():
-            for start in range(0, len(data.inputs), self._global_batch_size):
+        for name, chosen in self._examples.items():
+            for start in range(0, len(chosen), self._global_batch_size):
                 first = start + self._rank * self._local_batch_size
-                examples = np.arange(first, min(first + self._local_batch_size, len(data.inputs)))
-                puzzles = np.searchsorted(data.puzzle_indices, examples, side="right") - 1
+                examples = chosen[first : min(first + self._local_batch_size, start + self._global_batch_size)]
+                puzzles = np.searchsorted(self._pack.sets[name].puzzle_indices, examples, side="right") - 1
                 yield _Slice(name, examples, puzzles)
+
+
+def _chosen(count: int, examples: int | None, seed: int) -> IntArray:
+    """Which of `count` examples are evaluated, in order."""
+    if examples is None or examples >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, examples, replace=False))
 
 
 class _Slice(NamedTuple):

@@ -89,7 +89,8 @@ def write_split(folder: Path, metadata: PackMetadata, sets: Mapping[str, PackSet
     for name, data in sets.items():
         for field in fields(PackSet):
             np.save(_array_file(folder, name, field.name), getattr(data, field.name), allow_pickle=False)
-    _write_json(folder / "dataset.json", asdict(metadata))
+    puzzles = sum(len(data.puzzle_identifiers) for data in sets.values())
+    _write_json(folder / "dataset.json", asdict(metadata) | {"total_puzzles": puzzles})  # which TRM's loader asks for
 
 
 def write_examples(folder: Path, inputs: IntArray, labels: IntArray, vocab_size: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hrm.checkpoint.run_folder import make_folder
@@ -18,7 +18,7 @@ from hrm.errors import UserError, printable, printable_lines
 from hrm.evaluation.early_halting import EarlyHalting, halting_metrics
 from hrm.evaluation.ensemble import evaluate_ensemble, rules_of, symmetries_of
 from hrm.evaluation.evaluators import evaluators_of, summaries
-from hrm.evaluation.loading import ModelSizes, describe_model, load_model, other_identifiers
+from hrm.evaluation.loading import ModelSizes, describe_model, load_model, other_identifiers, trained_pack
 from hrm.evaluation.metrics import MetricSums, Throughput, metrics_table
 from hrm.evaluation.report.writer import ReportWriter
 from hrm.evaluation.runner import evaluate, parts_of, save_outputs, show_predictions
@@ -51,7 +51,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, float]:
         if config.puzzle is not None:
             solve_puzzle(config, checkpoint, config.puzzle, world)
             return {}
-        return _evaluate_split(config, checkpoint, world)
+        return _evaluate_splits(config, checkpoint, world)
 
 
 def _check_modes(config: EvaluateConfig) -> None:
@@ -80,10 +80,35 @@ class _Split:
     folder: Path  # of what is saved
 
 
-def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World) -> dict[str, float]:
-    data_path = config.data_path or checkpoint.config.get("data_path")
-    if not isinstance(data_path, str):
-        raise UserError(f"{checkpoint.config_file} does not say which data it was trained on: add data_path=...")
+def _data_paths(config: EvaluateConfig, checkpoint: Checkpoint) -> list[str]:
+    """The packs to evaluate: the one asked for, or those that the run evaluated. TRM's configs list them."""
+    if config.data_path:
+        return [config.data_path]
+    for option in ("data_paths_test", "data_paths", "data_path"):
+        value = checkpoint.config.get(option)
+        paths = value if isinstance(value, list) else [value]
+        if paths and all(isinstance(path, str) for path in paths):
+            return paths
+    raise UserError(f"{checkpoint.config_file} does not say which data it was trained on: add data_path=...")
+
+
+def _evaluate_splits(config: EvaluateConfig, checkpoint: Checkpoint, world: World) -> dict[str, float]:
+    """One pack after the other; of several, what is saved and returned is in folders and under names of theirs."""
+    paths = _data_paths(config, checkpoint)
+    if len(paths) == 1:
+        return _evaluate_split(config, checkpoint, paths[0], world)
+    results: dict[str, float] = {}
+    folder = _output_folder(config, checkpoint)
+    for number, path in enumerate(paths):
+        names = [Path(other).name for other in paths]
+        name = names[number] if names.count(names[number]) == 1 else f"{names[number]}-{number + 1}"
+        own = replace(config, output_dir=str(folder / name), report=config.report and str(Path(config.report) / name))
+        found = _evaluate_split(own, checkpoint, path, world)
+        results |= {f"{name}/{metric}": value for metric, value in found.items()}
+    return results
+
+
+def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, data_path: str, world: World) -> dict[str, float]:
     batch_size = config.global_batch_size or checkpoint.config.get("global_batch_size", 128)
     if type(batch_size) is not int:
         raise UserError(
@@ -106,7 +131,7 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, world: World
     loader = EvalLoader(pack, batch_size, world.rank, world.size, config.num_workers, pin_memory)
     meta = pack.metadata
     sizes = ModelSizes(batch_size // world.size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
-    model = _load(config, checkpoint, sizes, world)
+    model = _load(config, checkpoint, sizes, pack, world)
     split = _Split(config, checkpoint, model, pack, loader, sizes, world, folder)
     with traceback_folder(folder), deaths_of_workers_told():
         if world.is_main:
@@ -136,10 +161,18 @@ def _bounded(batch_size: int, pack: Pack, world: World) -> int:
     return min(batch_size, -(-most // world.size) * world.size)
 
 
-def _load(config: EvaluateConfig, checkpoint: Checkpoint, sizes: ModelSizes, world: World) -> ACTLossHead:
-    weights = read_weights(checkpoint.weights_file)
+def _load(config: EvaluateConfig, checkpoint: Checkpoint, sizes: ModelSizes, pack: Pack, world: World) -> ACTLossHead:
+    weights, one_of_several = read_weights(checkpoint.weights_file), trained_pack(checkpoint, pack)
     return load_model(
-        checkpoint, weights, sizes, config.kernels, world, config.act_max_steps, config.dtype, config.puzzle_emb
+        checkpoint,
+        weights,
+        sizes,
+        config.kernels,
+        world,
+        config.act_max_steps,
+        config.dtype,
+        config.puzzle_emb,
+        one_of_several and one_of_several.rows,
     )
 
 
@@ -181,7 +214,7 @@ def _evaluate_ensemble(split: _Split) -> dict[str, float]:
     """The vote of several answers to every puzzle."""
     options, world = split.config.ensemble, split.world
     others = [find_checkpoint(name) for name in options.checkpoints]
-    models = [split.model, *(_load(split.config, other, split.sizes, world) for other in others)]
+    models = [split.model, *(_load(split.config, other, split.sizes, split.pack, world) for other in others)]
     evaluators, throughput = evaluators_of(split.pack), Throughput(world)
     symmetries = symmetries_of(split.pack, options.augmentations)
     rules = rules_of(split.pack) if options.check else None

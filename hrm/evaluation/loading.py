@@ -54,6 +54,7 @@ def load_model(
     act_max_steps: int | None = None,
     dtype: str = AUTO,
     puzzle_emb: str = "trained",
+    rows: slice | None = None,
 ) -> ACTLossHead:
     """The checkpoint's model in evaluation mode.
 
@@ -61,10 +62,13 @@ def load_model(
         act_max_steps: another last ACT step than in training.
         dtype: to compute in, as `hrm.kernels.dtypes.computing_dtype` takes it.
         puzzle_emb: what the rows of the puzzle table are, as in `hrm.config.EvaluateConfig`.
+        rows: those of the puzzle table that stand for the identifiers of the pack, if not all.
 
     Raises:
         UserError: the checkpoint is of no use, or was trained on puzzles of another kind than `sizes` are of.
     """
+    if rows is not None and puzzle_emb == "trained" and PUZZLE_TABLE in weights:
+        weights = {**weights, PUZZLE_TABLE: weights[PUZZLE_TABLE][rows].contiguous()}
     if puzzle_emb != "trained" and PUZZLE_TABLE in weights:
         weights = {**weights, PUZZLE_TABLE: refilled(weights[PUZZLE_TABLE], puzzle_emb, sizes.num_puzzle_identifiers)}
     _check_kind(checkpoint, weights, sizes)
@@ -110,10 +114,37 @@ def describe_model(model: ACTLossHead, checkpoint: Checkpoint) -> str:
     return f"{kernels}, {describe_dtype(dtype, trained_in, inner.lm_head.weight.device)}"
 
 
+class TrainedPack(NamedTuple):
+    """One of several packs that a model was trained on."""
+
+    rows: slice  # its rows of the puzzle table
+    identifiers: str  # hash of its identifiers.json
+
+
+def trained_pack(checkpoint: Checkpoint, pack: Pack) -> TrainedPack | None:
+    """What `pack` was among the several packs that the model was trained on; None where it was none of them, or one."""
+    listed = checkpoint.config.get("packs")
+    now = identifiers_hash(pack.path)
+    for entry in listed if isinstance(listed, list) else ():
+        if not isinstance(entry, dict):
+            continue
+        first, count, identifiers = (
+            entry.get(name) for name in ("first_identifier", "num_puzzle_identifiers", "identifiers")
+        )
+        is_count = type(first) is int and type(count) is int and first >= 0 and count >= 1
+        is_it = entry.get("path") == str(pack.path) or (now and identifiers == now)
+        if is_count and is_it and count == pack.metadata.num_puzzle_identifiers and isinstance(identifiers, str):
+            return TrainedPack(slice(first, first + count), identifiers)
+    return None
+
+
 def other_identifiers(checkpoint: Checkpoint, model: ACTLossHead, pack: Pack) -> str | None:
     """A sentence where the rows of the model's puzzle table stand for other puzzles than the pack's identifiers do."""
-    identity = checkpoint.config.get("pack_identity")
-    trained_on = identity.get("identifiers") if isinstance(identity, dict) else None
+    if (one_of_several := trained_pack(checkpoint, pack)) is not None:
+        trained_on = one_of_several.identifiers
+    else:
+        identity = checkpoint.config.get("pack_identity")
+        trained_on = identity.get("identifiers") if isinstance(identity, dict) else None
     now = identifiers_hash(pack.path)
     if not trained_on or not now or trained_on == now or PUZZLE_TABLE not in model.state_dict():
         return None

@@ -7,8 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +28,7 @@ from hrm.checkpoint.states import SavedState, environment_info
 from hrm.config import DataConfig, PretrainConfig
 from hrm.data.builders.missing import ensure_pack
 from hrm.data.identity import PackIdentity, pack_identity
+from hrm.data.joined import first_identifiers, join_test, join_train, joined_identity
 from hrm.data.loader import EvalLoader, TrainLoader, deaths_of_workers_told
 from hrm.data.pack import Pack, open_pack, read_provenance
 from hrm.distributed.world import World, join_world, share_from_main
@@ -36,6 +38,7 @@ from hrm.kernels.dtypes import AUTO as AUTO_DTYPE
 from hrm.kernels.dtypes import computing_dtype, describe_dtype
 from hrm.output import unbreakable_output
 from hrm.tasks import form_of, task_of
+from hrm.tasks.form import PuzzleForm
 from hrm.training.metrics import MetricWindow
 from hrm.training.profiling import step_trace
 from hrm.training.resume import Progress, restore
@@ -86,17 +89,21 @@ def _pretrain(config: PretrainConfig, world: World) -> tuple[Request, TrainResul
     with RunLock(folder) if world.is_main else nullcontext() as lock:
         saved = share_from_main(_find_saved(config, folder) if world.is_main else None, world)
         if world.is_main:
-            ensure_pack(config.data, config.data_path)
+            for path in {*config.train_paths, *config.test_paths}:
+                ensure_pack(config.data, path)
         share_from_main(None, world)  # the others wait for the pack
         dtype = share_from_main(_dtype(config, saved, world.device), world)  # hosts may have unlike processors
         made_for = config.arch.forward_dtype
         config = replace(config, arch=replace(config.arch, forward_dtype=dtype))
         if Path(config.data.path) != Path(config.data_path):  # what `data` tells is of another pack
             config = replace(config, data=DataConfig(Path(config.data_path).name, config.data_path, build=""))
-        train_pack, test_pack = open_pack(config.data_path, "train"), open_pack(config.data_path, "test")
-        _check_one_task(train_pack, test_pack)
-        identity = share_from_main(pack_identity(train_pack, test_pack) if world.is_main else None, world)
-        assert identity is not None
+        packs = [open_pack(path, "train") for path in config.train_paths]
+        tests = [open_pack(path, "test") for path in config.test_paths]
+        _check_one_task([*packs, *tests])
+        train_pack, test_pack = join_train(packs), join_test(tests, packs)
+        identities = share_from_main(_identities(packs, tests) if world.is_main else None, world)
+        assert identities is not None
+        identity = joined_identity(identities)
         changed = [] if saved is None else check_options(saved, config, train_pack, identity)
         train_loader = TrainLoader(
             train_pack,
@@ -115,6 +122,8 @@ def _pretrain(config: PretrainConfig, world: World) -> tuple[Request, TrainResul
             world.size,
             num_workers=config.num_workers,
             pin_memory=world.device.type == "cuda",
+            examples=config.eval_examples,
+            seed=config.seed,
         )
         task = read_provenance(train_pack.path).get("task")  # as it says itself: guesses are none to insist on
         # What goes on has its weights already.
@@ -128,8 +137,9 @@ def _pretrain(config: PretrainConfig, world: World) -> tuple[Request, TrainResul
         if world.is_main:
             try:
                 _take_over(folder, saved)
-                save_config(config, folder, pack_identity=asdict(identity), task=task)
-                form_of(train_pack).save(folder)
+                about = _about_packs(packs, identities) if len(packs) > 1 else {}
+                save_config(config, folder, pack_identity=asdict(identity), task=task, **about)
+                _form(packs, train_pack).save(folder)
             except OSError as error:
                 raise cannot_write(folder, error) from error
         is_same_run = saved is not None and saved.is_of(folder)
@@ -235,14 +245,46 @@ def _default_folder(config: PretrainConfig, project: str, run: str) -> Path:
     return checkpoints.joinpath(*names)
 
 
-def _check_one_task(train: Pack, test: Pack) -> None:
-    task_of(train)  # refuses a pack that names a task of other sizes, now and not when it is evaluated
-    for name in ("seq_len", "vocab_size", "num_puzzle_identifiers"):
-        ours, theirs = getattr(train.metadata, name), getattr(test.metadata, name)
-        if ours != theirs:
-            raise UserError(
-                f"{train.path} has {name} {ours} in train but {theirs} in test: build both splits together."
-            )
+def _check_one_task(splits: Sequence[Pack]) -> None:
+    for split in splits:
+        task_of(split)  # refuses a pack that names a task of other sizes, now and not when it is evaluated
+    for ours, theirs in combinations(splits, 2):
+        for name in ("seq_len", "vocab_size", "num_puzzle_identifiers") if ours.path == theirs.path else ():
+            one, other = getattr(ours.metadata, name), getattr(theirs.metadata, name)
+            if one != other:
+                raise UserError(
+                    f"{ours.path} has {name} {one} in {ours.split} but {other} in {theirs.split}: build both splits "
+                    "together."
+                )
+
+
+def _identities(train: Sequence[Pack], test: Sequence[Pack]) -> list[PackIdentity]:
+    """Of the packs trained on, each with its test split if that is evaluated."""
+    return [pack_identity(pack, *(split for split in test if split.path == pack.path)) for pack in train]
+
+
+def _about_packs(packs: Sequence[Pack], identities: Sequence[PackIdentity]) -> dict[str, Any]:
+    """What to write down of several packs: which rows of the puzzle table are whose."""
+    rows = zip(packs, first_identifiers(packs), identities, strict=True)
+    return {
+        "packs": [
+            {
+                "path": str(pack.path),
+                "first_identifier": first,
+                "num_puzzle_identifiers": pack.metadata.num_puzzle_identifiers,
+                "identifiers": identity.identifiers,
+            }
+            for pack, first, identity in rows
+        ]
+    }
+
+
+def _form(packs: Sequence[Pack], joined: Pack) -> PuzzleForm:
+    """How puzzles are written: as in the first of the packs. The names of several packs' identifiers may clash."""
+    form = form_of(packs[0])
+    if len(packs) == 1:
+        return form
+    return replace(form, num_puzzle_identifiers=joined.metadata.num_puzzle_identifiers, identifiers=())
 
 
 def _summary(config: PretrainConfig, made_for: str, state: TrainState, world: World, folder: Path) -> str:

@@ -89,14 +89,17 @@ class Run:
                     return request
             self._close_window()
             self._save()  # before the evaluation, which takes long with some packs and changes nothing
-            try:
-                with save_points.may_be_left_undone():
-                    evaluated = self._evaluated(eval_loader)
-            except Interrupted:
-                return save_points.signalled
+            is_last = progress.pass_index == passes - 1
+            if progress.pass_index >= config.min_eval_interval or is_last:
+                try:
+                    with save_points.may_be_left_undone():
+                        evaluated = self._evaluated(eval_loader)
+                except Interrupted:
+                    return save_points.signalled
+                self.is_between_steps = False
+                if self._use_evaluation(*evaluated, is_last=is_last):
+                    break
             self.is_between_steps = False
-            if self._use_evaluation(*evaluated, is_last=progress.pass_index == passes - 1):
-                break
             progress.pass_index += 1
             progress.batches = 0
             self.is_between_steps = True

@@ -13,6 +13,7 @@ from torch import Tensor
 from hrm.batch import Batch
 from hrm.config import KernelsConfig, PretrainConfig
 from hrm.cuda_graphs import GraphedWork
+from hrm.data.joined import JoinedPack
 from hrm.data.pack import Pack
 from hrm.distributed.partition import SharedModel
 from hrm.distributed.world import World, broadcast_tensors
@@ -113,6 +114,8 @@ def symmetries(pack: Pack, seed: int, count: int = 4096) -> tuple[Tensor, Tensor
 
 def _symmetric_task(pack: Pack, option: str) -> tuple[Task, PuzzleSize]:
     task, size = task_of(pack), PuzzleSize.of(pack)
+    if isinstance(pack, JoinedPack) and len(names := {task_of(part).name for part in pack.parts}) > 1:
+        raise UserError(f"{option}=true is for packs of one task, not of {' and '.join(sorted(names))}: leave it out.")
     if task.num_symmetries(size) == 1:
         raise UserError(
             f"{option}=true needs a task with known symmetries, and {pack.path} holds {task.name}, which has none: "

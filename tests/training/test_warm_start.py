@@ -45,7 +45,8 @@ def run(root: Path, pack: str, folder: str, *options: str) -> Outcome:
         "global_batch_size=4",
         f"data_path={root / pack}",
         f"checkpoint_path={root / folder}",
-        "puzzle_emb_lr=0.1",
+        "puzzle_emb_lr=1",
+        "lr_warmup_steps=1",
         *options,
     )
 
