@@ -15,6 +15,12 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line and return the exit status."""
+    if {"--help", "-h"} & set(argv):
+        print(
+            f"{(__doc__ or '').strip()}\n\nThe other options are those of `hrm evaluate --help`: dtype, device, "
+            "act_max_steps, ensemble.augmentations ..."
+        )
+        return 0
     from hrm.config import EvaluateConfig
     from hrm.config.compose import run
     from hrm.inference.command import evaluate_or_predict

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import hrm
+from hrm import cli
 from hrm.data.builders import custom as build_custom_dataset
 from hrm.inference.command import EXIT_UNANSWERED
 from hrm.tasks.form import PuzzleForm
@@ -187,6 +188,12 @@ def test_what_cannot_be(small: Path, tmp_path: Path, options: list[str], sentenc
     assert sentence in outcome.err
     assert outcome.err.count("\n") == 1
     assert source.read_text() == "." * 16 + "\n"
+
+
+def test_help_says_what_goes_in_and_comes_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["predict", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert all(words in page for words in ("hrm predict checkpoint=", "JSON lines", "Exit status: 0; 3", "CSV"))
 
 
 def test_one_puzzle_that_is_no_board(tmp_path: Path) -> None:
