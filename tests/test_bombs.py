@@ -59,6 +59,9 @@ def set_in_pack(**fields: Any) -> Callable[[Path], None]:
         ),
         "a fairly wide one": (set_in_config(puzzle_emb_ndim=300_000), "the architecture|too large"),
         "a wide MLP": (set_in_config(expansion=1e9), "too large for the memory or for the file"),
+        "a wider one": (set_in_config(expansion=1e308), "arch.expansion=1e+308 is too large"),
+        "a name that is none": (set_in_config(name=[1]), "arch.name=[1] is not a choice"),
+        "a path of many letters": (set_in_config(data_path="y/" * 3000), "does not exist"),
         "a long prefix": (set_in_config(puzzle_emb_len=10**9), "arch.puzzle_emb_len=1000000000 is too large"),
         "many slow cycles": (set_in_config(H_cycles=10**9), "arch.H_cycles=1000000000 is too large"),
         "many fast cycles": (set_in_config(L_cycles=10**9), "arch.L_cycles=1000000000 is too large"),
@@ -66,15 +69,17 @@ def set_in_pack(**fields: Any) -> Callable[[Path], None]:
         "many layers": (set_in_config(L_layers=10**8), "arch.L_layers=100000000 is too large"),
         "many ACT steps": (set_in_config(halt_max_steps=10**9), "arch.halt_max_steps=1000000000 is too large"),
         "many tokens": (set_in_pack(vocab_size=10**12), "vocab_size 1000000000000, more than"),
-        "fewer, still many": (set_in_pack(vocab_size=2 * 10**9), "too large for the memory or for the file"),
+        "fewer, still many": (set_in_pack(vocab_size=2 * 10**9), "trained on puzzles with a vocabulary of 6 tokens"),
         "many puzzles": (set_in_pack(num_puzzle_identifiers=10**12), "num_puzzle_identifiers 1000000000000, more than"),
-        "fewer puzzles": (set_in_pack(num_puzzle_identifiers=2 * 10**9), "too large for the memory or for the file"),
+        "fewer puzzles": (set_in_pack(num_puzzle_identifiers=2 * 10**9), "trained on a pack with 1 puzzle identifiers"),
     }.values(),
 )
 def test_files_that_ask_for_too_much(change: Callable[[Path], None], words: str, trained: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(trained, tmp_path / "copy"))
     change(root)
-    outcome = run_script("evaluate.py", *CPU, f"checkpoint={root / 'run'}", f"data_path={root / 'pack'}")
+    own = yaml.safe_load((root / "run/all_config.yaml").read_text())["data_path"]
+    options = [] if own.startswith("y/") else [f"data_path={root / 'pack'}"]
+    outcome = run_script("evaluate.py", *CPU, f"checkpoint={root / 'run'}", *options)
     assert outcome.status == 2
     (line,) = outcome.err.splitlines()
     assert line.startswith("error: ")

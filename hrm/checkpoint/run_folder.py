@@ -15,7 +15,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from hrm.config import PretrainConfig
-from hrm.errors import UserError
+from hrm.errors import UserError, shortened
 from hrm.models.losses import LossConfig
 from hrm.reading import read_json
 from hrm.tasks.form import FORM_FILE, IDENTIFIERS_FILE
@@ -33,8 +33,11 @@ def make_folder(folder: Path, option: str) -> None:
     """Create a folder that `option` named, or raise a UserError that says why not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option}={folder} cannot be made a folder ({error.strerror}): give another path.") from error
+    except (OSError, ValueError) as error:  # ValueError: it holds a NUL
+        reason = shortened(getattr(error, "strerror", None) or str(error))
+        raise UserError(
+            f"{option}={shortened(folder)} cannot be made a folder ({reason}): give another path."
+        ) from error
 
 
 def cannot_write(folder: Path, error: OSError) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
@@ -72,6 +73,7 @@ class EvaluateConfig:
         for output in self.save_outputs:
             choice("save_outputs", output, SAVEABLE_OUTPUTS)
         at_least("show", self.show, 0)
+        at_least("act_margin", self.act_margin, -math.inf)  # no NaN, and no infinity, with which none would halt
         choice("puzzle_emb", self.puzzle_emb, PUZZLE_EMB)
         choice("act", self.act, ACT_MODES)
         if self.act == "auto":

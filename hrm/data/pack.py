@@ -184,7 +184,14 @@ def replace_pack(output_dir: Path) -> Iterator[Path]:
     Raises:
         UserError: `output_dir` holds something that is not a pack, or cannot be written.
     """
-    target = output_dir.resolve()  # a link to a pack elsewhere stays a link
+    try:
+        target = output_dir.resolve()  # a link to a pack elsewhere stays a link
+        target.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{shortened(output_dir)} cannot be written ({reason}); give the pack another folder."
+        ) from error
     if target.exists() and not target.is_dir():
         raise UserError(f"{output_dir} is a file; give the pack a folder of its own.")
     if target.exists() and any(target.iterdir()) and not _splits_in(target):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from hrm.data.builders.missing import how_to_build
 from hrm.data.loader import EvalLoader, deaths_of_workers_told
 from hrm.data.pack import Pack, open_pack
 from hrm.distributed.world import World, join_world
-from hrm.errors import UserError, printable, printable_lines
+from hrm.errors import UserError, printable, printable_lines, shortened
 from hrm.evaluation.early_halting import EarlyHalting, halting_metrics
 from hrm.evaluation.ensemble import evaluate_ensemble, rules_of, symmetries_of
 from hrm.evaluation.evaluators import evaluators_of, summaries
@@ -114,9 +115,9 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, data_path: s
         raise UserError(
             f"{checkpoint.config_file} has global_batch_size: {batch_size}; add global_batch_size=<number>."
         )
-    if not Path(data_path).exists():
+    if not os.path.exists(data_path):  # pathlib raises errors about names that are too long
         raise UserError(
-            f"The data pack {data_path} does not exist: give its path, data_path=, or "
+            f"The data pack {shortened(data_path)} does not exist: give its path, data_path=, or "
             + how_to_build(data_path, by_name=False)
         )
     pack = open_pack(data_path, "test")

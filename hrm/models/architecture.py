@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hrm.config.checks import neighbours
 from hrm.config.typed import to_typed
-from hrm.errors import UserError
+from hrm.errors import UserError, shortened
 
 if TYPE_CHECKING:
     from hrm.models.recurrent import RecurrentConfig, RecurrentModel
@@ -77,7 +77,7 @@ def arch_config(
             raise UserError(f"arch.{name}={claimed} contradicts the data, which has {real}: drop it from arch.")
     known = {found.name: found for found in architectures().values()}
     wanted = values.get("name", architectures()["hrm"].name)
-    if wanted not in known:
-        raise UserError(f"{where}.name={wanted} is not a choice; {neighbours(str(wanted), known)}")
+    if not isinstance(wanted, str) or wanted not in known:
+        raise UserError(f"{where}.name={shortened(wanted)} is not a choice; {neighbours(str(wanted), known)}")
     schema = known[wanted].config
     return to_typed(schema, schema.from_saved(values), where)

@@ -19,7 +19,7 @@ from omegaconf import II
 from torch import Tensor, nn
 
 from hrm.batch import Batch
-from hrm.config.checks import MOST_REPEATS, at_least, choice, neighbours, positive
+from hrm.config.checks import MOST_REPEATS, at_least, at_most, choice, neighbours, positive
 from hrm.config.renamed import OldNames, Renamed
 from hrm.errors import UserError
 from hrm.kernels import Kernels
@@ -108,6 +108,7 @@ class RecurrentConfig(ACTConfig):
             )
         for name in ("expansion", "rope_theta", "rms_norm_eps"):
             positive(f"arch.{name}", getattr(self, name))
+        at_most("arch.expansion", self.expansion, 1e12)  # where sizes are still exact
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"arch.hidden_size={self.hidden_size} cannot be split into arch.num_heads={self.num_heads} equal "

@@ -421,3 +421,10 @@ def test_replace_pack_spares_what_is_no_pack(pack_dir: Path, tmp_path: Path) -> 
         with pytest.raises(UserError, match=f"^{re.escape(str(target))} {said}.*; give the pack .*\\.$"):
             replace_pack(target).__enter__()
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "y/" * 3000, "a\0b"])
+def test_names_that_no_folder_can_have(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be written \(.*; give the pack another folder\.$") as told:
+        replace_pack(tmp_path / name).__enter__()
+    assert len(str(told.value)) < 300

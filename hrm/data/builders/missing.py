@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from hrm.config.data import build_command, builder_of
 from hrm.config.paths import PROJECT_DIR
 from hrm.data.builders import find_builders
 from hrm.data.registry import read_registry
-from hrm.errors import UserError
+from hrm.errors import UserError, shortened
 
 
 def ensure_pack(data: DataConfig, data_path: str) -> None:
@@ -22,10 +23,10 @@ def ensure_pack(data: DataConfig, data_path: str) -> None:
     Raises:
         UserError: the pack is missing and cannot be built; the sentence gives the command that makes one.
     """
-    if Path(data_path).exists():
+    if os.path.exists(data_path):  # pathlib raises errors about names that are too long
         return
     if data_path != data.path:
-        raise UserError(f"data_path={data_path} does not exist: {how_to_build(data_path)}")
+        raise UserError(f"data_path={shortened(data_path)} does not exist: {how_to_build(data_path)}")
     command = build_command(data.build, data_path)
     builder = _builder_argv(data.build)
     print(f"{data_path} does not exist, so: {command}", flush=True)
