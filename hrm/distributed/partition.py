@@ -163,8 +163,8 @@ class SharedModel:
         blocks = [block for stack in stacks.values() for block in stack.blocks]
         if option := next((block.INDIVISIBLE for block in blocks if block.INDIVISIBLE), None):
             raise UserError(
-                f"{option} does not go with parallel.tensor, parallel.pipeline or parallel.fsdp: share out the batch "
-                "alone."
+                f"{option} cannot be used with parallel.tensor, parallel.pipeline or parallel.fsdp: share out the "
+                "batch alone."
             )
         wanted = [(f"{name}.layers", len(stack.blocks), world.pipeline.size) for name, stack in stacks.items()]
         for block in blocks:
@@ -216,9 +216,13 @@ class SharedModel:
         kernels = inner.kernels
         config = kernels.config
         if config.fp8 != "none":
-            raise UserError(f"kernels.fp8={config.fp8} does not go with parallel.tensor or parallel.pipeline: drop it.")
+            raise UserError(
+                f"kernels.fp8={config.fp8} cannot be used with parallel.tensor or parallel.pipeline: drop it."
+            )
         if config.chunk and world.pipeline.size > 1:
-            raise UserError("kernels.chunk does not go with parallel.pipeline: choose parallel.micro_batches instead.")
+            raise UserError(
+                "kernels.chunk cannot be used with parallel.pipeline: choose parallel.micro_batches instead."
+            )
         module, first_token_block, run = kernels.module, kernels.first_token_block, kernels.run
         if world.tensor.size > 1:
             if not kernels.tensor_parallel:

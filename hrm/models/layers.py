@@ -181,7 +181,7 @@ class Embedding(nn.Module):
 
 
 class SparseEmbedding(nn.Module):
-    """A table too large for a dense gradient: in training, only the rows of the batch in hand get one.
+    """A table too large for a dense gradient: in training, only the rows of the batch get one.
 
     After a training forward, `local_ids` [B] says which rows of `weights` were read and `local_weights` [B, ndim] is a
     leaf that collects the gradient, one row per sequence; `hrm.optim.SparseSignSGD` writes the update back.

@@ -303,7 +303,7 @@ def test_bad_pack(pack_dir: Path, kind: str) -> None:
     sentence = str(caught.value)
     assert sentence.startswith(f"{pack_dir / 'train' / file} ")
     assert said in sentence
-    assert re.search(r"; build .*\.$", sentence), "no mend"
+    assert re.search(r"; build .*\.$", sentence), "no way out"
     assert "\n" not in sentence
 
 

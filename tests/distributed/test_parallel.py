@@ -274,8 +274,8 @@ def test_impossible_options(options: dict[str, Any], sentence: str) -> None:
         ({"H_layers": 3}, {}, {"pipeline": 2}, r"H_level\.layers=3 does not divide over the 2 processes"),
         ({}, {"compile": True}, {"tensor": 2}, r"parallel\.tensor=2 needs kernels\.backend=naive without"),
         ({"num_heads": 2}, {"backend": "triton"}, {"tensor": 2}, r"parallel\.tensor=2 needs .*, not triton"),
-        ({}, {"fp8": "H"}, {"pipeline": 2}, r"kernels\.fp8=H does not go with parallel\.tensor or"),
-        ({}, {"chunk": 2}, {"pipeline": 2}, r"kernels\.chunk does not go with parallel\.pipeline"),
+        ({}, {"fp8": "H"}, {"pipeline": 2}, r"kernels\.fp8=H cannot be used with parallel\.tensor or"),
+        ({}, {"chunk": 2}, {"pipeline": 2}, r"kernels\.chunk cannot be used with parallel\.pipeline"),
     ],
 )
 def test_models_that_cannot_be_shared(

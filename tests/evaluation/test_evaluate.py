@@ -321,8 +321,8 @@ def test_show_prints_and_draws(trained: Path, tmp_path: Path) -> None:
     assert len(boards) == len(set(shown)) == 3
     inputs, labels = raw_split(pack)
     model = load_model(trained / "run")
-    verdicts = re.findall(r"^(?:(\d+) of 16 cells are wrong|(Solved).*)\.$", out, re.MULTILINE)
-    for index, cells, (wrong, solved) in zip(shown, boards, verdicts, strict=True):
+    outcomes = re.findall(r"^(?:(\d+) of 16 cells are wrong|(Solved).*)\.$", out, re.MULTILINE)
+    for index, cells, (wrong, solved) in zip(shown, boards, outcomes, strict=True):
         answer = think_alone(model, inputs[index])[0].argmax(-1)
         assert digits(cells) == np.maximum(answer - 1, 0).tolist()
         marks = [cell[0] for row in cells for cell in row]
@@ -330,7 +330,7 @@ def test_show_prints_and_draws(trained: Path, tmp_path: Path) -> None:
         assert marks == np.where(answer != labels[index], "[", np.where(given, " ", "·")).tolist()
         assert int(wrong or 0) == marks.count("[")
         assert bool(solved) is ("[" not in marks)
-    assert [bool(solved) for _, solved in (verdicts[0], verdicts[-1])] == [False, True], "one of each, unsolved first"
+    assert [bool(solved) for _, solved in (outcomes[0], outcomes[-1])] == [False, True], "one of each, unsolved first"
 
 
 def test_show_stops_at_the_last_board(trained: Path, tmp_path: Path) -> None:
@@ -382,8 +382,8 @@ def test_solve_one_board(solvable: bool, trained: Path) -> None:
     assert digits(cells) == np.maximum(answer - 1, 0).tolist()
     wrong = int((answer != labels).sum())
     assert outcome.out.count("[") - 1 == wrong  # one is the legend's
-    verdict = "Solved: this is the only solution." if solvable else f"{wrong} of 16 cells are wrong."
-    assert outcome.out.splitlines()[-1] == verdict
+    last_line = "Solved: this is the only solution." if solvable else f"{wrong} of 16 cells are wrong."
+    assert outcome.out.splitlines()[-1] == last_line
 
 
 @pytest.mark.parametrize("board", ["123....4........", "1.....2.....3..4", "12....13........"])
@@ -405,9 +405,9 @@ def test_images_of_one_board_are_tried_until_one_is_solved(trained: Path) -> Non
             *(f"puzzle={typed(inputs[asked.index(wanted)])}", "ensemble.augmentations=6"),
         )
         assert (outcome.status, outcome.err) == (0, "")
-        verdict = outcome.out.splitlines()[-1]
-        assert verdict.startswith("Solved: this is the only solution.") is (wanted > 0)
-        assert verdict.endswith(f" It took {wanted or 6} of 6 answers.") is (wanted != 1)
+        last_line = outcome.out.splitlines()[-1]
+        assert last_line.startswith("Solved: this is the only solution.") is (wanted > 0)
+        assert last_line.endswith(f" It took {wanted or 6} of 6 answers.") is (wanted != 1)
 
 
 def test_solving_needs_no_data(trained: Path, tmp_path: Path) -> None:

@@ -37,15 +37,15 @@ ARC_VIEW = all_tasks()["arc"].view(PuzzleSize(900, 12))
 
 
 def denoise(labels: NDArray[np.int32], to_fill: Booleans, num_steps: int) -> StepOutputs:
-    """What a model might say of puzzles [N, S]: tokens `to_fill` are guessed at, and each is mended at a step of its
+    """What a model might say of puzzles [N, S]: tokens `to_fill` are guessed at, and each is corrected at a step of its
     own, in most puzzles before the last; q_halt rises as they are."""
     rng = np.random.default_rng(0)
-    ease = rng.uniform(0.3, 1.15, (len(labels), 1))  # of the steps that it takes to mend all tokens
-    mended = np.where(rng.random(labels.shape) < 0.5, 0, rng.random(labels.shape) * ease * num_steps)
+    ease = rng.uniform(0.3, 1.15, (len(labels), 1))  # of the steps that it takes to correct all tokens
+    corrected = np.where(rng.random(labels.shape) < 0.5, 0, rng.random(labels.shape) * ease * num_steps)
     truth = np.where(labels == IGNORE_LABEL_ID, 0, labels)
     step = np.arange(1, num_steps + 1)[:, None, None]
     guesses = rng.choice(labels[to_fill], (num_steps, *labels.shape))
-    answers = np.where(to_fill & (step < mended), guesses, truth).astype(np.uint8)
+    answers = np.where(to_fill & (step < corrected), guesses, truth).astype(np.uint8)
     wrong = (answers != truth).sum(-1)
     q_halt = (3 - 4 * np.log2(1 + wrong) + 0.5 * rng.standard_normal(wrong.shape)).astype(np.float32)
     return StepOutputs(*map(torch.from_numpy, (answers, q_halt, -0.5 * q_halt)))

@@ -293,7 +293,7 @@ def test_only_the_batch_is_shared_out(trm: Arch, fields: Arch, said: str) -> Non
     axis = Axis(0, 2, None)
     world = World(0, 1, torch.device("cpu"), tensor=axis)
     with pytest.raises(
-        UserError, match=f"^{said} does not go with parallel.tensor, parallel.pipeline or parallel.fsdp"
+        UserError, match=f"^{said} cannot be used with parallel.tensor, parallel.pipeline or parallel.fsdp"
     ):
         SharedModel(build(trm | fields), ParallelConfig(tensor=2), world)
 

@@ -53,5 +53,5 @@ def test_it_answers_a_puzzle(project: Path) -> None:
     lines = [line for line in out.splitlines() if line.startswith("│")]
     assert len(lines) == 4
     answer = "".join(re.findall(r"\d", "".join(lines)))
-    verdict = out.splitlines()[-1]
-    assert verdict.startswith("Solved: this is a Latin square.") is (answer == "1234341221434321")
+    last_line = out.splitlines()[-1]
+    assert last_line.startswith("Solved: this is a Latin square.") is (answer == "1234341221434321")
