@@ -116,7 +116,8 @@ class RunLock:
         Raises:
             UserError: a living process holds it, which the sentence names; or the folder cannot be written.
         """
-        self._made_folders = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
+        # os.path, for pathlib raises errors about names that are too long.
+        self._made_folders = [path for path in (self._folder, *self._folder.parents) if not os.path.exists(path)]
         try:
             make_folder(self._folder, "checkpoint_path")
             self._descriptor = self._take()

@@ -255,3 +255,10 @@ def test_folders_made_for_nothing_go(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made a folder"), RunLock(tmp_path / "file" / "run"):
         pass
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "y/" * 3000, "a\0b"])
+def test_names_that_no_folder_can_have(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be made a folder") as told, RunLock(tmp_path / name):
+        pass
+    assert len(str(told.value)) < 300
