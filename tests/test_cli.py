@@ -178,7 +178,7 @@ BAD_EVALUATION = [
     ),
     Bad("negative number of boards", "checkpoint=run show=-1", ("show=-1", "at least 0")),
     Bad("no batch", "checkpoint=run global_batch_size=0", ("global_batch_size=0", "at least 1")),
-    Bad("misspelt option", "checkpoint=run puzle=1", ("puzle", "puzzle?")),
+    Bad("misspelt option", "checkpoint=run puzle=1", ("puzle", "did you mean puzzle")),
     Bad("an option of training", "checkpoint=run lr=1", ("no option lr",)),
     # puzzles
     Bad("puzzle of no board's size", "checkpoint=run puzzle=123", ("3 cells", "16, 36 or 81")),
@@ -656,4 +656,5 @@ def test_training_leaves_only_its_run_folder(stock: Path, tmp_path: Path, monkey
     weights = {f"step_{step}{suffix}" for step in (3, 6) for suffix in ("", ".safetensors")}
     parts = ("SHA256SUMS", "state.json", "shard-00001-model-00001-of-00001.safetensors")
     states = {f"state_{step}/{part}" for step in (3, 6) for part in parts}
-    assert files == {f"{folder}/{name}" for name in {"all_config.yaml", "metrics.jsonl", *weights, *states}}
+    about = {"all_config.yaml", "task.json", "metrics.jsonl"}
+    assert files == {f"{folder}/{name}" for name in {*about, *weights, *states}}
