@@ -405,6 +405,13 @@ def test_hidden_outputs(layout: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(ArcTask.parse(name, task, True).hidden == len(task["test"]) for name, task in puzzles.items())
 
 
+def test_a_split_named_test_is_evaluated(tmp_path: Path) -> None:
+    raw = write_folders(tmp_path / "raw")
+    expected = contents(run(tmp_path / "a", "--dataset-dirs", raw, "--num-aug", 1))
+    (raw / "evaluation").rename(raw / "test")
+    assert contents(run(tmp_path / "b", "--dataset-dirs", raw, "--num-aug", 1)) == expected
+
+
 def test_hidden_outputs_of_training_tasks_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kaggle = tmp_path / "kaggle"
     kaggle.mkdir()
