@@ -38,7 +38,9 @@ def items_of(x: Any, task: Task, form: PuzzleForm, *, tokens: bool = False) -> I
         return [x] if _is_one(x, task, form) else x
     if isinstance(x, Iterable):
         return x
-    raise UserError(f"a {type(x).__name__} is no puzzle: give a text, a list, an array, or several of these.")
+    raise UserError(
+        f"what is given is no puzzle but a {type(x).__name__}: give a text, a list, an array, or several of these."
+    )
 
 
 def _is_one(x: Any, task: Task, form: PuzzleForm) -> bool:

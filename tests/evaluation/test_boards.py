@@ -261,3 +261,12 @@ def test_picture(size: str, tmp_path: Path) -> None:
     assert all(image.std() > 0.05 for image in pixels), "an empty picture"
     assert not np.array_equal(pixels[0], pixels[1]), "wrong cells look like right ones"
     assert plt.get_fignums() == open_before, "figures are left open"
+
+
+def test_legend_calls_nothing_right_that_nobody_knows() -> None:
+    by_rules = board(PUZZLE_4, SOLUTION_4, None)
+    assert "against the rules" in by_rules.legend()
+    assert "right" not in by_rules.legend()
+    alone = replace(by_rules, broken=None).legend()
+    assert not any(mark in alone for mark in ("right", "wrong", "against"))
+    assert board(PUZZLE_4, SOLUTION_4, SOLUTION_4).legend() == LEGEND

@@ -33,6 +33,8 @@ class Cell(enum.IntEnum):
 _MARKS = {Cell.GIVEN: (" ", " "), Cell.RIGHT: ("·", "·"), Cell.WRONG: ("[", "]")}
 _ANSI = {Cell.GIVEN: "1", Cell.RIGHT: "34", Cell.WRONG: "31;7"}
 LEGEND = " 5  given   ·5· filled in, right   [5] wrong"
+LEGEND_OF_RULES = " 5  given   ·5· filled in   [5] against the rules"
+LEGEND_WITHOUT_RULES = " 5  given   ·5· filled in"
 
 # Blue and vermilion of Okabe and Ito's palette, told apart under every common colour vision.
 _INK = {Cell.GIVEN: "black", Cell.RIGHT: "#0072B2", Cell.WRONG: "#D55E00"}
@@ -72,6 +74,12 @@ class Board:
         else:
             wrong = np.zeros(len(self.inputs), dtype=np.bool_) if self.broken is None else self.broken
         return np.where(wrong, Cell.WRONG, np.where(self.view.given(self.inputs), Cell.GIVEN, Cell.RIGHT))
+
+    def legend(self) -> str:
+        """What the marks of `render_text` mean: nothing is called right where no solution is known."""
+        if self.solution is not None:
+            return LEGEND
+        return LEGEND_WITHOUT_RULES if self.broken is None else LEGEND_OF_RULES
 
     def num_wrong(self) -> int:
         return int((self.cells() == Cell.WRONG).sum())
