@@ -48,7 +48,7 @@ _HUB_FILES = [
     *(FORM_FILE, IDENTIFIERS_FILE),
 ]
 _OPTION_REFERENCE = re.compile(r"\$\{\.*\w+(\.\w+)*\}")
-_WEIGHTS_NAME = re.compile(r"step_(\d+)(_ema)?(\.safetensors)?")
+_WEIGHTS_NAME = re.compile(r"step_(\d+)(_ema)?(\.safetensors|\.pt)?")
 
 
 @dataclass(frozen=True)

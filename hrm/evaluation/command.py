@@ -87,8 +87,9 @@ def _data_paths(config: EvaluateConfig, checkpoint: Checkpoint) -> list[str]:
         return [config.data_path]
     for option in ("data_paths_test", "data_paths", "data_path"):
         value = checkpoint.config.get(option)
-        paths = value if isinstance(value, list) else [value]
-        if paths and all(isinstance(path, str) for path in paths):
+        listed = value if isinstance(value, list) else [value]
+        paths = [path for path in listed if isinstance(path, str)]
+        if paths and len(paths) == len(listed):
             return paths
     raise UserError(f"{checkpoint.config_file} does not say which data it was trained on: add data_path=...")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -140,6 +140,7 @@ def trained_pack(checkpoint: Checkpoint, pack: Pack) -> TrainedPack | None:
 
 def other_identifiers(checkpoint: Checkpoint, model: ACTLossHead, pack: Pack) -> str | None:
     """A sentence where the rows of the model's puzzle table stand for other puzzles than the pack's identifiers do."""
+    trained_on: Any = None
     if (one_of_several := trained_pack(checkpoint, pack)) is not None:
         trained_on = one_of_several.identifiers
     else:

@@ -27,6 +27,8 @@ class Architecture:
     config: type[RecurrentConfig]  # whose default `name` is what configs call the architecture
     model: Callable[..., RecurrentModel]  # (config, sizes of the data, generator)
     old_schemas: tuple[str, ...] = ()  # what YAML files called its schema before
+    other_names: tuple[str, ...] = ()  # what it is called in the configs of other code whose weights it takes
+    nearest_to: tuple[str, ...] = ()  # architectures of other code that are not here, but that it is the nearest to
 
     @property
     def name(self) -> str:
@@ -77,6 +79,14 @@ def arch_config(
             raise UserError(f"arch.{name}={claimed} contradicts the data, which has {real}: drop it from arch.")
     known = {found.name: found for found in architectures().values()}
     wanted = values.get("name", architectures()["hrm"].name)
+    for found in known.values():
+        if wanted in found.other_names:
+            wanted = values["name"] = found.name
+        if wanted in found.nearest_to:
+            raise UserError(
+                f"{where}.name={wanted} is an architecture of other code that is not here, and its weights fit none "
+                f"that is: the nearest to train is {found.name}."
+            )
     if not isinstance(wanted, str) or wanted not in known:
         raise UserError(f"{where}.name={shortened(wanted)} is not a choice; {neighbours(str(wanted), known)}")
     schema = known[wanted].config

@@ -14,6 +14,7 @@ from hrm.models.architecture import Architecture
 from hrm.models.recurrent import DataSizes, RecurrentConfig, RecurrentModel
 
 NAME = "hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1"  # in the published configs
+NAME_IN_TRM = "recursive_reasoning.hrm@HierarchicalReasoningModel_ACTV1"  # in those of TRM's code
 
 
 @dataclass
@@ -57,4 +58,4 @@ class HierarchicalReasoningModel(RecurrentModel):
         self.add_heads(generator)
 
 
-ARCHITECTURE = Architecture(HRMConfig, HierarchicalReasoningModel, old_schemas=("hrm_v1",))
+ARCHITECTURE = Architecture(HRMConfig, HierarchicalReasoningModel, old_schemas=("hrm_v1",), other_names=(NAME_IN_TRM,))

@@ -47,4 +47,6 @@ class Transformer(RecurrentModel):
         self.add_heads(generator)
 
 
-ARCHITECTURE = Architecture(TransformerConfig, Transformer)
+ARCHITECTURE = Architecture(
+    TransformerConfig, Transformer, nearest_to=("recursive_reasoning.transformers_baseline@Model_ACTV2",)
+)

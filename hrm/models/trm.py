@@ -64,4 +64,10 @@ class TinyRecursiveModel(RecurrentModel):
         self.add_heads(generator)
 
 
-ARCHITECTURE = Architecture(TRMConfig, TinyRecursiveModel)
+ARCHITECTURE = Architecture(
+    TRMConfig,
+    TinyRecursiveModel,
+    nearest_to=tuple(
+        f"recursive_reasoning.{variant}@TinyRecursiveReasoningModel_ACTV1" for variant in ("trm_singlez", "trm_hier6")
+    ),
+)

@@ -102,7 +102,7 @@ def assert_same_answers(left: ACTLossHead, right: ACTLossHead, batch: Batch) -> 
 # --- the published layout --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("weights_name", "step"), [("checkpoint", 0), ("step_123", 123)])
+@pytest.mark.parametrize(("weights_name", "step"), [("checkpoint", 0), ("step_123", 123), ("step_7.pt", 7)])
 @pytest.mark.parametrize("by", ["folder", "file"])
 def test_published_folders_load(
     weights_name: str,

@@ -14,7 +14,8 @@ from hrm.batch import Batch
 from hrm.config import CONFIG_DIR
 from hrm.config.compose import compose
 from hrm.config.training import PretrainConfig
-from hrm.models import ACTLossHead, architectures
+from hrm.errors import UserError
+from hrm.models import ACTLossHead, arch_config, architectures
 from hrm.models.recurrent import RecurrentConfig
 from tests.helpers.models import build, gradients
 
@@ -159,3 +160,35 @@ def test_operations_of_an_evaluation_step(config: RecurrentConfig, mlp_t: bool, 
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step(model, carry, batch)
     assert counter.get_total_flops() == 3 * model.act_step_flops() + outside(model, batch, training=False)
+
+
+def test_names_in_the_configs_of_trm() -> None:
+    """Its HRM is ours; of its others, the nearest is named."""
+    config = arch_config({"name": "recursive_reasoning.hrm@HierarchicalReasoningModel_ACTV1", "mlp_t": False})
+    assert config == arch_config({})
+    for theirs, ours in (
+        ("recursive_reasoning.transformers_baseline@Model_ACTV2", "transformer"),
+        ("recursive_reasoning.trm_singlez@TinyRecursiveReasoningModel_ACTV1", "recursive_reasoning.trm@"),
+        ("recursive_reasoning.trm_hier6@TinyRecursiveReasoningModel_ACTV1", "recursive_reasoning.trm@"),
+    ):
+        with pytest.raises(UserError, match=rf"not here.*the nearest to train is {ours}"):
+            arch_config({"name": theirs})
+
+
+@pytest.mark.parametrize("pos_encodings", ["none", "rope"])
+def test_attention_without_positions_takes_the_tokens_for_a_set(
+    tiny_arch: dict[str, Any], random_batch: Callable[..., Batch], pos_encodings: str
+) -> None:
+    """Its answers to tokens in another order are its answers in that order; with positions they are not."""
+    batch = random_batch()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    moved = {**batch, "inputs": batch["inputs"][:, order], "labels": batch["labels"][:, order]}
+    model = build({**tiny_arch, "pos_encodings": pos_encodings}).eval()
+
+    def answers(given: Batch) -> Tensor:
+        _, _, _, outputs, _ = model(carry=model.initial_carry(given), batch=given, return_keys=["logits"])
+        return outputs["logits"]
+
+    with torch.no_grad():
+        is_equal = torch.allclose(answers(moved), answers(batch)[:, order], atol=1e-4)
+    assert is_equal is (pos_encodings == "none")

@@ -1,5 +1,6 @@
 """Runs that start from the weights of another, and weights that are left untrained."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from hrm.checkpoint.weights import PUZZLE_TABLE, read_weights
+from hrm.data.builders import arc as build_arc_dataset
 from hrm.data.pack import PackMetadata, PackSet, write_identifiers, write_split
 from tests.helpers.entry_points import TINY_RUN, Outcome, evaluated, make_pack, run_script
 
@@ -221,3 +223,36 @@ def test_puzzle_emb_is_what_the_model_has(packs: Path) -> None:
         asked, _ = evaluated(f"checkpoint={packs / 'run'}", f"puzzle_emb={how}")
         assert asked == set_so
         assert asked != evaluated(f"checkpoint={packs / 'run'}")[0]
+
+
+def write_arc_tasks(folder: Path, names: str, rng: np.random.Generator) -> None:
+    """Tasks that exchange the colours 1 and 2: the first in `training`, the others in `evaluation`."""
+    for index, name in enumerate(names):
+        pairs = [{"input": (grid := rng.integers(1, 3, (3, 3))).tolist(), "output": (3 - grid).tolist()} for _ in "abc"]
+        split = folder / ("training" if index == 0 else "evaluation")
+        split.mkdir(parents=True, exist_ok=True)
+        (split / f"{name * 4}0001.json").write_text(json.dumps({"train": pairs[:2], "test": pairs[2:]}))
+
+
+def test_adapting_to_arc_tasks_that_were_not_trained_on(tmp_path: Path) -> None:
+    """Train, build a pack of unseen tasks, train the table on their demonstration pairs, and let the votes answer."""
+    rng = np.random.default_rng(0)
+    for pack, names in (("seen", "abc"), ("unseen", "abde")):
+        write_arc_tasks(tmp_path / f"{pack}-tasks", names, rng)
+        argv = ["--dataset-dirs", str(tmp_path / f"{pack}-tasks"), "--num-aug", "2", "--workers", "1"]
+        assert build_arc_dataset.main([*argv, "--output-dir", str(tmp_path / pack)]) == 0
+    options = ["arch.pos_encodings=rope", "epochs=4", "eval_interval=4"]
+    outcome = run(tmp_path, "seen", "run", *options)
+    assert outcome.status == 0, outcome.err
+    outcome = run(tmp_path, "unseen", "adapted", *options, f"init_from={tmp_path / 'run'}", "freeze=trunk")
+    assert outcome.status == 0, outcome.err
+    assert "each the mean of the" in outcome.out
+    adapted = next(step for step in (tmp_path / "adapted").glob("step_*") if "." not in step.name)
+    table = read_weights(adapted)[PUZZLE_TABLE]
+    assert len(table.unique(dim=0)) > 2  # rows have gone ways of their own
+    metrics, out = evaluated(f"checkpoint={tmp_path / 'adapted'}")
+    assert metrics["count"] > 0
+    assert "submission.json" in out
+    submission = json.loads((tmp_path / "adapted" / "submission.json").read_text())
+    assert sorted(submission) == ["bbbb0001", "dddd0001", "eeee0001"]
+    assert all(set(attempts) == {"attempt_1", "attempt_2"} for (attempts,) in submission.values())
