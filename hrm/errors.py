@@ -4,12 +4,18 @@ import os
 import re
 import unicodedata
 
+EXIT_USER_ERROR = 2
+"""Exit status after a `UserError`."""
+
+EXIT_INTERRUPTED = 130
+"""Exit status of what Ctrl-C stopped, as shells have it."""
+
 
 class UserError(Exception):
     """A mistake in what was asked for: an option, a path, a pack, a checkpoint.
 
     Its text is one clear sentence that names the culprit and the way out. The entry points print it without a traceback
-    and exit with status 2; anything else that escapes is a bug and keeps its traceback.
+    and exit with status 2. Anything else that escapes is a bug: `hrm.unforeseen` keeps its traceback in a file.
     """
 
 

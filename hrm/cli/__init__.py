@@ -16,13 +16,10 @@ from pkgutil import iter_modules
 
 from hrm.config.checks import neighbours
 from hrm.config.paths import DISTRIBUTION
-from hrm.errors import UserError
+from hrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from hrm.output import unbreakable_output
 from hrm.unforeseen import tell
 from hrm.version import __version__
-
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 @unbreakable_output()  # as in `hrm data list | head`

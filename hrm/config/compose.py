@@ -29,7 +29,7 @@ from hrm.config.store import register_schemas
 from hrm.config.training import PretrainConfig
 from hrm.config.typed import option_names
 from hrm.config.yaml_files import read_old_names
-from hrm.errors import UserError, first_sentence
+from hrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, first_sentence
 from hrm.output import unbreakable_output
 from hrm.unforeseen import EXIT_UNFORESEEN, unforeseen
 from hrm.unforeseen import tell as tell_error
@@ -45,9 +45,6 @@ class SweptRun(Generic[R]):
     overrides: tuple[str, ...]  # its own, as on a command line
     result: R
 
-
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 # Values of these options are taken to the letter: Hydra would read 0530 as a number and choke on "=" or "(" in a path.
 _LITERAL_OPTIONS = {

@@ -32,7 +32,7 @@ from hrm.data.joined import first_identifiers, join_test, join_train, joined_ide
 from hrm.data.loader import EvalLoader, TrainLoader, deaths_of_workers_told
 from hrm.data.pack import Pack, open_pack, read_provenance
 from hrm.distributed.world import World, join_world, share_from_main
-from hrm.errors import UserError
+from hrm.errors import EXIT_INTERRUPTED, UserError
 from hrm.kernels import describe
 from hrm.kernels.dtypes import AUTO as AUTO_DTYPE
 from hrm.kernels.dtypes import computing_dtype, describe_dtype
@@ -47,9 +47,6 @@ from hrm.training.run_log import RunLog, cut_records
 from hrm.training.step import TrainState, initial_state
 from hrm.training.warm_start import WarmStart, frozen_report
 from hrm.unforeseen import traceback_folder
-
-EXIT_INTERRUPTED = 130
-"""Exit status of a run that Ctrl-C stopped, as shells have it."""
 
 EXIT_PREEMPTED = 75
 """Exit status of a run that a signal stopped and that can go on: "temporary failure, try again" in sysexits.h."""

@@ -27,10 +27,10 @@ from hrm.checkpoint import run_folder
 from hrm.checkpoint.run_folder import superseded_by_going_on
 from hrm.config import DataConfig, PretrainConfig
 from hrm.data.loader import TrainLoader
-from hrm.errors import UserError
+from hrm.errors import EXIT_INTERRUPTED, UserError
 from hrm.models.hrm import HRMConfig
 from hrm.training import run
-from hrm.training.loop import EXIT_INTERRUPTED, EXIT_PREEMPTED, pretrain
+from hrm.training.loop import EXIT_PREEMPTED, pretrain
 from hrm.training.run_log import RunLog, cut_records
 from tests.helpers.entry_points import CPU, ROOT, TINY_MODEL, make_pack, run_script
 from tests.helpers.training import ALONE

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from hrm.config import DataConfig, KernelsConfig, OptimConfig, ParallelConfig, PretrainConfig
-from hrm.config.compose import EXIT_USER_ERROR, run
+from hrm.config.compose import run
 from hrm.data.loader import TrainLoader
 from hrm.data.pack import open_pack
 from hrm.distributed.world import join_world
-from hrm.errors import UserError
+from hrm.errors import EXIT_USER_ERROR, UserError
 from hrm.models import ACTLossHead
 from hrm.models.layers import SparseEmbedding
 from hrm.optim import AdamATan2, SparseSignSGD

@@ -17,10 +17,10 @@ from hrm.batch import Batch
 from hrm.checkpoint.weights import read_weights
 from hrm.config import DataConfig, KernelsConfig, OptimConfig, PretrainConfig
 from hrm.data.pack import open_pack
-from hrm.errors import UserError
+from hrm.errors import EXIT_INTERRUPTED, UserError
 from hrm.optim import AdamATan2, SparseSignSGD
 from hrm.training import run
-from hrm.training.loop import EXIT_INTERRUPTED, pretrain
+from hrm.training.loop import pretrain
 from hrm.training.metrics import MetricWindow
 from hrm.training.run_log import RunLog
 from hrm.training.step import initial_state, make_train_step

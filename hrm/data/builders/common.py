@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeAlias
 from numpy.typing import NDArray
 
 from hrm.data.pack import SPLITS
-from hrm.errors import UserError, printable_lines
+from hrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, printable_lines
 from hrm.output import output_that_counts
 from hrm.reading import open_lines
 from hrm.unforeseen import EXIT_UNFORESEEN, tell, unforeseen
@@ -23,7 +23,6 @@ from hrm.unforeseen import EXIT_UNFORESEEN, tell, unforeseen
 # What `bytes` takes: rows of arrays, and bytes themselves. Python 3.12 has a name for it.
 Buffer: TypeAlias = NDArray[Any] | bytes
 
-EXIT_INTERRUPTED = 130
 
 MOST_SOURCE = 256
 """Characters of a source's name."""
@@ -43,7 +42,7 @@ def run_command(work: Callable[[argparse.Namespace], str], parse: Callable[[], a
             print(printable_lines(work(arguments)))
     except UserError as error:
         tell(str(error))
-        return 2
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         tell("stopped by Ctrl-C; nothing was written.")
         return EXIT_INTERRUPTED
