@@ -80,6 +80,14 @@ def output_that_counts() -> Iterator[None]:
         raise UserError(f"the output cannot be written ({out.error.strerror}): send it elsewhere.")
 
 
+def bar_interval() -> float:
+    """Seconds between two states of a progress bar on stderr: a terminal overwrites them, a file keeps them all."""
+    with suppress(OSError, ValueError, AttributeError):  # of a stream that was closed, or none
+        if sys.stderr.isatty():
+            return 0.1
+    return 10.0
+
+
 def occupy_standard_descriptors() -> None:
     """Open those of 0, 1 and 2 that the caller closed, or the next files opened would get what is printed."""
     for descriptor in range(3):

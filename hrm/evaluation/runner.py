@@ -20,6 +20,7 @@ from hrm.data.loader import EvalLoader
 from hrm.distributed.world import World
 from hrm.evaluation.metrics import MetricSums, Throughput
 from hrm.models import ACTLossHead
+from hrm.output import bar_interval
 from hrm.tasks.base import Evaluator
 from hrm.writing import new_file
 
@@ -132,7 +133,8 @@ class StepRecorder(Protocol):
 def parts_of(loader: EvalLoader, world: World) -> Iterator[Part]:
     """This rank's puzzles in order, under a progress bar."""
     set_start, in_set, previous = 0, 0, None
-    for set_name, batch, count in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=not world.is_main):
+    bar = tqdm(loader, "evaluating", unit="batch", leave=False, mininterval=bar_interval(), disable=not world.is_main)
+    for set_name, batch, count in bar:
         if set_name != previous:
             set_start, in_set, previous = set_start + in_set, 0, set_name
         skipped = world.rank * len(batch["inputs"])

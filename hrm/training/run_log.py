@@ -20,7 +20,7 @@ from hrm.checkpoint.run_folder import METRICS_FILE, cannot_write, replacing
 from hrm.config import PretrainConfig
 from hrm.distributed.world import World
 from hrm.errors import first_sentence, printable_lines
-from hrm.output import UnbreakableStream
+from hrm.output import UnbreakableStream, bar_interval
 from hrm.reading import open_regular
 
 _MOST_OF_A_RECORD = 1 << 20  # bytes
@@ -64,6 +64,7 @@ class RunLog:
             disable=not world.is_main,
             dynamic_ncols=True,
             smoothing=0.1,
+            mininterval=bar_interval(),
             file=UnbreakableStream(sys.stderr),
         )
         self._file = None
