@@ -20,7 +20,8 @@ class UnbreakableStream:
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        # Not around another one, which would keep errors to itself.
+        self._stream: TextIO = stream._stream if isinstance(stream, UnbreakableStream) else stream
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
