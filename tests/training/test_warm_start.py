@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from hrm.checkpoint.finding import read_tensors
 from hrm.checkpoint.weights import PUZZLE_TABLE, read_weights
 from hrm.data.builders import arc as build_arc_dataset
 from hrm.data.pack import PackMetadata, PackSet, write_identifiers, write_split
@@ -164,9 +165,12 @@ def test_names_that_are_frozen(packs: Path, patterns: str, prefixes: list[str]) 
     outcome = run(packs, "few", folder, *HEADS, f"init_from={packs / 'run'}", f"freeze={patterns}")
     assert outcome.status == 0, outcome.err
     had, now = weights_of(packs / "run"), weights_of(packs / folder)
+    state = read_tensors(packs / folder / "state_6")
     for name in had:
         kept = name.removeprefix("model.inner.").startswith((*prefixes, "H_init", "L_init"))
         assert torch.equal(had[name], now[name]) is kept, name
+        has_moments = not kept and name != PUZZLE_TABLE
+        assert (f"moments.exp_avg.{name}" in state) is has_moments, name
 
 
 @pytest.mark.parametrize("freeze", ["trunk", "L_level,lm_head"])
