@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.entry_points import ROOT, run_script
-from tests.training.test_warm_start import write_pack
+from tests.helpers.training import write_identified_pack
 
 CHECKOUT = os.environ.get("TRM_CHECKOUT", "")
 NAMES = ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps", "lm_loss", "q_halt_loss")
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not Path(CHECKOUT, "puzzle_dataset.py").is_file(
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pack(tmp_path_factory.mktemp("exchange") / "pack", puzzles=5)
+    return write_identified_pack(tmp_path_factory.mktemp("exchange") / "pack", puzzles=5)
 
 
 def theirs(*arguments: object) -> dict[str, float]:
@@ -78,7 +78,7 @@ def test_our_checkpoint_evaluates_there(pack: Path, tmp_path: Path) -> None:
 def test_training_goes_on_here_from_their_checkpoint(pack: Path, tmp_path: Path) -> None:
     """By the options that their code has for it, with a table of another size."""
     theirs("train", pack, tmp_path / "run", 4)
-    other = write_pack(tmp_path / "other", puzzles=3)
+    other = write_identified_pack(tmp_path / "other", puzzles=3)
     arch = "H_cycles=2 L_cycles=2 hidden_size=32 num_heads=2 puzzle_emb_len=2 halt_max_steps=3"
     outcome = run_script(
         "pretrain.py",

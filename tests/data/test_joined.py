@@ -14,16 +14,16 @@ from hrm.data.loader import EvalLoader, TrainLoader
 from hrm.data.pack import Pack, open_pack
 from hrm.errors import UserError
 from tests.helpers.entry_points import CPU, TINY_RUN, Outcome, run_script
-from tests.training.test_warm_start import write_pack
+from tests.helpers.training import write_identified_pack
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("joined")
-    write_pack(root / "few", puzzles=3)
-    write_pack(root / "many", puzzles=5)
-    write_pack(root / "long", puzzles=3, seq_len=25)
-    write_pack(root / "unknown", puzzles=2)
+    write_identified_pack(root / "few", puzzles=3)
+    write_identified_pack(root / "many", puzzles=5)
+    write_identified_pack(root / "long", puzzles=3, seq_len=25)
+    write_identified_pack(root / "unknown", puzzles=2)
     return root
 
 

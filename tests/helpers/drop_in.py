@@ -31,7 +31,8 @@ def block(page: str, language: str) -> str:
 
 def run_in(project: Path, *command: str) -> str:
     """What Python prints in the copy; it must succeed."""
-    shared = os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
+    # A wide terminal: help is not broken into lines.
+    shared = os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
     done = subprocess.run([sys.executable, *command], cwd=project, env=shared, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout

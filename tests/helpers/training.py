@@ -13,7 +13,7 @@ import torch
 from hrm.batch import Batch
 from hrm.config import PretrainConfig
 from hrm.data.loader import TrainLoader
-from hrm.data.pack import PackMetadata, PackSet, open_pack, write_split
+from hrm.data.pack import PackMetadata, PackSet, open_pack, write_identifiers, write_split
 from hrm.distributed.world import World
 from hrm.models.hrm import HRMConfig
 from hrm.training.step import TrainState, initial_state
@@ -61,6 +61,19 @@ def write_pack(folder: Path, **sizes: int) -> None:
             sets=("all",),
         )
         write_split(folder / split, metadata, {"all": data})
+
+
+def write_identified_pack(folder: Path, *, puzzles: int, seq_len: int = 16, vocab_size: int = 6) -> Path:
+    """A pack in which every puzzle has an identifier, of one example: the labels are the inputs."""
+    rng = np.random.default_rng(puzzles)
+    for split in ("train", "test"):
+        tokens = rng.integers(1, vocab_size, (12, seq_len)).astype(np.uint8)
+        identifiers = np.arange(12, dtype=np.int32) % puzzles + 1
+        offsets = np.arange(13, dtype=np.int32)
+        metadata = PackMetadata(0, 0, 0, vocab_size, seq_len, puzzles + 1, 12, 1.0, ("all",))
+        write_split(folder / split, metadata, {"all": PackSet(tokens, tokens, identifiers, offsets, offsets)})
+    write_identifiers(folder, ["<blank>", *(f"{folder.name}-{number}" for number in range(puzzles))])
+    return folder
 
 
 def start(config: PretrainConfig) -> tuple[TrainState, Iterator[Batch]]:

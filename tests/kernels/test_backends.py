@@ -82,7 +82,16 @@ def cases() -> list[Any]:
 
 def request_for(block_type: type, tokens: int, dtype: torch.dtype) -> KernelRequest:
     rotary = "qkv" in block_type._fields  # type: ignore[attr-defined]
-    return KernelRequest(DEVICE, dtype, HEAD_SIZE, rotary, tokens, 3, WIDTH, (block_type,))
+    return KernelRequest(
+        DEVICE,
+        dtype,
+        HEAD_SIZE,
+        rotary=rotary,
+        num_tokens=tokens,
+        batch_size=3,
+        width=WIDTH,
+        block_types=(block_type,),
+    )
 
 
 def backend_for(name: str, block_type: type, tokens: int, dtype: torch.dtype) -> Backend:

@@ -119,7 +119,16 @@ def test_naive_module(batch: int, tokens: int, dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 82), (5, 88), (8, 97), (3, 901)])
 def test_module_on_gpu(batch: int, tokens: int) -> None:
-    request = KernelRequest(torch.device("cuda"), torch.bfloat16, 64, False, tokens, batch, 256, (naive.MixerWeights,))
+    request = KernelRequest(
+        torch.device("cuda"),
+        torch.bfloat16,
+        64,
+        rotary=False,
+        num_tokens=tokens,
+        batch_size=batch,
+        width=256,
+        block_types=(naive.MixerWeights,),
+    )
     kernels = resolve(kernels_config("auto"), request)
     assert kernels.compile
     assert_right(make_kernels(kernels, ("L_level",)).module, batch, tokens, 256, torch.bfloat16)

@@ -10,33 +10,20 @@ import torch
 from hrm.checkpoint.finding import read_tensors
 from hrm.checkpoint.weights import PUZZLE_TABLE, read_weights
 from hrm.data.builders import arc as build_arc_dataset
-from hrm.data.pack import PackMetadata, PackSet, write_identifiers, write_split
 from tests.helpers.entry_points import TINY_RUN, Outcome, evaluated, make_pack, run_script
+from tests.helpers.training import write_identified_pack
 
-STEPS = 6  # of TINY_RUN on `write_pack`
+STEPS = 6  # of TINY_RUN on `write_identified_pack`
 HEADS = ["arch.pos_encodings=rope"]
-
-
-def write_pack(folder: Path, *, puzzles: int, seq_len: int = 16, vocab_size: int = 6) -> Path:
-    """A pack in which every puzzle has an identifier, of one example: the labels are the inputs."""
-    rng = np.random.default_rng(puzzles)
-    for split in ("train", "test"):
-        tokens = rng.integers(1, vocab_size, (12, seq_len)).astype(np.uint8)
-        identifiers = np.arange(12, dtype=np.int32) % puzzles + 1
-        offsets = np.arange(13, dtype=np.int32)
-        metadata = PackMetadata(0, 0, 0, vocab_size, seq_len, puzzles + 1, 12, 1.0, ("all",))
-        write_split(folder / split, metadata, {"all": PackSet(tokens, tokens, identifiers, offsets, offsets)})
-    write_identifiers(folder, ["<blank>", *(f"{folder.name}-{number}" for number in range(puzzles))])
-    return folder
 
 
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders `few` and `many` of packs with 3 and 5 identifiers, `long`, and a run on the first in `run`."""
     root = tmp_path_factory.mktemp("packs")
-    write_pack(root / "few", puzzles=3)
-    write_pack(root / "many", puzzles=5)
-    write_pack(root / "long", puzzles=3, seq_len=25)
+    write_identified_pack(root / "few", puzzles=3)
+    write_identified_pack(root / "many", puzzles=5)
+    write_identified_pack(root / "long", puzzles=3, seq_len=25)
     assert run(root, "few", "run", *HEADS).status == 0
     return root
 
@@ -127,7 +114,7 @@ def test_learned_positions_are_of_one_length(packs: Path) -> None:
 
 
 def test_another_vocabulary(packs: Path, tmp_path: Path) -> None:
-    write_pack(tmp_path / "wide", puzzles=3, vocab_size=9)
+    write_identified_pack(tmp_path / "wide", puzzles=3, vocab_size=9)
     outcome = run(tmp_path, "wide", "refused", f"init_from={packs / 'run'}")
     assert outcome.status == 2
     assert "has a vocabulary of 6 tokens, but" in outcome.err
@@ -203,7 +190,7 @@ def test_other_weights_cannot_be_frozen_halfway(packs: Path) -> None:
 def test_another_task(tmp_path: Path) -> None:
     make_pack(tmp_path / "sudoku")
     assert run(tmp_path, "sudoku", "run").status == 0
-    write_pack(tmp_path / "other", puzzles=3)
+    write_identified_pack(tmp_path / "other", puzzles=3)
     (tmp_path / "other" / "provenance.json").write_text('{"task": "tokens"}')
     outcome = run(tmp_path, "other", "refused", f"init_from={tmp_path / 'run'}")
     assert outcome.status == 2
