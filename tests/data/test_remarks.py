@@ -70,11 +70,11 @@ def test_sudoku(
 
 
 def test_checking_for_several_solutions_ends_in_time() -> None:
-    blank = np.zeros((5000, 81), dtype=np.uint8)
+    blank = np.broadcast_to(np.zeros(81, dtype=np.uint8), (10**7, 81))  # an hour's work, and no memory
     started = time.process_time()
     ambiguous, checked = count_ambiguous(blank, BoxShape(3, 3), seconds=0.5)
     assert time.process_time() - started < 10
-    assert ambiguous <= checked < 5000
+    assert ambiguous <= checked < len(blank)
 
 
 def test_generated_puzzles_have_no_remark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

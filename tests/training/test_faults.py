@@ -33,6 +33,7 @@ from hrm.training import run
 from hrm.training.loop import EXIT_PREEMPTED, pretrain
 from hrm.training.run_log import RunLog, cut_records
 from tests.helpers.entry_points import CPU, ROOT, TINY_MODEL, make_pack, run_script
+from tests.helpers.ranks import PATIENCE
 from tests.helpers.training import ALONE
 
 ALWAYS = 1e-9  # minutes: a training state after every step
@@ -198,6 +199,14 @@ def limited() -> Iterator[Callable[[int], None]]:
     resource.setrlimit(resource.RLIMIT_FSIZE, former)
 
 
+def wait_for_first_weights(folder: Path) -> None:
+    """The saver's thread may still be busy with what the first evaluation left when a later step is done."""
+    end = time.monotonic() + PATIENCE
+    while not (folder / "step_4_ema.safetensors").is_file():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def no_limit(limited: Callable[[int], None]) -> None:
     limited(resource.RLIM_INFINITY)
 
@@ -213,7 +222,7 @@ def test_saves_that_fail_in_between(
     """Said, tried again, and of no effect on what is learned."""
     pretrain(replace(config, checkpoint_path=str(tmp_path / "whole")))
     with monkeypatch.context() as patch:
-        at_step(6, lambda: limited(20_000), patch)
+        at_step(6, lambda: (wait_for_first_weights(folder), limited(20_000)), patch)
         advance = RunLog.advance
         patch.setattr(RunLog, "advance", advance)
         evaluated, count = run.Run._use_evaluation, 0
@@ -249,8 +258,14 @@ def test_a_final_save_that_fails(
     """A sentence and no traceback; resumed after room was made, the run ends with the undisturbed run's bits."""
     pretrain(replace(config, checkpoint_path=str(tmp_path / "whole")))
     config = replace(config, resume="auto")
+
+    def fill_the_disk() -> None:
+        if step > 4:
+            wait_for_first_weights(folder)
+        limited(20_000)
+
     with monkeypatch.context() as patch:
-        at_step(step, lambda: limited(20_000), patch)
+        at_step(step, fill_the_disk, patch)
         with pytest.raises(UserError, match=r"step_12 could not be written \(File too large\), which was to be saved"):
             pretrain(config)
     no_limit(limited)
@@ -263,7 +278,7 @@ def test_a_final_save_that_fails(
 def test_a_folder_that_is_gone(
     config: PretrainConfig, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    at_step(6, lambda: folder.rename(folder.with_name("gone")), monkeypatch)
+    at_step(6, lambda: (wait_for_first_weights(folder), folder.rename(folder.with_name("gone"))), monkeypatch)
     with pytest.raises(UserError, match=r"step_12 could not be written \(No such file or directory\)"):
         pretrain(config)
     assert "state_8 could not be written (the run folder is gone)" in capsys.readouterr().out
