@@ -249,7 +249,7 @@ def test_symbols_of_ones_own(tmp_path: Path) -> None:
         ([EASY, {"puzzles": EASY}], "input 1: it has no field input"),
         ([{"tokens": [11] * 81}], "input 0: token 11 is not in the model's vocabulary, 0 to 10"),
         ([{"tokens": [1] * 80}], "input 0: the model takes 81 tokens"),
-        (7, "a int is no puzzle"),
+        (7, r"no puzzle \(its type is int\)"),
         ([[0.5] * 81], "input 0: a cell is 0.5"),
         ([[12] * 81], "input 0: cell 1 is '12'"),
         ([{"input": EASY, "puzzle": 1}], "input 0: puzzle 1 is none of the 1 that the model knows"),
