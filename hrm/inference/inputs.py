@@ -39,7 +39,8 @@ def items_of(x: Any, task: Task, form: PuzzleForm, *, tokens: bool = False) -> I
     if isinstance(x, Iterable):
         return x
     raise UserError(
-        f"what is given is no puzzle (its type is {type(x).__name__}): give a text, a list, an array, or several of these."
+        f"what is given is no puzzle (its type is {type(x).__name__}): give a text, a list, an array, or several of "
+        "these."
     )
 
 
