@@ -16,6 +16,8 @@ from hrm.errors import UserError
 from hrm.evaluation.report.plots import Metric, figure_of, run_panel
 from tests.helpers.entry_points import evaluated, make_pack
 
+pytestmark = pytest.mark.slow
+
 TINY = ["arch=hrm_small", "arch.hidden_size=32", "arch.num_heads=2", "arch.halt_max_steps=2", "device=cpu"]
 
 

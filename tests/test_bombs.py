@@ -19,6 +19,8 @@ from hrm.models import build_model
 from hrm.models.memory import _control_group_bytes, at_most, claim, memory_bytes
 from tests.helpers.entry_points import CPU, TINY_RUN, make_pack, run_script
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 60  # of CPU time; what these ask for would take hours, or more memory than there is
 
 

@@ -21,6 +21,8 @@ from hrm.errors import UserError
 from tests.helpers.entry_points import ROOT
 from tests.helpers.ranks import PATIENCE
 
+pytestmark = pytest.mark.slow
+
 # Takes the lock of a folder, says so, and holds it until its input ends.
 HOLD = """
 import sys

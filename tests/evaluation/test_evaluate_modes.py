@@ -12,6 +12,8 @@ from tests.helpers.entry_points import CPU, TRAINED_EXAMPLES, evaluated, run_scr
 from tests.helpers.evaluation import answers_to_images, load_model, raw_split, run_ranks
 from tests.helpers.models import fresh_states
 
+pytestmark = pytest.mark.slow
+
 
 @torch.no_grad()
 def answer_alone(run: Path, tokens: np.ndarray, margin: float, max_steps: int) -> tuple[np.ndarray, int]:

@@ -10,6 +10,8 @@ import pytest
 from hrm.data.builders import arc as builder
 from tests.helpers.entry_points import CPU, TINY_RUN, Outcome, run_script
 
+pytestmark = pytest.mark.slow
+
 UNSCORED = "No right answer is known to any puzzle of the set all, so nothing is scored."
 
 

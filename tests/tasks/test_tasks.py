@@ -22,6 +22,8 @@ from hrm.tasks.sudoku import BoxShape, decode_tokens, is_solved
 from hrm.training.step import cell_permutations
 from tests.helpers.entry_points import CPU, TINY_RUN, evaluated, make_pack, run_script, train
 
+pytestmark = pytest.mark.slow
+
 
 def run(builder: Callable[[Sequence[str]], int], *argv: str) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

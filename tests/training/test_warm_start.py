@@ -13,6 +13,8 @@ from hrm.data.builders import arc as build_arc_dataset
 from tests.helpers.entry_points import TINY_RUN, Outcome, evaluated, make_pack, run_script
 from tests.helpers.training import write_identified_pack
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6  # of TINY_RUN on `write_identified_pack`
 HEADS = ["arch.pos_encodings=rope"]
 
