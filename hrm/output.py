@@ -51,6 +51,7 @@ class UnbreakableStream:
 @contextmanager
 def unbreakable_output() -> Iterator[None]:
     """A context in which `sys.stdout` and `sys.stderr` never raise, nor does Python when it flushes them at its end."""
+    occupy_standard_descriptors()
     former = sys.stdout, sys.stderr
     with ExitStack() as stack:
         # One is None where its descriptor was closed before Python started.

@@ -88,3 +88,17 @@ def test_bars_in_files_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
         assert bar_interval() == 10.0
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert bar_interval() == 0.1
+
+
+def test_no_file_gets_a_standard_descriptor(tmp_path: Path) -> None:
+    """With all three closed by the caller, what C code prints would end in one of a run's files."""
+    file = tmp_path / "file"
+    script = f"""
+from hrm.output import unbreakable_output
+
+with unbreakable_output(), open({str(file)!r}, "w") as opened:
+    opened.write(str(opened.fileno()))
+"""
+    shell = 'exec "$0" -c "$1" <&- >&- 2>&-'
+    subprocess.run(["bash", "-c", shell, sys.executable, script], cwd=ROOT, check=True)
+    assert int(file.read_text()) > 2
