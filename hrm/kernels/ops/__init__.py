@@ -1,13 +1,22 @@
-"""Operations, one file each, that backends are built of.
+"""The kernel library: operations on tensors of any model, which know no backend, no block and no configuration.
 
-An operation works on tensors of any model: it knows no backend, no block and no configuration. Its file begins with
-what it computes and the shapes it takes, keeps its kernels private, and offers functions with a backward where one is
-needed; an operation of several kernels is a folder. Its definition is in `hrm.kernels.naive`, which its tests compare
-it with.
+Public ones are functions of this package, a file each: `ops.vector_add(x, y)`, whose definition in plain PyTorch is
+`ops.vector_add.naive`. On an NVIDIA GPU with Triton a call runs the kernel, elsewhere the definition. Each is a
+`torch.library` operator too (`torch.ops.hrm.vector_add`), which torch.compile and torch.export take as it is.
+`operator` holds what these files share. docs/kernel-library.md lists them.
+
+What backends are built of besides lies with the kernels, and has its definition in `hrm.kernels.naive`:
 
 - `triton/` is written in Triton and runs on every NVIDIA GPU it knows, and in Triton's interpreter on a CPU;
 - `hopper/` is written by hand in Gluon for Hopper GPUs; the operations in `triton/` call it where it is faster.
 
-What files of a folder share lies in its `common.py`. All of them import Triton: import them where it is known to be
-installed.
+A file there begins with what it computes and the shapes it takes, and keeps its kernels private; an operation of
+several kernels is a folder. What files of a folder share lies in its `common.py`. All of them import Triton: import
+them where it is known to be installed.
 """
+
+# Imported here and now, not on demand: a name of this package would otherwise be the file or the function in it,
+# depending on who imported what first. None of these files imports Triton before it is called.
+from hrm.kernels.ops.vector_add import vector_add
+
+__all__ = ["vector_add"]
