@@ -16,7 +16,7 @@ import yaml
 from hrm.errors import UserError
 from hrm.evaluation.ensemble import vote
 from hrm.models import build_model
-from hrm.models.memory import _control_group_bytes, at_most, claim, memory_bytes
+from hrm.models.size_guard import _control_group_bytes, at_most, claim, memory_bytes
 from tests.helpers.entry_points import CPU, TINY_RUN, make_pack, run_script
 
 pytestmark = pytest.mark.slow
@@ -153,7 +153,7 @@ def test_control_groups_bound_the_memory(groups: str, limits: dict[str, str], le
 
 
 def test_ulimit_bounds_the_memory() -> None:
-    code = "from hrm.models.memory import memory_bytes; print(memory_bytes())"
+    code = "from hrm.models.size_guard import memory_bytes; print(memory_bytes())"
     command = ["bash", "-c", f"ulimit -v 6000000 && exec {sys.executable} -c '{code}'"]
     assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) <= 6_000_000 * 1024
 

@@ -18,7 +18,7 @@ from hrm.errors import UserError, printable
 from hrm.kernels import describe
 from hrm.kernels.dtypes import AUTO, computing_dtype, describe_dtype
 from hrm.models import ACTLossHead, arch_config, build_model
-from hrm.models.memory import ALWAYS_ALLOWED, at_most
+from hrm.models.size_guard import ALWAYS_ALLOWED, at_most
 
 
 class ModelSizes(NamedTuple):

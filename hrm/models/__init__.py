@@ -13,8 +13,8 @@ from hrm.kernels import KernelRequest, make_kernels, resolve
 from hrm.models.act import AdaptiveComputation, Carry
 from hrm.models.architecture import arch_config, architecture_of, architectures, register_architectures
 from hrm.models.losses import ACTLossHead
-from hrm.models.memory import at_most
 from hrm.models.recurrent import DataSizes, RecurrentConfig
+from hrm.models.size_guard import at_most
 
 __all__ = [
     "ACTLossHead",
