@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -93,18 +94,22 @@ def compare_presets(
     parser.add_argument("--presets", default=PRESETS)
     parser.add_argument("--shapes", default=shapes, help="batch size x sequence length, several")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--each", default="", help="an option and its values, e.g. kernels.recompute=none,block,module")
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py, e.g. arch=hrm_small")
     arguments = parser.parse_args(argv)
+    option, _, values = arguments.each.partition("=")
+    variants = [{option: value} for value in values.split(",")] if option else [{}]
 
     rows = []
     with join_world(arguments.device) as world, tempfile.TemporaryDirectory() as scratch:
         ceiling = matmul_tflops(world.device)
         for shape in map(Shape.parse, arguments.shapes.split(",")):
             measured: list[dict[str, Any]] = []
-            for preset in arguments.presets.split(","):
-                row = {"kernels": preset, "S": shape.seq_len, "batch": shape.batch_size}
+            for preset, variant in itertools.product(arguments.presets.split(","), variants):
+                row = {"kernels": preset, "S": shape.seq_len, "batch": shape.batch_size, **variant}
                 try:
-                    config = preset_config(preset, shape, arguments.overrides)
+                    chosen = [*arguments.overrides, *(f"{name}={value}" for name, value in variant.items())]
+                    config = preset_config(preset, shape, chosen)
                     pack, stream = batches(arguments.data, shape, Path(scratch))
                     torch.compiler.reset()  # what other shapes compiled would count against the limit
                     if world.device.type == "cuda":

@@ -51,6 +51,15 @@ def test_presets_side_by_side(module: Any, tmp_path: Path, monkeypatch: pytest.M
         assert "needs an NVIDIA GPU" in triton["cannot run"]
 
 
+def test_values_of_an_option_side_by_side(tmp_path: Path) -> None:
+    arguments = ["--presets", "naive", "--shapes", "2x16", "--repeats", "2", "--output-dir", str(tmp_path)]
+    train_step.main([*arguments, "--each", "kernels.recompute=none,block,blocks", *TINY])
+    rows = rows_of(tmp_path)
+    assert [row["kernels.recompute"] for row in rows] == ["none", "block", "blocks"]
+    assert all(row["ms"] > 0 for row in rows[:2])
+    assert "kernels.recompute=blocks is not a choice" in rows[2]["cannot run"]
+
+
 def test_batches_last_as_long_as_asked_for(tmp_path: Path) -> None:
     _, stream = batches(None, Shape(5, 4), tmp_path, 1500)
     assert sum(1 for _ in stream) >= 1500

@@ -8,10 +8,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from hrm.config.checks import at_least, neighbours
+from hrm.config.checks import at_least, choice, neighbours
 from hrm.config.paths import choices_of
 from hrm.config.typed import to_typed
 from hrm.errors import UserError
+
+RECOMPUTES = ("none", "block", "module")
 
 
 @dataclass
@@ -25,9 +27,13 @@ class KernelsConfig:
     fused_step: bool = False  # optimizers, loss, casts and carry as a kernel each, in Triton (NVIDIA)
     chunk: int = 0  # sequences at a time where no gradient is needed, to stay in the cache; 0: all, on a CPU some
     fp8: str = "none"  # modules whose passes without gradient are computed in 8 bit (e4m3): none, all, or one's name
+    # Activation checkpointing, what training keeps for its backward pass, which computes the rest again. none: all that
+    # it needs; block: the inputs of each block; module: the inputs of each update. Results are the same.
+    recompute: str = "none"
 
     def __post_init__(self) -> None:
         at_least("kernels.chunk", self.chunk, 0)
+        choice("kernels.recompute", self.recompute, RECOMPUTES)
         if self.fp8 == "both":  # its name when all architectures had two modules
             self.fp8 = "all"
 

@@ -26,6 +26,7 @@ from hrm.distributed import tensor as tensor_parallel
 from hrm.distributed.world import World, sum_over_ranks
 from hrm.errors import UserError
 from hrm.kernels import attention, tensor_parallel_backends
+from hrm.kernels.recompute import recomputed
 from hrm.kernels.schedule import chunked, looped
 from hrm.models import ACTLossHead
 from hrm.optim.clip import clip_gradients
@@ -234,6 +235,7 @@ class SharedModel:
             module, first_token_block = tensor_parallel.make(world.tensor, attention.get(config.attention))
             run = looped(module)
             run = chunked(run, config.chunk) if config.chunk else run
+            module = recomputed(module, config.recompute)
         if world.pipeline.size > 1:
             num_blocks = {name: len(stack.blocks) for name, stack in inner.stacks.items()}
             staged = pipeline.Pipeline(world.pipeline, module, first_token_block, num_blocks, micro_batches)

@@ -14,6 +14,7 @@ from hrm.config import KernelsConfig, neighbours
 from hrm.errors import UserError
 from hrm.kernels import attention, naive
 from hrm.kernels.backend import Backend, FirstTokenBlock, KernelRequest, ReasoningModule
+from hrm.kernels.recompute import recomputed
 from hrm.kernels.registry import BACKENDS, backend_names, load_backend
 from hrm.kernels.requirements import why_not_compiled, why_not_triton
 from hrm.kernels.schedule import Run, chunked, looped
@@ -142,7 +143,8 @@ def describe(config: KernelsConfig) -> str:
     switches = [name for name in ("compile", "cuda_graphs", "fused_step") if getattr(config, name)]
     chunk = [f"chunks of {config.chunk}"] if config.chunk else []
     fp8 = [f"fp8 in {config.fp8}"] if config.fp8 != "none" else []
-    return ", ".join([config.backend, *attend, *switches, *chunk, *fp8])
+    recompute = [f"recompute by {config.recompute}"] if config.recompute != "none" else []
+    return ", ".join([config.backend, *attend, *switches, *chunk, *fp8, *recompute])
 
 
 def make_kernels(config: KernelsConfig, modules: Sequence[str]) -> Kernels:
@@ -168,7 +170,7 @@ def make_kernels(config: KernelsConfig, modules: Sequence[str]) -> Kernels:
         reset_carry = carry.reset_carry
     return Kernels(
         config,
-        module,
+        recomputed(module, config.recompute),
         run,
         first_token_block,
         reset_carry,

@@ -240,6 +240,19 @@ def test_stopped_and_resumed(
     assert_same_run(folder, whole)
 
 
+def test_activations_computed_again_change_nothing(
+    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that keeps few of them, stopped and resumed, is the run that keeps them all."""
+    config = replace(config, arch=replace(ARCH, gradient="last_cycle", L_cycles=2))
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    pretrain(in_folder(config, whole))
+    less = replace(config, kernels=KernelsConfig(recompute="block"))
+    stop_after(6, less, monkeypatch)
+    pretrain(replace(less, resume="auto"))
+    assert_same_run(folder, whole)
+
+
 def test_a_finished_run_stays_as_it_is(config: PretrainConfig, tmp_path: Path) -> None:
     folder, before = tmp_path / "run", tmp_path / "before"
     pretrain(config)
@@ -761,8 +774,9 @@ def test_ends_at_a_train_accuracy(
         (KernelsConfig("triton", attention="triton", cuda_graphs=True), "adam_atan2"),
         (KernelsConfig("triton", attention="triton", cuda_graphs=True, fused_step=True), "adam_atan2"),
         (KernelsConfig("triton", attention="triton", cuda_graphs=True, fused_step=True), "muon"),
+        (KernelsConfig("triton", attention="triton", cuda_graphs=True, recompute="block"), "adam_atan2"),
     ],
-    ids=["eager", "graph", "fused step", "muon"],
+    ids=["eager", "graph", "fused step", "muon", "recompute"],
 )
 def test_resumed_on_the_gpu(
     kernels: KernelsConfig, optim: str, config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -48,6 +48,7 @@ _COMMON = {
 }
 ONE_MODULE = TRMConfig(**_COMMON, puzzle_emb_len=0, H_cycles=2, L_cycles=2, halt_exploration_prob=0.0)
 LOOPED = TransformerConfig(**_COMMON, num_layers=2, halt_exploration_prob=0.0)
+WHOLE_CYCLE = {"arch": replace(MODEL, gradient="last_cycle", L_cycles=2)}
 CLIP = 0.05  # below every step's norm
 
 
@@ -62,6 +63,11 @@ class Case:
 
 def shares(processes: int, like: dict[str, Any] | None = None, **parallel: Any) -> Case:
     return Case(processes, {"parallel": ParallelConfig(**parallel), **(like or {})}, like or {})
+
+
+def recomputes(processes: int, recompute: str, **parallel: Any) -> Case:
+    options = {"parallel": ParallelConfig(**parallel), "kernels": KernelsConfig(recompute=recompute)}
+    return Case(processes, options | WHOLE_CYCLE, WHOLE_CYCLE)
 
 
 CASES = {
@@ -89,6 +95,10 @@ CASES = {
     "TRM, pipeline 2": shares(2, {"arch": ONE_MODULE}, pipeline=2),
     "TRM, fsdp 2": shares(2, {"arch": ONE_MODULE}, fsdp=True),
     "looped transformer, pipeline 2, tensor 2": shares(4, {"arch": LOOPED}, pipeline=2, tensor=2),
+    "recompute, data 2, buckets": recomputes(2, "module", bucket_mb=0.1),
+    "recompute, fsdp 2": recomputes(2, "block", fsdp=True),
+    "recompute, tensor 2": recomputes(2, "block", tensor=2),
+    "recompute, pipeline 2, tensor 2": recomputes(4, "module", pipeline=2, tensor=2),
     "float32, tensor 2": shares(2, {"arch": replace(MODEL, forward_dtype="float32")}, tensor=2),
     "float32, fsdp 2": shares(2, {"arch": replace(MODEL, forward_dtype="float32")}, fsdp=True),
 }

@@ -191,7 +191,8 @@ class _LinearAndInput(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_input: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        return _linear_backward(ctx, d_out, d_input)
+        x, weight = ctx.saved_tensors
+        return _linear_backward(ctx, x, weight, d_out, d_input)
 
 
 class _LinearSwiGLU(torch.autograd.Function):
@@ -204,13 +205,14 @@ class _LinearSwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_input: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        *_, projected = ctx.saved_tensors
-        return _linear_backward(ctx, _swiglu_backward(d_out.contiguous(), projected), d_input)
+        x, weight, projected = ctx.saved_tensors
+        return _linear_backward(ctx, x, weight, _swiglu_backward(d_out.contiguous(), projected), d_input)
 
 
-def _linear_backward(ctx: Any, d_projected: Tensor, d_input: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _linear_backward(
+    ctx: Any, x: Tensor, weight: Tensor, d_projected: Tensor, d_input: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and weight. That of x is added up in the memory of `d_input`, by the matmul itself."""
-    x, weight, *_ = ctx.saved_tensors
     d_x = d_input.addmm_(d_projected, weight) if ctx.needs_input_grad[0] else None
     d_weight = d_projected.T @ x if ctx.needs_input_grad[1] else None
     return d_x, d_weight
