@@ -206,6 +206,7 @@ def machine(device: torch.device) -> dict[str, str]:
     """Hardware and versions, as every result names them."""
     on_cuda = device.type == "cuda"
     script, arguments = Path(sys.argv[0]), list(sys.argv[1:])
+    module = f"benchmarks.{script.parent.name if script.stem == '__main__' else script.stem}"
     if "--output-dir" in arguments:  # where a result lay first tells nobody anything
         where = arguments.index("--output-dir")
         del arguments[where : where + 2]
@@ -215,7 +216,7 @@ def machine(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": version("triton") if find_spec("triton") else "none",
         "python": platform.python_version(),
-        "command": " ".join(["python -m", f"{script.parent.name}.{script.stem}", *arguments]),
+        "command": " ".join(["python -m", module, *arguments]),
     }
 
 
@@ -237,16 +238,28 @@ def write_results(
     **more: Mapping[str, Any],
 ) -> str:
     """Write `<folder>/<date>-<name>.{md,json}`, the JSON with fields `more`; returns the table in Markdown."""
+    return write_table(folder / f"{about['date']}-{name}", name, about, rows, **more)
+
+
+def write_table(
+    file: Path, title: str, about: Mapping[str, str], rows: Sequence[Mapping[str, Any]], **more: Mapping[str, Any]
+) -> str:
+    """Write `<file>.{md,json}`, the JSON with fields `more`; returns the table in Markdown."""
+    table = markdown(rows)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
+    file.with_name(f"{file.name}.md").write_text(f"# {title}\n\n{facts}\n\n{table}\n")
+    content = json.dumps({"about": about, "rows": rows, **more}, indent=1)
+    file.with_name(f"{file.name}.json").write_text(content + "\n")
+    return table
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table with a column for each key that a row has."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
-    table = "\n".join(lines)
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{about['date']}-{name}"
-    facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
-    (folder / f"{stem}.md").write_text(f"# {name}\n\n{facts}\n\n{table}\n")
-    (folder / f"{stem}.json").write_text(json.dumps({"about": about, "rows": rows, **more}, indent=1) + "\n")
-    return table
+    return "\n".join(lines)
 
 
 def _cell(value: Any) -> str:
