@@ -18,6 +18,15 @@ DEVICES = [
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
+# Where kernels multiply matrices: those in bfloat16 are misread by Triton's interpreter.
+PRODUCTS = [
+    *(("cpu", dtype) for dtype in DTYPES[:2]),
+    *(
+        pytest.param("cuda", dtype, marks=[pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="no NVIDIA GPU")])
+        for dtype in DTYPES
+    ),
+]
+
 Function = Callable[..., Any]  # a tensor or several
 
 

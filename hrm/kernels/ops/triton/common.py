@@ -30,12 +30,19 @@ def multiprocessor_count(device: torch.device) -> int:
 
 
 @functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take: 227 KiB on data-centre GPUs from Hopper on."""
+    if device.type != "cuda":  # Triton's interpreter, which has as much as is asked for
+        return 227 * 1024
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
 def stages(device: torch.device) -> int:
     """How many stages of 32 KiB fit into shared memory beside 16 KiB of output; gaming cards have room for two."""
     if device.type != "cuda":
         return 1
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return 3 if properties["max_shared_mem"] >= 116 * 1024 else 2
+    return 3 if shared_memory(device) >= 116 * 1024 else 2
 
 
 def differentiates(*inputs: Tensor) -> bool:
