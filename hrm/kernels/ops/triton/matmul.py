@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hrm.kernels.ops.hopper import device as hopper
 from hrm.kernels.ops.matmul import as_rows
 from hrm.kernels.ops.triton.common import multiprocessor_count, shared_memory
 from hrm.kernels.ops.triton.elementwise import as_result, tiles
@@ -200,11 +201,25 @@ def choose_tile(M: int, N: int, device: torch.device, itemsize: int) -> Tile:
     return Tile(16, 64, 64, 4, 4) if M <= 16 else Tile(64, 64, 64, 4, 4)
 
 
-def multiply(a: Tensor, b: Tensor, epilogue: Epilogue, save: bool = False) -> tuple[Tensor, Tensor | None]:
-    """a @ b after its epilogue and, with `save`, what its activation was applied to.
+def product(a: Tensor, b: Tensor, epilogue: Epilogue, save: bool = False) -> tuple[Tensor, Tensor | None]:
+    """a @ b after its epilogue and, with `save`, what its activation was applied to, in the dtype of a.
 
-    a [M, K] has dense rows; b [K, N] dense rows or dense columns.
+    a [M, K] has dense rows; b [K, N] dense rows or dense columns. Hopper GPUs have kernels of their own for large ones.
     """
+    stored = dense_side(b)
+    if hopper.why_not(a.device) is None and a.shape[1] and b.shape[1] % 8 == 0 and all(map(describable, (a, stored))):
+        from hrm.kernels.ops.hopper import linear, matmul
+
+        bare = all(part is None for part in epilogue) and not save
+        if bare and a.is_contiguous() and b.T.is_contiguous() and linear.pays_for_linear(a, b.T):
+            return linear.linear(a, b.T), None  # a tile's rows of a stay in shared memory, and are read once
+        if matmul.pays(a, b):
+            return matmul.multiply(a, b, epilogue, save)
+    return multiply(a, b, epilogue, save)
+
+
+def multiply(a: Tensor, b: Tensor, epilogue: Epilogue, save: bool = False) -> tuple[Tensor, Tensor | None]:
+    """As `product`, in Triton."""
     (M, K), N = a.shape, b.shape[1]
     out = a.new_empty(M, N)
     before = torch.empty_like(out) if save else None
@@ -212,8 +227,8 @@ def multiply(a: Tensor, b: Tensor, epilogue: Epilogue, save: bool = False) -> tu
         return out, before
     if K == 0:  # an empty sum is 0; the kernel takes at least one step
         a, b = a.new_zeros(M, 1), b.new_zeros(1, N)
-    transposed = b.stride(1) != 1
-    stored = b.T if transposed else b
+    stored = dense_side(b)
+    transposed = stored is not b
     described = a.dtype.itemsize == 2 and all(map(describable, (a, stored, out)))
     tile = choose_tile(M, N, a.device, a.dtype.itemsize)
     halves = described and tile.n == 256
@@ -269,11 +284,16 @@ def dense_rows_or_columns(x: Tensor) -> Tensor:
     return x if x.stride(0) == 1 and x.stride(1) >= x.shape[0] else dense_rows(x)
 
 
+def dense_side(b: Tensor) -> Tensor:
+    """b if its rows lie dense; else its transpose, of which they do."""
+    return b if b.stride(1) == 1 else b.T
+
+
 def forward(a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None, save: bool) -> tuple[Tensor, Tensor]:
     """As the operator `hrm::matmul` says."""
     rows, b = dense_rows(as_rows(a)), dense_rows_or_columns(b)
     epilogue = Epilogue(bias=None if bias is None else bias.contiguous(), activation=activation)
-    out, before = multiply(rows, b, epilogue, save)
+    out, before = product(rows, b, epilogue, save)
     shape = (*a.shape[:-1], b.shape[1])
     return out.view(shape), a.new_empty(0) if before is None else before.view(shape)
 
