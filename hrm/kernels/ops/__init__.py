@@ -18,6 +18,19 @@ them where it is known to be installed.
 # Imported here and now, not on demand: a name of this package would otherwise be the file or the function in it,
 # depending on who imported what first. None of these files imports Triton before it is called.
 from hrm.kernels.ops.matmul import matmul
+from hrm.kernels.ops.memory_mlp import (
+    MemorySaved,
+    MemoryWeights,
+    memory_mlp_backward_update_,
+    memory_mlp_forward_loss,
+)
 from hrm.kernels.ops.vector_add import vector_add
 
-__all__ = ["matmul", "vector_add"]
+__all__ = [
+    "MemorySaved",
+    "MemoryWeights",
+    "matmul",
+    "memory_mlp_backward_update_",
+    "memory_mlp_forward_loss",
+    "vector_add",
+]
