@@ -20,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from benchmarks.published import Published
 from hrm.batch import Batch
 from hrm.config import PretrainConfig
 from hrm.config.compose import compose
@@ -32,6 +33,7 @@ from hrm.kernels.presets import AUTO, presets
 
 # The published code's way: the plain model through torch.compile, with the best attention PyTorch has.
 BASELINE = "compile"
+PUBLISHED = "published"  # that code itself
 PRESETS = ",".join(preset.name for preset in presets() if preset.name != AUTO)
 
 
@@ -79,7 +81,12 @@ class Trial:
 
 
 def compare_presets(
-    name: str, description: str, shapes: str, measure: Callable[[Trial], dict[str, Any]], argv: Sequence[str] | None
+    name: str,
+    description: str,
+    shapes: str,
+    measure: Callable[[Trial], dict[str, Any]],
+    published: str,
+    argv: Sequence[str] | None,
 ) -> None:
     """The main function of a benchmark: `measure` every preset at every shape in one run, and write a table.
 
@@ -88,6 +95,7 @@ def compare_presets(
         description: the benchmark's docstring.
         shapes: the default ones.
         measure: returns a row, with the time in `ms`.
+        published: the same work of the published code, one of `benchmarks.published.WORKS`.
     """
     parser = make_parser(description)
     parser.add_argument("--data", help="a pack of real puzzles; shapes of another length get random tokens")
@@ -95,8 +103,10 @@ def compare_presets(
     parser.add_argument("--shapes", default=shapes, help="batch size x sequence length, several")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--each", default="", help="an option and its values, e.g. kernels.recompute=none,block,module")
+    parser.add_argument("--published", type=Path, metavar="CHECKOUT", help="time the published code's checkout too")
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py, e.g. arch=hrm_small")
     arguments = parser.parse_args(argv)
+    theirs = Published(arguments.published) if arguments.published else None
     option, _, values = arguments.each.partition("=")
     variants = [{option: value} for value in values.split(",")] if option else [{}]
 
@@ -120,13 +130,43 @@ def compare_presets(
                     row["cannot run"] = str(error)
                 measured.append(row)
                 print(row, flush=True)
-            baseline = next((row.get("ms") for row in measured if row["kernels"] == BASELINE), None)
-            for row in measured:
-                if baseline and "ms" in row:
-                    row[f"x {BASELINE}"] = baseline / row["ms"]
+            if theirs:
+                row = {"kernels": PUBLISHED, "S": shape.seq_len, "batch": shape.batch_size}
+                try:
+                    row |= _measure_published(theirs, published, shape, arguments, Path(scratch), world)
+                except UserError as error:
+                    row["cannot run"] = str(error)
+                measured.append(row)
+                print(row, flush=True)
+            for baseline in (BASELINE, PUBLISHED):
+                slow = next((row.get("ms") for row in measured if row["kernels"] == baseline), None)
+                for row in measured:
+                    if slow and "ms" in row:
+                        row[f"x {baseline}"] = slow / row["ms"]
             rows += measured
     about = machine(world.device) | {"bf16 matmul ceiling": f"{ceiling:.0f} TFLOP/s"}
     print(write_results(name, about, rows, arguments.output_dir))
+
+
+def _measure_published(
+    theirs: Published, work: str, shape: Shape, arguments: argparse.Namespace, scratch: Path, world: World
+) -> dict[str, Any]:
+    """The row of the published code, from the same pack."""
+    config = preset_config("naive", shape, arguments.overrides)
+    pack, _ = batches(arguments.data, shape, scratch)
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()  # its process needs the memory
+    answer = theirs.measure(work, config.arch, pack.path, shape.batch_size, world.device, repeats=arguments.repeats)
+    steps = config.arch.halt_max_steps if work == "evaluation" else 1
+    sequences = shape.batch_size / answer["ms"] / steps
+    return {
+        "ms": answer["ms"],
+        "puzzles/s": 1000 * sequences,
+        "tokens/s": 1000 * sequences * (shape.seq_len + config.arch.prefix_len),
+        "GiB": answer["GiB"],
+        **({"ms, slowest of 20": answer["slowest of 20"]} if work == "latency" else {}),
+        "stand-ins": " and ".join(answer["stand-ins"]),
+    }
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -196,9 +236,9 @@ def _random_pack(path: Path, seq_len: int, count: int = 1000, vocab_size: int = 
         tokens = rng.integers(1, vocab_size, (2, count, seq_len), dtype=np.uint8)
         offsets = np.arange(count + 1)
         examples = PackSet(tokens[0], tokens[1], np.zeros(count, np.int32), offsets, offsets)
-        write_split(
-            path / "train", PackMetadata(0, 0, 0, vocab_size, seq_len, 1, count, 1.0, ("all",)), {"all": examples}
-        )
+        metadata = PackMetadata(0, 0, 0, vocab_size, seq_len, 1, count, 1.0, ("all",))
+        for split in ("train", "test"):
+            write_split(path / split, metadata, {"all": examples})
     return open_pack(path, "train")
 
 

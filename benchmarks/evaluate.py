@@ -14,7 +14,7 @@ from hrm.training.step import initial_state
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    compare_presets("evaluate", __doc__, "1x81,64x81,384x81,768x81,96x900", _measure, argv)
+    compare_presets("evaluate", __doc__, "1x81,64x81,384x81,768x81,96x900", _measure, "evaluation", argv)
 
 
 def _measure(trial: Trial) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hrm.training.step import initial_state
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    compare_presets("latency", __doc__, "1x81", _measure, argv)
+    compare_presets("latency", __doc__, "1x81", _measure, "latency", argv)
 
 
 def _measure(trial: Trial) -> dict[str, Any]:

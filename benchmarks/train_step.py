@@ -13,7 +13,7 @@ from hrm.training.step import initial_state, make_train_step
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    compare_presets("train-step", __doc__, "1x81,64x81,384x81,768x81,96x900", _measure, argv)
+    compare_presets("train-step", __doc__, "1x81,64x81,384x81,768x81,96x900", _measure, "step", argv)
 
 
 def _measure(trial: Trial) -> dict[str, Any]:

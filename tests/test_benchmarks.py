@@ -1,6 +1,8 @@
 """The benchmarks run, write what they measured, and the loss curves tell equal from different."""
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +10,34 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ensembles, evaluate, kernels, latency, loss_curves, plot, run_curves, train_step
+from benchmarks import (
+    ensembles,
+    evaluate,
+    kernels,
+    latency,
+    loop,
+    loss_curves,
+    plot,
+    published,
+    published_side,
+    run_curves,
+    train_step,
+)
 from benchmarks.common import BASELINE, Shape, batches
 from hrm.batch import Batch
 from hrm.data.pack import Pack, PackMetadata, PackSet
 from hrm.errors import UserError
 from hrm.evaluation.report.plots import Metric, figure_of, run_panel
+from hrm.models.hrm import HRMConfig
+from hrm.models.transformer import TransformerConfig
+from hrm.optim import AdamATan2
 from tests.helpers.entry_points import evaluated, make_pack
 
 pytestmark = pytest.mark.slow
 
 TINY = ["arch=hrm_small", "arch.hidden_size=32", "arch.num_heads=2", "arch.halt_max_steps=2", "device=cpu"]
+CHECKOUT = os.environ.get("HRM_CHECKOUT", "")
+needs_checkout = pytest.mark.skipif(not Path(CHECKOUT, "pretrain.py").is_file(), reason="HRM_CHECKOUT is not set")
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -262,3 +281,48 @@ def test_loss_curves_of_all_presets(tmp_path: Path) -> None:
 def test_kernels_need_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs an NVIDIA GPU, not cpu"):
         kernels.main(["--output-dir", str(tmp_path)])
+
+
+def test_a_loop_is_timed(tmp_path: Path) -> None:
+    arguments = ["--presets", "naive", "--shapes", "4x16", "--repeats", "3", "--output-dir", str(tmp_path)]
+    loop.main([*arguments, *TINY])
+    (row,) = rows_of(tmp_path)
+    assert row["puzzles/s"] == pytest.approx(4000 / row["ms"])
+
+
+@needs_checkout
+@pytest.mark.parametrize("module", [train_step, loop, evaluate, latency], ids=lambda module: module.__name__)
+def test_the_published_code_runs_beside_ours(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISABLE_COMPILE", "1")
+    arguments = ["--presets", "naive", "--shapes", "4x16", "--repeats", "3", "--output-dir", str(tmp_path)]
+    module.main([*arguments, "--published", CHECKOUT, *TINY])
+    ours, theirs = rows_of(tmp_path)
+    assert theirs["kernels"] == "published"
+    assert theirs["ms"] > 0
+    assert ours["x published"] == pytest.approx(theirs["ms"] / ours["ms"])
+
+
+def test_what_the_published_code_cannot_do(tmp_path: Path) -> None:
+    arch = HRMConfig(hidden_size=64, pos_encodings="learned")
+    assert published.published_arch(arch)["puzzle_emb_ndim"] == 64
+    with pytest.raises(UserError, match=r"the published code has no arch\.gradient=last_cycle: leave it out"):
+        published.published_arch(replace(arch, gradient="last_cycle"))
+    with pytest.raises(UserError, match=r"the published code has no arch=transformer"):
+        published.published_arch(TransformerConfig())
+    with pytest.raises(UserError, match=r"is no checkout of the published code: it has no pretrain\.py"):
+        published.Published(tmp_path)
+
+
+def test_stand_ins_compute_what_they_stand_for() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(3, 4))] for _ in range(2))
+    settings: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    optimizers = AdamATan2(ours, **settings), published_side.AdamATan2(theirs, **settings)
+    for _ in range(3):
+        ours[0].grad = theirs[0].grad = torch.randn(3, 4, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours[0], theirs[0])
+    q, k, v = torch.randn(3, 2, 5, 4, 8, generator=generator)
+    mixed = torch.einsum("bqnd,bknd->bnqk", q, k).div(8**0.5).softmax(-1)
+    torch.testing.assert_close(published_side.flash_attn_func(q, k, v), torch.einsum("bnqk,bknd->bqnd", mixed, v))

@@ -1,0 +1,130 @@
+"""The published HRM code (github.com/sapientinc/HRM) beside ours, from a checkout of it, in the same call.
+
+    git clone https://github.com/sapientinc/HRM
+    python -m benchmarks.train_step --published HRM      also benchmarks.loop, .evaluate and .latency
+
+It runs as it is, in a process of its own (`published_side.py`), through torch.compile as it always does unless its own
+switch, the environment variable DISABLE_COMPILE, is set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hrm.errors import UserError
+from hrm.models.hrm import HRMConfig
+
+WORKS = ("step", "loop", "evaluation", "latency")
+_SIDE = Path(__file__).with_name("published_side.py")
+_OPTIONS = (
+    *("H_cycles", "L_cycles", "H_layers", "L_layers", "hidden_size", "expansion", "num_heads", "pos_encodings"),
+    *("rms_norm_eps", "rope_theta", "halt_max_steps", "halt_exploration_prob", "puzzle_emb_ndim", "forward_dtype"),
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkout of the published code.
+
+    Raises:
+        UserError: it is none.
+    """
+
+    checkout: Path
+
+    def __post_init__(self) -> None:
+        for name in ("pretrain.py", "models/hrm/hrm_act_v1.py", "puzzle_dataset.py"):
+            if not (self.checkout / name).is_file():
+                raise UserError(
+                    f"{self.checkout} is no checkout of the published code: it has no {name}; "
+                    "git clone https://github.com/sapientinc/HRM."
+                )
+
+    def measure(
+        self,
+        work: str,
+        arch: Any,
+        pack: Path,
+        batch_size: int,
+        device: torch.device,
+        *,
+        warmup: int = 5,
+        repeats: int = 30,
+        compiled: bool | None = None,
+    ) -> dict[str, Any]:
+        """Time one kind of work of the published code with fresh weights.
+
+        Args:
+            work: one of `WORKS`. step: a training step on a batch that waits in memory; loop: its training loop, with
+                its loader; evaluation: an ACT step of a batch in its `evaluate`; latency: all ACT steps of a batch,
+                from tokens on the host to answers on the host.
+            arch: our options of HRM v1.
+            pack: a folder with a split `train`.
+            batch_size: sequences.
+            warmup: calls that are not counted, after a first one that compiles.
+            repeats: calls that are.
+            compiled: through torch.compile, as it is published; None: unless DISABLE_COMPILE is set.
+
+        Returns:
+            `ms`: the median of the calls, of `loop` the mean; `slowest of 20`; `first s`: seconds of the first call;
+            `GiB`: peak memory on CUDA, else None; `stand-ins`: packages that were replaced because they are not
+            installed, among flash_attn and adam_atan2.
+
+        Raises:
+            UserError: the published code has no such option, or fails; the sentence ends with its last line.
+        """
+        request = {
+            "work": work,
+            "arch": published_arch(arch),
+            "pack": str(pack.resolve()),
+            "batch_size": batch_size,
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+            "warmup": warmup,
+            "repeats": repeats,
+        }
+        environment = dict(os.environ)
+        if compiled is not None:
+            environment.pop("DISABLE_COMPILE", None)
+            environment |= {} if compiled else {"DISABLE_COMPILE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-P", str(_SIDE), str(self.checkout.resolve())],
+            input=json.dumps(request),
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise UserError(f"the published code in {self.checkout} failed: {_last_line(done.stderr)}")
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+
+def published_arch(arch: Any) -> dict[str, Any]:
+    """Options of HRM v1 as the published code takes them.
+
+    Raises:
+        UserError: it does not have the architecture, or an option that is not as it is there.
+    """
+    if not isinstance(arch, HRMConfig):
+        raise UserError(f"the published code has no arch={arch.name}: take arch=hrm_v1 or hrm_small.")
+    as_published = HRMConfig(hidden_size=arch.hidden_size)
+    for field in fields(HRMConfig):
+        value = getattr(arch, field.name)
+        if field.name not in _OPTIONS and value != getattr(as_published, field.name):
+            raise UserError(f"the published code has no arch.{field.name}={value}: leave it out.")
+    return {name: getattr(arch, name) for name in _OPTIONS}
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
