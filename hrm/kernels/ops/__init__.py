@@ -18,12 +18,8 @@ them where it is known to be installed.
 # Imported here and now, not on demand: a name of this package would otherwise be the file or the function in it,
 # depending on who imported what first. None of these files imports Triton before it is called.
 from hrm.kernels.ops.matmul import matmul
-from hrm.kernels.ops.memory_mlp import (
-    MemorySaved,
-    MemoryWeights,
-    memory_mlp_backward_update_,
-    memory_mlp_forward_loss,
-)
+from hrm.kernels.ops.memory_mlp import MemorySaved, MemoryWeights, memory_mlp_backward_update_, memory_mlp_forward_loss
+from hrm.kernels.ops.norm_linear import norm_linear
 from hrm.kernels.ops.vector_add import vector_add
 
 __all__ = [
@@ -32,5 +28,6 @@ __all__ = [
     "matmul",
     "memory_mlp_backward_update_",
     "memory_mlp_forward_loss",
+    "norm_linear",
     "vector_add",
 ]
