@@ -52,6 +52,13 @@ class Row:
     flops: int = 0
 
 
+HRM_STATES = (384 * 82, 512)
+"""Rows and columns of the states of the HRM on Sudoku: 384 sequences of 81 tokens and a puzzle token."""
+
+BEYOND_CACHE = (2**15, 2**13)
+"""Half a GiB in bfloat16."""
+
+
 def compiled(function: Function) -> Callable[[], Function]:
     """A rival: `function` through torch.compile, in one graph for these shapes."""
 

@@ -17,6 +17,8 @@ them where it is known to be installed.
 
 # Imported here and now, not on demand: a name of this package would otherwise be the file or the function in it,
 # depending on who imported what first. None of these files imports Triton before it is called.
+from hrm.kernels.ops.asin import asin
+from hrm.kernels.ops.dropout import dropout
 from hrm.kernels.ops.matmul import matmul
 from hrm.kernels.ops.memory_mlp import MemorySaved, MemoryWeights, memory_mlp_backward_update_, memory_mlp_forward_loss
 from hrm.kernels.ops.norm_linear import norm_linear
@@ -25,6 +27,8 @@ from hrm.kernels.ops.vector_add import vector_add
 __all__ = [
     "MemorySaved",
     "MemoryWeights",
+    "asin",
+    "dropout",
     "matmul",
     "memory_mlp_backward_update_",
     "memory_mlp_forward_loss",

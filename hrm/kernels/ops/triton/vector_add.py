@@ -11,15 +11,18 @@ from hrm.kernels.ops.triton.elementwise import as_result, tiles
 
 
 @triton.jit
+def _add_tile(x: tl.tensor, y: tl.tensor, out: tl.tensor, at: tl.tensor, inside: tl.tensor | None) -> None:
+    tl.store(out + at, tl.load(x + at, inside).to(tl.float32) + tl.load(y + at, inside).to(tl.float32), inside)
+
+
+@triton.jit
 def _add_kernel(x: tl.tensor, y: tl.tensor, out: tl.tensor, count: tl.tensor, SIZE: tl.constexpr) -> None:
     start = tl.program_id(0).to(tl.int64) * SIZE
     at = start + tl.arange(0, SIZE)
     if start + SIZE <= count:
-        tl.store(out + at, tl.load(x + at).to(tl.float32) + tl.load(y + at).to(tl.float32))
+        _add_tile(x, y, out, at, None)
     else:
-        inside = at < count
-        total = tl.load(x + at, inside).to(tl.float32) + tl.load(y + at, inside).to(tl.float32)
-        tl.store(out + at, total, inside)
+        _add_tile(x, y, out, at, at < count)
 
 
 def forward(x: Tensor, y: Tensor) -> Tensor:
