@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -16,6 +17,9 @@ os.environ["TQDM_DISABLE"] = "1"  # bars appear on slow machines, among lines th
 from hrm.batch import IGNORE_LABEL_ID, Batch
 from hrm.kernels.registry import EXPERIMENTAL, backend_names
 from tests.helpers.entry_points import TINY_RUN, TRAINED_EXAMPLES, make_pack, train
+
+hypothesis.settings.register_profile("patient", deadline=None)  # on busy machines a case may wait for its turn
+hypothesis.settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -328,7 +328,11 @@ def _composition_error(
         return f"{option}={value} cannot be used: {reason}."
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, choice = match.groups()
-        return f"{group}={choice} is not a choice; {neighbours(choice, choices_of(group, folders))}"
+        choices = choices_of(group, folders)
+        for name, file in choices.items():  # a choice says in its comments what it stands for
+            if re.search(rf"^#.*\b{re.escape(f'{group}={choice}')}(?![\w=])", file.read_text(encoding="utf-8"), re.M):
+                return f"{group}={choice}, as other code has it, is not here; the nearest is {group}={name}."
+        return f"{group}={choice} is not a choice; {neighbours(choice, choices)}"
     if match := re.search(r"In '([^']+)': \w+ raised while composing config:\s+Key '([^']+)' not in", text):
         file, option = match.groups()
         return f"{file}.yaml sets {option}, which is no option; {neighbours(option, _known_options(config_name))}"

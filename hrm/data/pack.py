@@ -126,6 +126,8 @@ def write_identifiers(folder: Path, identifiers: Sequence[str]) -> None:
 def read_identifiers(folder: Path, count: int) -> list[str]:
     """The names of `count` puzzle identifiers, from `<folder>/identifiers.json`.
 
+    Those that TRM's builder leaves unused, which it calls <blank>, too, get names of their own.
+
     Raises:
         UserError: the file is missing, broken or too short.
     """
@@ -134,6 +136,8 @@ def read_identifiers(folder: Path, count: int) -> list[str]:
         names = read_json(file)
     except (OSError, ValueError) as error:
         raise _broken(file, f"cannot be read ({error})") from error
+    if isinstance(names, list):
+        names = [f"<unused {row}>" if row and name == "<blank>" else name for row, name in enumerate(names)]
     if not _is_name_list(names) or len(names) < count:
         raise _broken(file, f"is no list of the {count} names that its dataset.json calls for")
     return list(names)

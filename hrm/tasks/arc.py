@@ -136,6 +136,7 @@ def parse_grid(value: object) -> Grid:
 
 # Ours and the published HRM's, and TRM's. What only looks like one of them would be scored as a task of its own.
 _AUGMENTED_NAMES = (re.compile(r"(.+)_t([0-7])_([0-9]{10})"), re.compile(r"(.+)\|\|\|t([0-7])\|\|\|([0-9]{10})"))
+TRM_SEPARATOR = "|||"
 _LIKE_AUGMENTED = re.compile(r".+_t[0-9]+_[0-9]{6,}|.*\|\|\|.*")
 
 
@@ -153,9 +154,12 @@ class Augmentation:
         """Inverse of `apply`."""
         return np.argsort(self.colors).astype(np.uint8)[dihedral(grid, INVERSE[self.dihedral])]
 
-    def name(self, task: str) -> str:
-        """The identifier of the task under this augmentation: `<task>_t<dihedral>_<10 colour digits>`."""
-        return f"{task}_t{self.dihedral}_{''.join(map(str, self.colors))}"
+    def name(self, task: str, separator: str = "_") -> str:
+        """The identifier of the task under this augmentation: `<task>_t<dihedral>_<10 colour digits>`.
+
+        TRM's has the `TRM_SEPARATOR`.
+        """
+        return separator.join((task, f"t{self.dihedral}", "".join(map(str, self.colors))))
 
 
 def split_name(identifier: str) -> tuple[str, Augmentation]:

