@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.published import Published
 from hrm.batch import Batch
@@ -173,7 +175,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A command line of which a benchmark's device and the folder of its results can be chosen."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/tables"))
+    parser.add_argument("--output-dir", "--out", type=Path, default=Path("benchmarks/results/tables"))
     return parser
 
 
@@ -183,6 +185,26 @@ def preset_config(preset: str, shape: Shape, overrides: Sequence[str]) -> Pretra
     guard = ["skip_nonfinite=false"] if preset == BASELINE else []
     chosen = [*guard, *overrides, f"kernels={preset}", f"global_batch_size={shape.batch_size}"]
     return compose(PretrainConfig, "pretrain", chosen)
+
+
+def by_main_alone(measure: Callable[[World], dict[str, Any]], world: World) -> dict[str, Any]:
+    """What the main process measures alone while the others wait; empty on those."""
+    group = dist.new_group([0]) if world.size > 1 else None
+    alone = replace(world, size=1, group=group)
+    try:
+        return measure(alone) if world.is_main else {}
+    finally:
+        if world.size > 1:
+            dist.barrier()
+
+
+def cpu_peak_bytes(work: Callable[[], object]) -> int:
+    """The most that tensors made by `work` take at once on the CPU."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(changes), default=0)
 
 
 def peak_gib(device: torch.device) -> float | None:

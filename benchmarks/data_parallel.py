@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from benchmarks.common import Shape, batches, machine, make_parser, median_ms, peak_gib, preset_config, write_results
+from benchmarks.common import (
+    Shape,
+    batches,
+    by_main_alone,
+    machine,
+    make_parser,
+    median_ms,
+    peak_gib,
+    preset_config,
+    write_results,
+)
 from hrm.config import PretrainConfig
 from hrm.distributed.world import World, join_world, share_out
 from hrm.errors import UserError
@@ -52,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     with join_world(arguments.device) as everyone:
         is_main, device = everyone.is_main, everyone.device
-        alone = _by_main_alone(config(arguments.batch), arguments.seq_len, everyone, arguments.repeats)
+        seq_len, repeats = arguments.seq_len, arguments.repeats
+        one = config(arguments.batch)
+        alone = by_main_alone(lambda world: _measure(one, seq_len, world, repeats), everyone)
         rows.append({"way": "one rank", "ranks": 1, "global batch": arguments.batch, **alone})
         global_batch = arguments.global_batch or everyone.size * arguments.batch
         for way in arguments.ways.split(";"):
@@ -60,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             try:
                 options = config(global_batch, WAYS[way])
                 world = share_out(options.parallel, device)
-                row |= _measure(options, arguments.seq_len, world, arguments.repeats)
+                row |= _measure(options, seq_len, world, repeats)
                 row["x one rank"] = row["puzzles/s"] / alone["puzzles/s"] if is_main else None
             except UserError as error:
                 row["cannot run"] = str(error)
@@ -70,15 +79,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_main:
         name = f"data-parallel-{everyone.size}-{'fixed-batch' if arguments.global_batch else 'fixed-share'}"
         print(write_results(name, machine(device), rows, arguments.output_dir))
-
-
-def _by_main_alone(config: PretrainConfig, seq_len: int, world: World, repeats: int) -> dict[str, Any]:
-    """What the main process measures while the others wait; empty there."""
-    group = dist.new_group([0]) if world.size > 1 else None
-    row = _measure(config, seq_len, replace(world, size=1, group=group), repeats) if world.is_main else {}
-    if world.size > 1:
-        dist.barrier()
-    return row
 
 
 def _measure(config: PretrainConfig, seq_len: int, world: World, repeats: int) -> dict[str, Any]:

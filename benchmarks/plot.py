@@ -1,4 +1,4 @@
-"""Draw the results of a benchmark as a bar chart: speed relative to `compile`, by shape and preset.
+"""Draw the results of a benchmark as bars: speed relative to `compile` by shape and preset, or the table of the suite.
 
 python -m benchmarks.plot benchmarks/results/tables/DATE-train-step.json benchmarks/results/tables/train-step.svg
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import BASELINE
 from hrm.evaluation.report.plots import pyplot
@@ -22,7 +23,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("picture", type=Path, help="an SVG or PNG file")
     arguments = parser.parse_args(argv)
     content = json.loads(arguments.results.read_text())
-    draw(content["about"], [row for row in content["rows"] if _SPEED_UP in row], arguments.picture)
+    rows = content["rows"]
+    if any("way" in row for row in rows):
+        draw_ways(content["about"], rows, arguments.picture)
+    else:
+        draw(content["about"], [row for row in rows if _SPEED_UP in row], arguments.picture)
 
 
 def draw(about: dict[str, str], rows: Sequence[dict[str, float | str]], picture: Path) -> None:
@@ -45,6 +50,30 @@ def draw(about: dict[str, str], rows: Sequence[dict[str, float | str]], picture:
         panel.spines[["top", "right"]].set_visible(False)
     axes[0][0].invert_yaxis()
     figure.supxlabel(f"times as fast as {BASELINE}; {about['device']}, PyTorch {about['torch']}", fontsize=8)
+    figure.tight_layout()
+    with plt.rc_context({"svg.fonttype": "none"}):  # text as text
+        figure.savefig(picture)
+
+
+def draw_ways(about: Mapping[str, str], rows: Sequence[Mapping[str, Any]], picture: Path) -> None:
+    """The rows of `benchmarks.suite` that ran: a panel for each of time, memory and rate, a bar for each way."""
+    plt = pyplot()
+    ran = [row for row in rows if "ms" in row]
+    names = [f"{row['way']} ({row['processes']})" if row["processes"] > 1 else row["way"] for row in ran]
+    colors = ["#1f6feb" if row["processes"] > 1 else "#9aa0a6" for row in ran]
+    panels = {"ms": "ms a training step", "MB": "MB of a process", "tokens/s": "tokens a second"}
+    figure, axes = plt.subplots(1, len(panels), figsize=(9, 0.3 * len(ran) + 1.2), sharey=True)
+    for (column, title), panel in zip(panels.items(), axes, strict=True):
+        values = [float(row[column]) for row in ran]
+        panel.barh(names, values, color=colors)
+        for index, value in enumerate(values):
+            panel.text(value, index, f" {value:,.3g}" if value < 1000 else f" {value:,.0f}", va="center", fontsize=7)
+        panel.set_title(title, fontsize=9)
+        panel.set_xlim(0, 1.45 * max(values, default=1))
+        panel.tick_params(labelsize=7)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.supxlabel(f"{about['global batch']}; {about['device']}, PyTorch {about['torch']}", fontsize=8)
     figure.tight_layout()
     with plt.rc_context({"svg.fonttype": "none"}):  # text as text
         figure.savefig(picture)

@@ -21,6 +21,7 @@ from benchmarks import (
     published,
     published_side,
     run_curves,
+    suite,
     train_step,
 )
 from benchmarks.common import BASELINE, Shape, batches
@@ -32,6 +33,7 @@ from hrm.models.hrm import HRMConfig
 from hrm.models.transformer import TransformerConfig
 from hrm.optim import AdamATan2
 from tests.helpers.entry_points import evaluated, make_pack
+from tests.helpers.ranks import environment, on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -300,6 +302,45 @@ def test_the_published_code_runs_beside_ours(module: Any, tmp_path: Path, monkey
     assert theirs["kernels"] == "published"
     assert theirs["ms"] > 0
     assert ours["x published"] == pytest.approx(theirs["ms"] / ours["ms"])
+
+
+TWO_LAYERS = [*TINY, "arch.H_layers=2", "arch.L_layers=2"]
+
+
+def test_ways_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    ways = ["--ways", "naive,CUDA graph,unrolled,heads over GPUs", "--shape", "4x16", "--repeats", "1"]
+    suite.main([*ways, "--out", str(tmp_path), "--picture", str(tmp_path / "ways.svg"), "--device", "cpu", *TWO_LAYERS])
+    naive, *others = rows_of(tmp_path)
+    assert naive["x naive"] == 1
+    assert naive["tokens/s"] == pytest.approx(1000 * 4 * 17 / naive["ms"])
+    assert naive["MB"] > 1
+    wanted = ["needs an NVIDIA GPU", "Triton needs an NVIDIA GPU", "it is for several processes"]
+    assert all(part in row["cannot run"] for part, row in zip(wanted, others, strict=True))
+    (file,) = tmp_path.glob("*.json")
+    plot.main([str(file), str(tmp_path / "again.svg")])
+    assert (tmp_path / "again.svg").read_text().count("naive") == (tmp_path / "ways.svg").read_text().count("naive") > 0
+
+
+def run_suite(rank: int, port: int, folder: Path) -> None:
+    os.environ |= environment(rank, 2, port)
+    ways = "naive,heads over GPUs,pipeline over GPUs,FSDP over GPUs,batch over GPUs"
+    arguments = ["--ways", ways, "--shape", "4x16", "--repeats", "1", "--out", str(folder)]
+    suite.main([*arguments, "--device", "cpu", *TWO_LAYERS])
+
+
+@pytest.mark.multiprocess
+def test_ways_of_two_processes(tmp_path: Path) -> None:
+    on_ranks(2, run_suite, tmp_path)
+    rows = rows_of(tmp_path)
+    assert [row["processes"] for row in rows] == [1, 2, 2, 2, 2]
+    assert all(row["ms"] > 0 for row in rows), rows
+    options = [row.get("options") for row in rows]
+    pipeline = "parallel.pipeline=2 parallel.micro_batches=4"
+    assert options == [None, "parallel.tensor=2", pipeline, "parallel.fsdp=true", None]
+    memory = {row["way"]: row["MB"] for row in rows}
+    assert memory["heads over GPUs"] < memory["naive"], "each holds half of the blocks' weights"
 
 
 def test_what_the_published_code_cannot_do(tmp_path: Path) -> None:
