@@ -79,9 +79,9 @@ def copies_at_hand(weights: Iterable[Tensor], dtype: torch.dtype) -> Iterator[No
 def in_dtype(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Weights of one dtype in another, with a launch for all of them; their gradients come back in their own.
 
-    Where an optimizer keeps a copy in `dtype` (see `AdamATan2`) and the weight has not changed since, the copy serves
-    and nothing is launched. What autograd sees of changes counts, such as operations in place and `load_state_dict`;
-    writing through `weight.data` or by a collective is not seen.
+    Where an optimizer keeps a copy in `dtype` (see `hrm.optim.Adam`) and the weight has not changed since, the copy
+    serves and nothing is launched. What autograd sees of changes counts, such as operations in place and
+    `load_state_dict`; writing through `weight.data` or by a collective is not seen.
     """
     if weights[0].dtype == dtype:
         return tuple(weights)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hrm.config import PretrainConfig
 from hrm.models import ACTLossHead
 from hrm.optim.adam_atan2 import AdamATan2
+from hrm.optim.adamw import FusedAdamW
 from hrm.optim.muon import Muon
 from hrm.optim.sign_sgd import SparseSignSGD
 
@@ -51,7 +52,13 @@ def build_optimizers(
     dense: torch.optim.Optimizer
     # All may be frozen: the optimizer of nothing takes a group without weights, but not a list without groups.
     weights: list[Any] = list(shared.weights.values()) or [{"params": []}]
-    if config.optim.name == "adamw":
+    # Copies are of whole weights, in the dtype that the model computes in.
+    copy_dtype = model.model.inner.dtype if fused and not config.parallel.fsdp else None
+    if config.optim.name == "adamw" and fused:
+        dense = FusedAdamW(
+            weights, rate(config.lr), betas, config.optim.eps, config.weight_decay, copy_dtype=copy_dtype
+        )
+    elif config.optim.name == "adamw":
         dense = torch.optim.AdamW(
             weights,
             rate(config.lr, torch.float32),
@@ -66,7 +73,7 @@ def build_optimizers(
         options: dict[str, Any] = {
             "capturable": graphed or masks,
             "fused": fused,
-            "copy_dtype": model.model.inner.dtype if fused and not config.parallel.fsdp else None,
+            "copy_dtype": copy_dtype,
         }
         kind: type[AdamATan2] = AdamATan2
         if config.optim.name == "muon" and shared.weights:

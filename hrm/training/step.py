@@ -20,7 +20,7 @@ from hrm.distributed.world import World, broadcast_tensors
 from hrm.errors import UserError
 from hrm.kernels import tensor_parallel_backends
 from hrm.models import ACTLossHead, Carry, build_model
-from hrm.optim import AdamATan2, SparseSignSGD, learning_rate, set_lr
+from hrm.optim import Adam, SparseSignSGD, learning_rate, set_lr
 from hrm.optim.build import build_optimizers
 from hrm.tasks import task_of
 from hrm.tasks.base import PuzzleSize, Task
@@ -135,7 +135,7 @@ def make_train_step(config: PretrainConfig, world: World, state: TrainState) -> 
             inner.train_as(arch)
             update = _make_update(config, world, state)
         for optimizer, _ in state.optimizers:
-            if isinstance(optimizer, AdamATan2):
+            if isinstance(optimizer, Adam):
                 optimizer.refresh_copies()  # a recorded graph reads the copies and cannot tell whether they are current
         return update({name: field.to(world.device, non_blocking=True) for name, field in batch.items()})
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from hrm.batch import Batch
-from hrm.config import KernelsConfig, PretrainConfig
+from hrm.config import KernelsConfig, OptimConfig, PretrainConfig
 from hrm.data.pack import Pack, PackMetadata
 from hrm.distributed.world import World
 from hrm.models import ACTLossHead, arch_config, build_model
+from hrm.optim import FusedAdamW
 from hrm.training.step import initial_state, make_train_step
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -67,9 +68,17 @@ def test_step_equals_the_definition(
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("choice", ["fused step", "fused step of the definition", "triton_unrolled"])
+@pytest.mark.parametrize(
+    ("choice", "optim"),
+    [
+        ("fused step", "adam_atan2"),
+        ("fused step", "adamw"),
+        ("fused step of the definition", "adam_atan2"),
+        ("triton_unrolled", "adam_atan2"),
+    ],
+)
 def test_training_equals_the_definition(
-    choice: str, tiny_arch: dict[str, Any], random_batch: Callable[..., Batch]
+    choice: str, optim: str, tiny_arch: dict[str, Any], random_batch: Callable[..., Batch]
 ) -> None:
     """Five steps in float16, whose weights are cast: losses, weights and the puzzle table."""
     arch = tiny_arch | {"forward_dtype": "float16", "halt_max_steps": 2}
@@ -78,9 +87,15 @@ def test_training_equals_the_definition(
     results = []
     for kernels in (NAIVE, CHOICES[choice]):
         config = PretrainConfig(
-            arch=arch_config(arch), kernels=kernels, global_batch_size=3, epochs=10000, lr_warmup_steps=2
+            arch=arch_config(arch),
+            kernels=kernels,
+            optim=OptimConfig(optim),
+            global_batch_size=3,
+            epochs=10000,
+            lr_warmup_steps=2,
         )
         state = initial_state(config, pack, world)
+        assert isinstance(state.optimizers[0][0], FusedAdamW) == (optim == "adamw" and kernels.fused_step)
         step = make_train_step(config, world, state)
         losses = [float(step(random_batch(3, seed=number))["lm_loss"]) for number in range(5)]
         weights = torch.cat([param.detach().flatten() for param in state.model.parameters()])

@@ -22,7 +22,7 @@ from hrm.distributed.world import join_world
 from hrm.errors import EXIT_USER_ERROR, UserError
 from hrm.models import ACTLossHead
 from hrm.models.layers import SparseEmbedding
-from hrm.optim import AdamATan2, SparseSignSGD
+from hrm.optim import Adam, AdamATan2, FusedAdamW, SparseSignSGD
 from hrm.optim.nonfinite import find_nonfinite
 from hrm.training import step as step_module
 from hrm.training.guard import NonFiniteGuard
@@ -228,7 +228,10 @@ def test_each_place_is_looked_at(config: PretrainConfig, monkeypatch: pytest.Mon
     assert all(torch.equal(before[name], weight) for name, weight in state.model.state_dict().items())
 
 
-def adam(params: Sequence[nn.Parameter], fused: bool) -> AdamATan2:
+def adam(params: Sequence[nn.Parameter], kind: str) -> Adam:
+    if kind == "fused AdamW":
+        return FusedAdamW(params, 0.1, weight_decay=0.3, copy_dtype=torch.float16)
+    fused = kind == "fused"
     copy_dtype = torch.float16 if fused else None
     return AdamATan2(params, 0.1, weight_decay=0.3, capturable=True, fused=fused, copy_dtype=copy_dtype)
 
@@ -236,10 +239,10 @@ def adam(params: Sequence[nn.Parameter], fused: bool) -> AdamATan2:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_optimizers_mask(fused: bool) -> None:
+@pytest.mark.parametrize("kind", ["plain", "fused", "fused AdamW"])
+def test_optimizers_mask(kind: str) -> None:
     """With the flag set nothing moves, from the first step on; unset, it changes no bit."""
-    if fused:
+    if fused := kind != "plain":
         pytest.importorskip("triton", reason="Triton is not installed")
     generator = torch.Generator().manual_seed(0)
 
@@ -250,11 +253,11 @@ def test_optimizers_mask(fused: bool) -> None:
     table = SparseEmbedding(9, 32).to(DEVICE)
     table.weights.copy_(draw(9, 32))
     bare_params, bare_table = deepcopy(params), deepcopy(table)
-    masked = adam(params, fused), SparseSignSGD(table, 0.1, 0.7, fused=fused)
-    bare = adam(bare_params, fused), SparseSignSGD(bare_table, 0.1, 0.7, fused=fused)
+    masked = adam(params, kind), SparseSignSGD(table, 0.1, 0.7, fused=fused)
+    bare = adam(bare_params, kind), SparseSignSGD(bare_table, 0.1, 0.7, fused=fused)
 
     def step(
-        optimizers: tuple[AdamATan2, SparseSignSGD], rows: SparseEmbedding, grads: Sequence[Tensor], found: float | None
+        optimizers: tuple[Adam, SparseSignSGD], rows: SparseEmbedding, grads: Sequence[Tensor], found: float | None
     ) -> None:
         for param, grad in zip(optimizers[0].param_groups[0]["params"], grads, strict=False):
             param.grad = grad.clone()

@@ -17,6 +17,7 @@ them where it is known to be installed.
 
 # Imported here and now, not on demand: a name of this package would otherwise be the file or the function in it,
 # depending on who imported what first. None of these files imports Triton before it is called.
+from hrm.kernels.ops.adamw import adamw_
 from hrm.kernels.ops.asin import asin
 from hrm.kernels.ops.dropout import dropout
 from hrm.kernels.ops.matmul import matmul
@@ -27,6 +28,7 @@ from hrm.kernels.ops.vector_add import vector_add
 __all__ = [
     "MemorySaved",
     "MemoryWeights",
+    "adamw_",
     "asin",
     "dropout",
     "matmul",

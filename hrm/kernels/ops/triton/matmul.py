@@ -8,6 +8,7 @@ Shapes: M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -188,17 +189,22 @@ class Tile(NamedTuple):
     warps: int
 
 
-def choose_tile(M: int, N: int, device: torch.device, itemsize: int) -> Tile:
-    """The largest tile of which there is one for each multiprocessor, of those that fit its shared memory."""
+def choose_tile(sizes: Sequence[tuple[int, int]], device: torch.device, itemsize: int, widest: int = 256) -> Tile:
+    """For products of `sizes` (M, N): the largest tile of which there is one for each multiprocessor, that fits it.
+
+    `widest` bounds its columns.
+    """
+    rows = max(M for M, _ in sizes)
     if itemsize == 4:  # without matrix units, which would round to 10 bits
-        return Tile(64, 64, 32, 2, 4) if M > 32 else Tile(16, 64, 32, 2, 4)
+        return Tile(64, 64, 32, 2, 4) if rows > 32 else Tile(16, 64, 32, 2, 4)
     room, wanted = shared_memory(device), multiprocessor_count(device)
     table = [Tile(128, 256, 64, 4, 8), Tile(128, 128, 64, 4, 8), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)]
     for tile in table:
         stages = min(tile.stages, (room - 2 * tile.m * min(tile.n, 128)) // (2 * tile.k * (tile.m + tile.n)))
-        if stages >= 2 and triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n) >= wanted:
+        tiles = sum(triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n) for M, N in sizes)
+        if tile.n <= widest and stages >= 2 and tiles >= wanted:
             return tile._replace(stages=stages)
-    return Tile(16, 64, 64, 4, 4) if M <= 16 else Tile(64, 64, 64, 4, 4)
+    return Tile(16, 64, 64, 4, 4) if rows <= 16 else Tile(64, 64, 64, 4, 4)
 
 
 def product(a: Tensor, b: Tensor, epilogue: Epilogue, save: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -230,7 +236,7 @@ def multiply(a: Tensor, b: Tensor, epilogue: Epilogue, save: bool = False) -> tu
     stored = dense_side(b)
     transposed = stored is not b
     described = a.dtype.itemsize == 2 and all(map(describable, (a, stored, out)))
-    tile = choose_tile(M, N, a.device, a.dtype.itemsize)
+    tile = choose_tile([(M, N)], a.device, a.dtype.itemsize)
     halves = described and tile.n == 256
     operands: list[Tensor | TensorDescriptor | None] = [a, stored, out, before]
     if described:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 # Weights of a program of 256 threads: one vector of 16 bytes a thread and operand. With more, threads would hold runs
 # of 8 numbers for the sake of the 16-bit copy, and read 16 bytes out of every 32.
-_BLOCK = 1024
+BLOCK = 1024
 # Kernel arguments have 4 KiB; five addresses and two numbers for each of 64 weights are 3 KiB.
-_MAX_WEIGHTS = 64
+MAX_WEIGHTS = 64
 
 _PI_2 = tl.constexpr(math.pi / 2)
 
@@ -52,6 +52,32 @@ def _atan2(y: tl.tensor, x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def weight_of(
+    program: tl.tensor,
+    weights: tl.tuple,
+    grads: tl.tuple,
+    firsts: tl.tuple,
+    seconds: tl.tuple,
+    copies: tl.tuple,
+    sizes: tl.tuple,
+    starts: tl.tuple,
+) -> tl.tuple:
+    """What a program works on: the last weight that starts at or before it."""
+    param, grad, first, second, copy = weights[0], grads[0], firsts[0], seconds[0], copies[0]
+    size, start = sizes[0], starts[0]
+    for i in tl.static_range(1, len(weights)):
+        here = program >= starts[i]
+        param = tl.where(here, weights[i], param)
+        grad = tl.where(here, grads[i], grad)
+        first = tl.where(here, firsts[i], first)
+        second = tl.where(here, seconds[i], second)
+        copy = tl.where(here, copies[i], copy)
+        size = tl.where(here, sizes[i], size)
+        start = tl.where(here, starts[i], start)
+    return param, grad, first, second, copy, size, start
+
+
+@triton.jit
 def _adam_atan2_kernel(
     weights: tl.tuple,  # Triton's launcher cannot have an argument called params
     grads: tl.tuple,
@@ -71,19 +97,10 @@ def _adam_atan2_kernel(
     COPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    # The weight that this program belongs to: the last one that starts at or before it.
     program = tl.program_id(0)
-    param, grad, first, second, copy = weights[0], grads[0], firsts[0], seconds[0], copies[0]
-    size, start = sizes[0], starts[0]
-    for i in tl.static_range(1, len(weights)):
-        here = program >= starts[i]
-        param = tl.where(here, weights[i], param)
-        grad = tl.where(here, grads[i], grad)
-        first = tl.where(here, firsts[i], first)
-        second = tl.where(here, seconds[i], second)
-        copy = tl.where(here, copies[i], copy)
-        size = tl.where(here, sizes[i], size)
-        start = tl.where(here, starts[i], start)
+    param, grad, first, second, copy, size, start = weight_of(
+        program, weights, grads, firsts, seconds, copies, sizes, starts
+    )
     at = (program - start) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     p = tl.load(param + at, inside)
@@ -179,13 +196,13 @@ def adam_atan2_(
     even = [operand for operand in operands if operand[0].numel() % 16 == 0]
     odd = [operand for operand in operands if operand[0].numel() % 16]
     for group in (even, odd):
-        for begin in range(0, len(group), _MAX_WEIGHTS):
-            part = group[begin : begin + _MAX_WEIGHTS]
+        for begin in range(0, len(group), MAX_WEIGHTS):
+            part = group[begin : begin + MAX_WEIGHTS]
             sizes = tuple(param.numel() for param, *_ in part)
-            *starts, programs = itertools.accumulate((triton.cdiv(size, _BLOCK) for size in sizes), initial=0)
+            *starts, programs = itertools.accumulate((triton.cdiv(size, BLOCK) for size in sizes), initial=0)
             _adam_atan2_kernel[(programs,)](
                 *zip(*part, strict=True), sizes, tuple(starts), step, lr, found_inf, weight_decay, *betas, *log2_betas,
-                bool(copies), _BLOCK, num_warps=8,
+                bool(copies), BLOCK, num_warps=8,
             )  # fmt: skip
     torch.autograd.graph.increment_version([*params, *copies])
 
