@@ -20,6 +20,7 @@ them where it is known to be installed.
 from hrm.kernels.ops.adamw import adamw_
 from hrm.kernels.ops.asin import asin
 from hrm.kernels.ops.dropout import dropout
+from hrm.kernels.ops.grouped_gemm import grouped_gemm
 from hrm.kernels.ops.matmul import matmul
 from hrm.kernels.ops.memory_mlp import MemorySaved, MemoryWeights, memory_mlp_backward_update_, memory_mlp_forward_loss
 from hrm.kernels.ops.norm_linear import norm_linear
@@ -31,6 +32,7 @@ __all__ = [
     "adamw_",
     "asin",
     "dropout",
+    "grouped_gemm",
     "matmul",
     "memory_mlp_backward_update_",
     "memory_mlp_forward_loss",
