@@ -61,7 +61,7 @@ def written(path: Path, *lines: str) -> Path:
 
 
 def test_a_pipe_of_boards() -> None:
-    done = predict("checkpoint=sudoku", "dtype=float32", given=f"{HARD}\n\nfoo\n{json.dumps({'input': EASY})}\n")
+    done = predict("checkpoint=sudoku_small", "dtype=float32", given=f"{HARD}\n\nfoo\n{json.dumps({'input': EASY})}\n")
     assert done.returncode == EXIT_UNANSWERED
     first, bad, second = records(done.stdout)
     assert [first["text"], second["text"]] == [HARD_SOLVED, EASY_SOLVED]

@@ -31,7 +31,7 @@ HARD_SOLVED = "81275364994368217567549128315423789636984572128716953452197436843
 
 @pytest.fixture(scope="module")
 def bundled() -> TrainedModel:
-    return hrm.from_pretrained("sudoku", device="cpu", dtype="float32")
+    return hrm.from_pretrained("sudoku_small", device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +353,7 @@ def test_a_model_says_what_it_is(bundled: TrainedModel) -> None:
 
 
 def test_a_float32_model_has_the_same_weights(bundled: TrainedModel) -> None:
-    other = hrm.from_pretrained("sudoku", device="cpu", dtype="bfloat16")
+    other = hrm.from_pretrained("sudoku_small", device="cpu", dtype="bfloat16")
     assert (bundled.dtype, other.dtype) == ("float32", "bfloat16")
     for name, weight in other.model.state_dict().items():
         assert torch.equal(weight.float(), bundled.model.state_dict()[name].float())

@@ -19,7 +19,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(experiment: str, pack: Path, folder: Path, *options: str) -> list[dict[str, float]]:
     """What a run of the recipe logs, with a tiny model, for the speedrun of its own kind."""
-    arch = "trm" if experiment == "sudoku_speedrun" else "hrm_small"
+    arch = "trm" if "speedrun" in experiment else "hrm_small"
     tiny = [option.replace("hrm_small", arch) for option in TINY_RUN]
     train(f"experiment={experiment}", *tiny, f"data_path={pack}", f"checkpoint_path={folder}", *options)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -27,7 +27,11 @@ def run(experiment: str, pack: Path, folder: Path, *options: str) -> list[dict[s
 
 @pytest.mark.parametrize(
     ("experiment", "named", "presets"),
-    [("sudoku_extreme_1k", "all", ["naive", "fp8"]), ("sudoku_speedrun", "ema/all", ["naive"])],
+    [
+        ("sudoku_extreme_1k", "all", ["naive", "fp8"]),
+        ("sudoku_speedrun", "ema/all", ["naive"]),
+        ("sudoku_speedrun_small", "ema/all", ["naive"]),
+    ],
 )
 def test_hard_sudoku(experiment: str, named: str, presets: list[str], pack: Path, tmp_path: Path) -> None:
     """Trained, its curves drawn, its answers compared in 16 and 8 bit where both can be had, and put to the vote."""
@@ -49,7 +53,7 @@ def test_hard_sudoku(experiment: str, named: str, presets: list[str], pack: Path
 
 def test_the_speedrun_has_no_q_continue(pack: Path, tmp_path: Path) -> None:
     stage = "curriculum=[{until:3,H_cycles:1,L_cycles:2,halt_max_steps:1}]"
-    records = run("sudoku_speedrun", pack, tmp_path / "run", stage)
+    records = run("sudoku_speedrun_small", pack, tmp_path / "run", stage)
     assert not any("train/q_continue_loss" in record for record in records)
     assert any("train/q_halt_loss" in record for record in records)
     saved = yaml.safe_load((tmp_path / "run" / "all_config.yaml").read_text())
