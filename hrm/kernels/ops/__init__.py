@@ -21,9 +21,12 @@ from hrm.kernels.ops.adamw import adamw_
 from hrm.kernels.ops.asin import asin
 from hrm.kernels.ops.dropout import dropout
 from hrm.kernels.ops.grouped_gemm import grouped_gemm
+from hrm.kernels.ops.layer_norm import layer_norm
 from hrm.kernels.ops.matmul import matmul
 from hrm.kernels.ops.memory_mlp import MemorySaved, MemoryWeights, memory_mlp_backward_update_, memory_mlp_forward_loss
 from hrm.kernels.ops.norm_linear import norm_linear
+from hrm.kernels.ops.rms_norm import rms_norm
+from hrm.kernels.ops.softmax import softmax
 from hrm.kernels.ops.vector_add import vector_add
 
 __all__ = [
@@ -33,9 +36,12 @@ __all__ = [
     "asin",
     "dropout",
     "grouped_gemm",
+    "layer_norm",
     "matmul",
     "memory_mlp_backward_update_",
     "memory_mlp_forward_loss",
     "norm_linear",
+    "rms_norm",
+    "softmax",
     "vector_add",
 ]

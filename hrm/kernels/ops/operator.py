@@ -96,6 +96,24 @@ def check_shape(operation: str, name: str, tensor: Tensor | None, shape: Sequenc
         raise UserError(f"{operation}: {name} is {list(tensor.shape)} and should be {list(shape)}, {reason}.")
 
 
+def check_rows(operation: str, x: Tensor) -> None:
+    """Refuse an `x` that has no last dimension."""
+    if x.ndim == 0:
+        raise UserError(f"{operation}: x is []; give at least one dimension.")
+
+
+def check_gain(operation: str, name: str, gain: Tensor | None, x: Tensor) -> None:
+    """Refuse a weight or bias of a norm that is not [D] for x [..., D], in its dtype or float32, on its device."""
+    if gain is None:
+        return
+    check_shape(operation, name, gain, x.shape[-1:], "one for each column of x")
+    if gain.dtype not in (x.dtype, torch.float32):
+        wanted = " or ".join(dict.fromkeys((dtype_name(x.dtype), "float32")))
+        raise UserError(f"{operation}: {name} is {dtype_name(gain.dtype)}; give {wanted}.")
+    if gain.device != x.device:
+        raise UserError(f"{operation}: {name} is on {gain.device} and x is on {x.device}; move both to one device.")
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """float32 for torch.float32."""
     return str(dtype).removeprefix("torch.")

@@ -1,0 +1,421 @@
+"""Kernels of `hrm.kernels.ops.layer_norm` and `rms_norm`, forward and backward.
+
+Rows of at most `WHOLE` columns are read once and lie in registers, several in a program where they are short; longer
+ones pass in tiles. Gradients of weights come about in two stages: each of a fixed number of programs adds up those of
+its rows, which a second kernel adds up in order. So they are the same in every run on a device.
+
+Shapes: M rows, D columns; statistics of a row in float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hrm.kernels.ops.triton.common import multiprocessor_count
+
+WHOLE = 16384
+_LONG = 4096  # columns of a tile of a longer row
+
+
+class Tile(NamedTuple):
+    """How a program takes rows."""
+
+    rows: int  # at once
+    warps: int  # that share them
+    programs: int = 0  # on a multiprocessor, where it has a fixed number
+    registers: int | None = None  # of a thread, so that these fit
+
+
+def forward_tile(columns: int) -> Tile:
+    """For rows of `columns`, a power of two: one warp up to 2,047 of them, two up to 4,095, and so on."""
+    return Tile(max(1, 1024 // columns), min(16, max(1, columns // 1024)))
+
+
+def backward_tile(columns: int) -> Tile:
+    if columns <= 2048:
+        return Tile((2048 if columns > 64 else 1024) // columns, 8, 3, 80)
+    return Tile(1, 8, 2, 128) if columns <= 4096 else Tile(1, 16, 1, 128)
+
+
+@triton.jit
+def _forward_kernel(
+    x: tl.tensor,
+    stride: tl.tensor,
+    weight: tl.tensor | None,
+    bias: tl.tensor | None,
+    y: tl.tensor,
+    mean: tl.tensor | None,
+    rstd: tl.tensor,
+    M: tl.tensor,
+    eps: tl.tensor,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)[None, :]
+    exists = columns < D
+    inside = (rows < M)[:, None] & exists
+    value = tl.load(x + rows[:, None] * stride + columns, inside, 0).to(tl.float32)
+    if mean is not None:
+        average = tl.sum(value, 1) / D
+        tl.store(mean + rows, average, rows < M)
+        value = tl.where(exists, value - average[:, None], 0.0)
+    factor = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
+    tl.store(rstd + rows, factor, rows < M)
+    value *= factor[:, None]
+    if weight is not None:
+        value *= tl.load(weight + columns, exists, 0).to(tl.float32)
+    if bias is not None:
+        value += tl.load(bias + columns, exists, 0).to(tl.float32)
+    tl.store(y + rows[:, None] * D + columns, value, inside)
+
+
+@triton.jit
+def _long_forward_kernel(
+    x: tl.tensor,
+    stride: tl.tensor,
+    weight: tl.tensor | None,
+    bias: tl.tensor | None,
+    y: tl.tensor,
+    mean: tl.tensor | None,
+    rstd: tl.tensor,
+    eps: tl.tensor,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """A row in tiles of COLUMNS, which the cache keeps from one pass over it to the next."""
+    row = tl.program_id(0).to(tl.int64)
+    within = tl.arange(0, COLUMNS)
+    x += row * stride
+    y += row * D
+    average = 0.0
+    if mean is not None:
+        total = tl.zeros((COLUMNS,), tl.float32)
+        for start in range(0, D, COLUMNS):
+            total += tl.load(x + start + within, start + within < D, 0).to(tl.float32)
+        average = tl.sum(total, 0) / D
+        tl.store(mean + row, average)
+    squares = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, D, COLUMNS):
+        exists = start + within < D
+        value = tl.where(exists, tl.load(x + start + within, exists, 0).to(tl.float32) - average, 0.0)
+        squares += value * value
+    factor = tl.rsqrt(tl.sum(squares, 0) / D + eps)
+    tl.store(rstd + row, factor)
+    for start in range(0, D, COLUMNS):
+        exists = start + within < D
+        value = (tl.load(x + start + within, exists, 0).to(tl.float32) - average) * factor
+        if weight is not None:
+            value *= tl.load(weight + start + within, exists, 0).to(tl.float32)
+        if bias is not None:
+            value += tl.load(bias + start + within, exists, 0).to(tl.float32)
+        tl.store(y + start + within, value, exists)
+
+
+@triton.jit
+def _backward_kernel(
+    dy: tl.tensor,
+    dy_stride: tl.tensor,
+    x: tl.tensor,
+    stride: tl.tensor,
+    weight: tl.tensor | None,
+    mean: tl.tensor | None,
+    rstd: tl.tensor,
+    dx: tl.tensor,
+    d_weight: tl.tensor | None,
+    d_bias: tl.tensor | None,
+    M: tl.tensor,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AHEAD: tl.constexpr,
+) -> None:
+    """Tiles of rows in turns; d_weight and d_bias [programs, D] get the sums over a program's.
+
+    With AHEAD, the next rows are on their way while some are worked on; long rows leave no registers for that.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    columns = tl.arange(0, COLUMNS)[None, :]
+    exists = columns < D
+    if AHEAD and weight is not None:
+        gain = tl.load(weight + columns, exists, 0).to(tl.float32)
+    weight_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < M)[:, None] & exists
+    if AHEAD:
+        next_value = tl.load(x + rows[:, None] * stride + columns, inside, 0)
+        next_grad = tl.load(dy + rows[:, None] * dy_stride + columns, inside, 0)
+    for _ in range(program * ROWS, M, programs * ROWS):
+        at = rows[:, None] * D + columns
+        here = inside
+        factor = tl.load(rstd + rows, rows < M, 0)[:, None]
+        if mean is not None:
+            average = tl.load(mean + rows, rows < M, 0)[:, None]
+        if AHEAD:
+            value, grad = next_value.to(tl.float32), next_grad.to(tl.float32)
+        else:
+            value = tl.load(x + rows[:, None] * stride + columns, inside, 0).to(tl.float32)
+            grad = tl.load(dy + rows[:, None] * dy_stride + columns, inside, 0).to(tl.float32)
+        rows += programs.to(tl.int64) * ROWS
+        inside = (rows < M)[:, None] & exists
+        if AHEAD:
+            next_value = tl.load(x + rows[:, None] * stride + columns, inside, 0)
+            next_grad = tl.load(dy + rows[:, None] * dy_stride + columns, inside, 0)
+        if mean is not None:
+            value -= average
+        value *= factor
+        if d_weight is not None:
+            weight_sum += grad * value
+        if d_bias is not None:
+            bias_sum += grad
+        if weight is not None:
+            if not AHEAD:
+                gain = tl.load(weight + columns, exists, 0).to(tl.float32)
+            grad *= gain
+        result = grad - value * (tl.sum(grad * value, 1) / D)[:, None]
+        if mean is not None:
+            result -= (tl.sum(grad, 1) / D)[:, None]
+        tl.store(dx + at, result * factor, here)
+    if d_weight is not None:
+        tl.store(d_weight + program * D + columns, tl.sum(weight_sum, 0)[None, :], exists)
+    if d_bias is not None:
+        tl.store(d_bias + program * D + columns, tl.sum(bias_sum, 0)[None, :], exists)
+
+
+@triton.jit
+def _long_backward_kernel(
+    dy: tl.tensor,
+    dy_stride: tl.tensor,
+    x: tl.tensor,
+    stride: tl.tensor,
+    weight: tl.tensor | None,
+    mean: tl.tensor | None,
+    rstd: tl.tensor,
+    dx: tl.tensor,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    within = tl.arange(0, COLUMNS)
+    dy += row * dy_stride
+    x += row * stride
+    dx += row * D
+    factor = tl.load(rstd + row)
+    average = 0.0
+    if mean is not None:
+        average = tl.load(mean + row)
+    along = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, D, COLUMNS):
+        exists = start + within < D
+        grad = tl.load(dy + start + within, exists, 0).to(tl.float32)
+        if weight is not None:
+            grad *= tl.load(weight + start + within, exists, 0).to(tl.float32)
+        along += grad * ((tl.load(x + start + within, exists, 0).to(tl.float32) - average) * factor)
+        total += grad
+    mean_along = tl.sum(along, 0) / D
+    mean_grad = 0.0
+    if mean is not None:
+        mean_grad = tl.sum(total, 0) / D
+    for start in range(0, D, COLUMNS):
+        exists = start + within < D
+        grad = tl.load(dy + start + within, exists, 0).to(tl.float32)
+        if weight is not None:
+            grad *= tl.load(weight + start + within, exists, 0).to(tl.float32)
+        value = (tl.load(x + start + within, exists, 0).to(tl.float32) - average) * factor
+        tl.store(dx + start + within, (grad - value * mean_along - mean_grad) * factor, exists)
+
+
+@triton.jit
+def _long_weights_kernel(
+    dy: tl.tensor,
+    dy_stride: tl.tensor,
+    x: tl.tensor,
+    stride: tl.tensor,
+    mean: tl.tensor | None,
+    rstd: tl.tensor,
+    d_weight: tl.tensor | None,
+    d_bias: tl.tensor | None,
+    M: tl.tensor,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Some columns of tiles of rows in turns: a program for each row of d_weight and d_bias."""
+    program, programs = tl.program_id(1), tl.num_programs(1)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    exists = columns < D
+    weight_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    for _ in range(program * ROWS, M, programs * ROWS):
+        inside = (rows < M)[:, None] & exists
+        grad = tl.load(dy + rows[:, None] * dy_stride + columns, inside, 0).to(tl.float32)
+        if d_weight is not None:
+            value = tl.load(x + rows[:, None] * stride + columns, inside, 0).to(tl.float32)
+            if mean is not None:
+                value -= tl.load(mean + rows, rows < M, 0)[:, None]
+            weight_sum += grad * (value * tl.load(rstd + rows, rows < M, 0)[:, None])
+        if d_bias is not None:
+            bias_sum += grad
+        rows += programs.to(tl.int64) * ROWS
+    if d_weight is not None:
+        tl.store(d_weight + program * D + columns, tl.sum(weight_sum, 0)[None, :], exists)
+    if d_bias is not None:
+        tl.store(d_bias + program * D + columns, tl.sum(bias_sum, 0)[None, :], exists)
+
+
+@triton.jit
+def _add_up_kernel(
+    parts: tl.tensor,
+    out: tl.tensor,
+    count: tl.tensor,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """parts [sums, count, D] added up over `count`, in order, into out [sums, D]."""
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    parts += tl.program_id(1).to(tl.int64) * count * D
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, count, ROWS):
+        rows = start + tl.arange(0, ROWS)[:, None]
+        total += tl.load(parts + rows * D + columns, (rows < count) & (columns < D), 0)
+    tl.store(out + tl.program_id(1) * D + columns, tl.sum(total, 0)[None, :], columns < D)
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, centred: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The normalised rows of x [..., D], contiguous; the means, if they are taken off, and 1 / deviation [M]."""
+    rows = as_rows(x)
+    M, D = rows.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    mean = x.new_empty(M, dtype=torch.float32) if centred else None
+    rstd = x.new_empty(M, dtype=torch.float32)
+    if x.numel() == 0:
+        return y, mean, rstd
+    weight, bias = _contiguous(weight), _contiguous(bias)
+    columns = triton.next_power_of_2(D)
+    if columns > WHOLE:
+        _long_forward_kernel[(M,)](
+            rows, rows.stride(0), weight, bias, y, mean, rstd, eps, D, COLUMNS=_LONG, num_warps=8
+        )
+        return y, mean, rstd
+    tile = forward_tile(columns)
+    _forward_kernel[(triton.cdiv(M, tile.rows),)](
+        rows,
+        rows.stride(0),
+        weight,
+        bias,
+        y,
+        mean,
+        rstd,
+        M,
+        eps,
+        D,
+        ROWS=tile.rows,
+        COLUMNS=columns,
+        num_warps=tile.warps,
+    )
+    return y, mean, rstd
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    *,
+    d_weight: bool,
+    d_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient in x, contiguous, and those in weight and bias that are asked for: [0, 1 or 2, D]."""
+    grads, rows = as_rows(dy), as_rows(x)
+    M, D = rows.shape
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    asked = d_weight + d_bias
+    sums = x.new_empty(asked, D, dtype=None if weight is None else weight.dtype)
+    if x.numel() == 0:
+        return dx, sums.zero_()
+    weight = _contiguous(weight)
+    columns = triton.next_power_of_2(D)
+    is_long = columns > WHOLE
+    tile = Tile(16, 8, 1) if is_long else backward_tile(columns)
+    programs = min(tile.programs * multiprocessor_count(x.device), triton.cdiv(M, tile.rows))
+    parts = x.new_empty(asked, programs, D, dtype=torch.float32)
+    weight_parts, bias_parts = parts[0] if d_weight else None, parts[-1] if d_bias else None
+    if is_long:
+        _long_backward_kernel[(M,)](
+            grads,
+            grads.stride(0),
+            rows,
+            rows.stride(0),
+            weight,
+            mean,
+            rstd,
+            dx,
+            D,
+            COLUMNS=_LONG,
+            num_warps=8,
+        )
+        if asked:
+            _long_weights_kernel[(triton.cdiv(D, 512), programs)](
+                grads,
+                grads.stride(0),
+                rows,
+                rows.stride(0),
+                mean,
+                rstd,
+                weight_parts,
+                bias_parts,
+                M,
+                D,
+                ROWS=tile.rows,
+                COLUMNS=512,
+                num_warps=tile.warps,
+            )
+    else:
+        _backward_kernel[(programs,)](
+            grads,
+            grads.stride(0),
+            rows,
+            rows.stride(0),
+            weight,
+            mean,
+            rstd,
+            dx,
+            weight_parts,
+            bias_parts,
+            M,
+            D,
+            ROWS=tile.rows,
+            COLUMNS=columns,
+            AHEAD=columns <= 4096,
+            num_warps=tile.warps,
+            maxnreg=tile.registers,
+        )
+    if asked:
+        width = 32 if D <= 1024 else 128
+        _add_up_kernel[(triton.cdiv(D, width), asked)](
+            parts, sums, programs, D, ROWS=2048 // width, COLUMNS=width, num_warps=4
+        )
+    return dx, sums
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[M, D] of x [..., D], whose columns lie side by side; copied only where they do not, or rows at no one stride."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
