@@ -81,8 +81,12 @@ class Block(nn.Module):
         """The master weights, of the type `WEIGHTS`."""
         raise NotImplementedError
 
-    def flops(self) -> int:
-        """Floating-point operations forward, for a sequence of T tokens; backward takes twice as many."""
+    def flops(self, num_tokens: int | None = None) -> int:
+        """Floating-point operations forward, for a sequence of T tokens; backward takes twice as many.
+
+        Args:
+            num_tokens: instead of T, for blocks whose weights are for any number.
+        """
         raise NotImplementedError
 
     def first_token_flops(self) -> int:
@@ -129,8 +133,9 @@ class AttentionBlock(Block):
             down=self.mlp.down_proj.weight,
         )
 
-    def flops(self) -> int:
+    def flops(self, num_tokens: int | None = None) -> int:
         tokens, width, inner, *_ = self.sizes
+        tokens = num_tokens or tokens
         return 2 * tokens * (4 * width**2 + 3 * width * inner) + 4 * tokens**2 * width
 
     def first_token_flops(self) -> int:
@@ -158,7 +163,7 @@ class MixerBlock(Block):
             down=self.mlp.down_proj.weight,
         )
 
-    def flops(self) -> int:
+    def flops(self, num_tokens: int | None = None) -> int:
         tokens, width, inner, token_inner, _ = self.sizes
         return 6 * tokens * width * (token_inner + inner)
 
@@ -217,9 +222,9 @@ class Stack(nn.Module):
         """The master weights of its blocks."""
         return [block.weights() for block in self.layers]  # type: ignore[operator]
 
-    def flops(self) -> int:
-        """Of an update forward, for one sequence."""
-        return sum(block.flops() for block in self.blocks)
+    def flops(self, num_tokens: int | None = None) -> int:
+        """Of an update forward, for one sequence of all tokens or of so many."""
+        return sum(block.flops(num_tokens) for block in self.blocks)
 
     def first_token_flops(self) -> int:
         """As `flops`, where only token 0 of the result is wanted."""

@@ -410,18 +410,23 @@ class RecurrentModel(nn.Module):
 
     def act_step_flops(self) -> int:
         """Of an ACT step in evaluation."""
-        return self._flops(self._plans[False].schedule)
+        return self.schedule_flops(self._plans[False].schedule)
 
     def train_step_flops(self) -> int:
         """Of an ACT step in training as the stage of the curriculum has it, backward pass and target included."""
         config, schedule, start, max_steps = self.training_plan
-        flops = self._flops(schedule) + 2 * self._flops(schedule[start:])
+        flops = self.schedule_flops(schedule) + 2 * self.schedule_flops(schedule[start:])
         if config.q_continue and max_steps > 1:
-            *others, last = schedule
-            flops += self._flops(others) + self.stacks[last.module].first_token_flops()
+            flops += self.q_values_flops(schedule)
         return flops
 
-    def _flops(self, schedule: Schedule) -> int:
+    def q_values_flops(self, schedule: Schedule) -> int:
+        """Of `recur_to_q_values`."""
+        *others, last = schedule
+        return self.schedule_flops(others) + self.stacks[last.module].first_token_flops()
+
+    def schedule_flops(self, schedule: Schedule) -> int:
+        """Of updates forward."""
         each = {name: stack.flops() for name, stack in self.stacks.items()}
         return sum(each[update.module] for update in schedule)
 

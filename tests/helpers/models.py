@@ -57,3 +57,15 @@ def fresh_states(inner: RecurrentModel, batch: Batch) -> dict[str, Tensor]:
     """The states in which sequences begin."""
     empty = inner.empty_states(batch)
     return {name: empty[name] + initial.to(inner.dtype) for name, initial in inner.initial_states.items()}
+
+
+def flops_outside(model: ACTLossHead, batch: Batch, *, training: bool) -> int:
+    """Of products in an ACT step that no block computes: the heads, both ways, and the token table's gradient."""
+    inner, (sequences, seq_len) = model.model.inner, batch["inputs"].shape
+    width, rows = inner.config.hidden_size, sequences * inner.num_tokens
+    passes = 3 if training else 1
+    heads = passes * 2 * width * (rows * inner.sizes.vocab_size + 2 * sequences)
+    if training and inner.config.q_continue and inner.config.max_steps_in_training > 1:
+        heads += 2 * width * 2 * sequences
+    table = 2 * 8 * width * sequences * seq_len if training else 0  # 7 rows of the table are made 8
+    return heads + table

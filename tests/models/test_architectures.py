@@ -17,7 +17,7 @@ from hrm.config.training import PretrainConfig
 from hrm.errors import UserError
 from hrm.models import ACTLossHead, arch_config, architectures
 from hrm.models.recurrent import RecurrentConfig
-from tests.helpers.models import build, gradients
+from tests.helpers.models import build, flops_outside, gradients
 
 RandomBatch = Callable[..., Batch]
 PRESETS = sorted(path.stem for path in (CONFIG_DIR / "arch").glob("*.yaml"))
@@ -125,18 +125,6 @@ def test_a_stage_of_the_curriculum_changes_what_may_change(config: RecurrentConf
         assert model.train_step_flops() < whole
 
 
-# Products that no block computes: the heads, forward and backward, and the gradient of the token table.
-def outside(model: ACTLossHead, batch: Batch, *, training: bool) -> int:
-    inner, (sequences, seq_len) = model.model.inner, batch["inputs"].shape
-    width, rows = inner.config.hidden_size, sequences * inner.num_tokens
-    passes = 3 if training else 1
-    heads = passes * 2 * width * (rows * inner.sizes.vocab_size + 2 * sequences)
-    if training and inner.config.q_continue:
-        heads += 2 * width * 2 * sequences
-    table = 2 * 8 * width * sequences * seq_len if training else 0  # 7 rows of the table are made 8
-    return heads + table
-
-
 @pytest.mark.parametrize("mlp_t", [False, True])
 @pytest.mark.parametrize("gradient", ["one_step", "last_cycle", "all"])
 @pytest.mark.parametrize("q_continue", [True, False])
@@ -150,7 +138,7 @@ def test_operations_of_a_training_step(
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
         _, loss, _ = step(model, carry, batch)
         loss.backward()
-    assert counter.get_total_flops() == 3 * model.train_step_flops() + outside(model, batch, training=True)
+    assert counter.get_total_flops() == 3 * model.train_step_flops() + flops_outside(model, batch, training=True)
 
 
 @pytest.mark.parametrize("mlp_t", [False, True])
@@ -159,7 +147,7 @@ def test_operations_of_an_evaluation_step(config: RecurrentConfig, mlp_t: bool, 
     carry = model.initial_carry(batch)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step(model, carry, batch)
-    assert counter.get_total_flops() == 3 * model.act_step_flops() + outside(model, batch, training=False)
+    assert counter.get_total_flops() == 3 * model.act_step_flops() + flops_outside(model, batch, training=False)
 
 
 def test_names_in_the_configs_of_trm() -> None:

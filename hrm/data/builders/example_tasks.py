@@ -5,6 +5,8 @@ hrm data custom --train data/order.jsonl --test-fraction 0.1 --output-dir data/o
 
 dag_path           input: start, goal, and for every pair of nodes whether an edge leads from the first to the second
                    output: the nodes of a path of fewest edges
+recall             input: names, each with the value it has, then the same names in another order
+                   output: nothing for the first part, then the value of each name
 topological_order  input: for every pair of nodes whether an edge leads from the first to the second
                    output: all nodes, none before one that leads to it
 tool_routing       input: the type of what there is, the type of what is wanted, and what each tool takes and gives
@@ -31,9 +33,10 @@ COMMAND = "example"  # `hrm data example`
 END = "end"
 NO_EDGE, EDGE = ".", ">"
 EDGE_SHARE = 0.4
+VALUES = ("black", "green", "red", "white")
 TYPES = ("audio", "chart", "image", "query", "table", "text")
 
-Symbols = list[int | str]
+Symbols = list[int | str | None]  # None in an output is not learned
 Steps = Sequence[tuple[int, int]]  # from a place to another one
 
 # So many random questions in a row that are not new, and the generator gives up.
@@ -74,6 +77,14 @@ def dag_path(nodes: int, rng: np.random.Generator) -> tuple[Symbols, Symbols] | 
     return [start, goal, *np.where(edges, EDGE, NO_EDGE).ravel().tolist()], filled(path, nodes)
 
 
+def recall(pairs: int, rng: np.random.Generator) -> tuple[Symbols, Symbols]:
+    names = [f"x{number}" for number in rng.choice(2 * pairs, pairs, replace=False)]
+    values = rng.choice(VALUES, pairs).tolist()
+    shown = [symbol for pair in zip(names, values, strict=True) for symbol in pair]
+    order = rng.permutation(pairs)
+    return [*shown, *(names[i] for i in order)], [*[None] * len(shown), *(values[i] for i in order)]
+
+
 def topological_order(nodes: int, rng: np.random.Generator) -> tuple[Symbols, Symbols]:
     edges = random_dag(nodes, rng)
     order: list[int] = []
@@ -97,6 +108,7 @@ def filled(answer: Sequence[int], length: int) -> Symbols:
 
 TASKS: dict[str, Callable[[int, np.random.Generator], tuple[Symbols, Symbols] | None]] = {
     "dag_path": dag_path,
+    "recall": recall,
     "topological_order": topological_order,
     "tool_routing": tool_routing,
 }
@@ -108,7 +120,7 @@ def write_examples(path: Path, task: str, size: int, count: int, rng: np.random.
     Raises:
         UserError: if random search finds no more, or the file cannot be written.
     """
-    lines: dict[tuple[int | str, ...], str] = {}
+    lines: dict[tuple[int | str | None, ...], str] = {}
     barren = 0
     while len(lines) < count:
         example = TASKS[task](size, rng)
@@ -142,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
     parser.add_argument("--count", type=int, default=5000, help="examples (%(default)s)")
-    parser.add_argument("--size", type=int, default=6, help="nodes, or tools (%(default)s)")
+    parser.add_argument("--size", type=int, default=6, help="nodes, tools or pairs (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of every random choice (%(default)s)")
     return run_command(write, lambda: parser.parse_args(argv))
 

@@ -495,6 +495,11 @@ def _matmul_options(k: Tensor, tokens: int) -> dict[str, object]:
     }
 
 
+def _run_at_once(k: Tensor) -> bool:
+    """Whether programs of a launch can wait for one another: not in the interpreter."""
+    return k.is_cuda
+
+
 def forward_loss(
     k: Tensor, v: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -540,15 +545,15 @@ def backward_update_(
     row_tiles = triton.cdiv(N, row_tile(N))
     dz1 = torch.empty_like(z1)
     sizes = (M * row_tiles * H, M * (2 * D * H + D + H), M * items)
-    dz1_sums, grads, squares = loss.new_empty(sum(sizes)).split(sizes)
+    dz1_sums, grads, squares = torch.split(loss.new_empty(sum(sizes)), list(sizes))
     norms = torch.empty_like(loss)
     options = _matmul_options(k, N)
-    phases: tuple[int, ...] = (1, 2, 3)
-    programs = max(1, M * row_tiles * triton.cdiv(H, TILES.columns) // 2)  # some have several tiles
-    if k.is_cuda:
-        phases, programs = (0,), TILES.programs * multiprocessor_count(k.device)
+    if _run_at_once(k):
+        phases, programs = [0], TILES.programs * multiprocessor_count(k.device)
         options["launch_cooperative_grid"] = True
-    else:  # the interpreter leaves numbers as Python has them
+    else:
+        phases, programs = [1, 2, 3], max(1, M * row_tiles * triton.cdiv(H, TILES.columns) // 2)  # of several tiles
+        # The interpreter leaves numbers as Python has them.
         gates = [gate if isinstance(gate, Tensor) else torch.full_like(loss, gate) for gate in gates]
     for phase in phases:
         _update_kernel[(programs,)](
