@@ -19,6 +19,7 @@ them where it is known to be installed.
 # depending on who imported what first. None of these files imports Triton before it is called.
 from hrm.kernels.ops.adamw import adamw_
 from hrm.kernels.ops.asin import asin
+from hrm.kernels.ops.attention import attention
 from hrm.kernels.ops.dropout import dropout
 from hrm.kernels.ops.grouped_gemm import grouped_gemm
 from hrm.kernels.ops.layer_norm import layer_norm
@@ -34,6 +35,7 @@ __all__ = [
     "MemoryWeights",
     "adamw_",
     "asin",
+    "attention",
     "dropout",
     "grouped_gemm",
     "layer_norm",
