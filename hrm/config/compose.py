@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
@@ -315,7 +316,7 @@ def _composition_error(
         return f"{error.override!r} on the command line cannot be read: write option=value, and quote unusual values."
     if match := re.search(r"Could not override '([^']+)'", text):
         option = match.group(1)
-        return f"there is no option {option}; {neighbours(option, _known_options(config_name))}"
+        return f"there is no option {option}; {neighbours(option, _known_options(config_name, arguments, folders))}"
     if match := re.search(r"Error merging override ([^=]+)=(.*)", text):
         option, value = match.groups()
         reason = first_sentence(error.__cause__ or error)
@@ -329,8 +330,8 @@ def _composition_error(
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, choice = match.groups()
         choices = choices_of(group, folders)
-        for name, file in choices.items():  # a choice says in its comments what it stands for
-            if re.search(rf"^#.*\b{re.escape(f'{group}={choice}')}(?![\w=])", file.read_text(encoding="utf-8"), re.M):
+        for name, path in choices.items():  # a choice says in its comments what it stands for
+            if re.search(rf"^#.*\b{re.escape(f'{group}={choice}')}(?![\w=])", path.read_text(encoding="utf-8"), re.M):
                 return f"{group}={choice}, as other code has it, is not here; the nearest is {group}={name}."
         return f"{group}={choice} is not a choice; {neighbours(choice, choices)}"
     if match := re.search(r"In '([^']+)': \w+ raised while composing config:\s+Key '([^']+)' not in", text):
@@ -341,9 +342,17 @@ def _composition_error(
     return f"the configuration cannot be composed from {' '.join(arguments)}: {first_sentence(error)}."
 
 
-def _known_options(config_name: str) -> set[str]:
-    """Options and groups that the command line of `config/<config_name>.yaml` may set."""
+def _known_options(config_name: str, arguments: Sequence[str] = (), folders: tuple[Path, ...] = ()) -> set[str]:
+    """Options and groups that the command line of `config/<config_name>.yaml` may set.
+
+    Args:
+        arguments: a command line, of which the choices in groups count: options of `arch` are those of its choice.
+        folders: with YAML files of the user's.
+    """
     composed = compose_untyped(config_name, (), (), with_hydra=True)
     groups = {group for group in map(str, composed.hydra.runtime.choices) if not group.startswith("hydra/")}
+    if chosen := [argument for argument in arguments if argument.partition("=")[0] in groups]:
+        with suppress(UserError):  # a choice that is none: another sentence says so
+            composed = compose_untyped(config_name, chosen, folders, with_hydra=True)
     options = {name for name in option_names(composed) if not name.startswith("hydra")}
     return options | groups

@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hrm.batch import IGNORE_LABEL_ID, Batch
+from hrm.config.compose import compose
+from hrm.config.training import PretrainConfig
 from hrm.data.builders.example_tasks import VALUES, recall
 from hrm.errors import UserError
 from hrm.kernels import naive
@@ -123,6 +125,8 @@ def test_options_that_do_not_fit_segments(tiny_arch: dict[str, Any]) -> None:
             build({**MAC, option: value})
     with pytest.raises(UserError, match=r"arch\.memory=max is not a choice; did you mean mac"):
         build(MAC | {"memory": "max"})
+    with pytest.raises(UserError, match=r"there is no option memory; did you mean arch\.memory\?"):
+        compose(PretrainConfig, "pretrain", ["arch=transformer", "memory=mac"])
     assert build(MAC | {"segment_len": 0}, seq_len=5).model.inner.config.segment == 64
 
 
