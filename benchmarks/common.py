@@ -30,7 +30,7 @@ from hrm.data.loader import TrainLoader
 from hrm.data.pack import Pack, PackMetadata, PackSet, open_pack, write_split
 from hrm.distributed.world import World, join_world
 from hrm.errors import UserError
-from hrm.evaluation.report.plots import pyplot
+from hrm.evaluation.report.picture import require_matplotlib
 from hrm.kernels.presets import AUTO, presets
 
 # The published code's way: the plain model through torch.compile, with the best attention PyTorch has.
@@ -287,7 +287,7 @@ def picture_file(text: str) -> Path:
     file = Path(text)
     if file.suffix not in (".png", ".svg"):
         raise argparse.ArgumentTypeError(f"{text} is neither a .png nor a .svg file")
-    pyplot()
+    require_matplotlib()
     file.parent.mkdir(parents=True, exist_ok=True)
     return file
 

@@ -27,7 +27,8 @@ from benchmarks.common import PRESETS, Shape, batches, machine, make_parser, pic
 from hrm.config import KernelsConfig, PretrainConfig
 from hrm.distributed.world import World, join_world
 from hrm.errors import UserError
-from hrm.evaluation.report.plots import PALETTE, Axis, Curve, Panel, draw_panels
+from hrm.evaluation.report.picture import PALETTE
+from hrm.evaluation.report.plots import Axis, Curve, Panel, draw_panels
 from hrm.training.step import initial_state, make_train_step
 
 _METRICS = ("lm_loss", "exact_accuracy", "count")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import BASELINE
-from hrm.evaluation.report.plots import pyplot
+from hrm.evaluation.report.picture import new_picture, save_picture
 
 _SPEED_UP = f"x {BASELINE}"
 
@@ -32,9 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def draw(about: dict[str, str], rows: Sequence[dict[str, float | str]], picture: Path) -> None:
     """One group of bars for each shape, one bar for each preset, its milliseconds written at its end."""
-    plt = pyplot()
     shapes = list(dict.fromkeys((row["S"], row["batch"]) for row in rows))
-    figure, axes = plt.subplots(1, len(shapes), figsize=(2.6 * len(shapes) + 1, 2.6), sharey=True, squeeze=False)
+    figure, axes = new_picture(1, len(shapes), size=(2.6 * len(shapes) + 1, 2.6), sharey=True)
     for (seq_len, batch), panel in zip(shapes, axes[0], strict=True):
         of_shape = [row for row in rows if (row["S"], row["batch"]) == (seq_len, batch)]
         names = [str(row["kernels"]) for row in of_shape]
@@ -50,9 +49,7 @@ def draw(about: dict[str, str], rows: Sequence[dict[str, float | str]], picture:
         panel.spines[["top", "right"]].set_visible(False)
     axes[0][0].invert_yaxis()
     figure.supxlabel(f"times as fast as {BASELINE}; {about['device']}, PyTorch {about['torch']}", fontsize=8)
-    figure.tight_layout()
-    with plt.rc_context({"svg.fonttype": "none"}):  # text as text
-        figure.savefig(picture)
+    save_picture(figure, picture)
 
 
 def draw_ways(about: Mapping[str, str], rows: Sequence[Mapping[str, Any]], picture: Path) -> None:

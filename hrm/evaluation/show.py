@@ -14,7 +14,8 @@ from hrm.data.pack import Pack
 from hrm.distributed.world import World
 from hrm.errors import UserError, printable
 from hrm.evaluation.report.boards import LEGEND, Board, draw_boards, outcome_of, render_text
-from hrm.evaluation.report.plots import draw_curves, pyplot
+from hrm.evaluation.report.picture import require_matplotlib
+from hrm.evaluation.report.plots import draw_curves
 from hrm.tasks import task_of
 from hrm.tasks.base import PuzzleSize
 
@@ -37,7 +38,7 @@ def check_show(pack: Pack, world: World) -> None:
             f"show= draws grids that are filled in, and the puzzles of {pack.path}, {size.seq_len} cells of "
             f"{size.vocab_size} tokens, are none: leave it out, or look at them with report=."
         )
-    pyplot()
+    require_matplotlib()
 
 
 def show_puzzles(outputs: Mapping[str, Tensor], count: int, pack: Pack, checkpoint: Checkpoint, folder: Path) -> None:

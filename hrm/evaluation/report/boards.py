@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from hrm.batch import IGNORE_LABEL_ID
 from hrm.errors import printable
+from hrm.evaluation.report.picture import new_picture, save_picture
 from hrm.tasks.base import Booleans, Rules, Solutions, Tokens, View
-from hrm.writing import new_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -146,13 +146,9 @@ def _cell_text(board: Board, index: int, kind: Cell, width: int, color: bool) ->
 
 def draw_boards(boards: Sequence[Board], file: Path) -> None:
     """Draw boards into a picture, up to four in a row. Needs matplotlib."""
-    from hrm.evaluation.report.plots import pyplot
-
     columns = min(4, len(boards))
     rows = -(-len(boards) // columns)
-    figure, all_axes = pyplot().subplots(
-        rows, columns, figsize=(3.2 * columns, 3.4 * rows + 0.4), squeeze=False, layout="constrained"
-    )
+    figure, all_axes = new_picture(rows, columns, size=(3.2 * columns, 3.4 * rows + 0.4))
     for board, axes in zip_longest(boards, all_axes.flat):
         if board is None:
             axes.set_axis_off()
@@ -161,9 +157,7 @@ def draw_boards(boards: Sequence[Board], file: Path) -> None:
     legend = "black: given      blue: filled in, right      orange, boxed: wrong"
     figure.supxlabel(legend, fontsize="small")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    with new_file(file):
-        figure.savefig(file, dpi=150)
-    pyplot().close(figure)
+    save_picture(figure, file)
 
 
 def _draw(board: Board, axes: Axes) -> None:

@@ -5,16 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from hrm.config.paths import install_hint
 from hrm.errors import UserError
+from hrm.evaluation.report.picture import PALETTE, new_picture, save_picture
 from hrm.reading import parse_json, read_text
-from hrm.writing import new_file
-
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#9AA0A6")
-"""Colours that colour-blind readers tell apart (Okabe and Ito)."""
 
 Record = Mapping[str, float]
 Axis = Literal["linear", "log", "percent"]
@@ -55,38 +50,17 @@ class Metric(NamedTuple):
     splits: Sequence[Split] = ("train", "test", "average")
 
 
-def pyplot() -> ModuleType:
-    """matplotlib.pyplot, drawing to files only.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError(f"Pictures need matplotlib: {install_hint('report')}, or ask for none.") from error
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def draw_panels(panels: Sequence[Panel], x_label: str, file: Path, columns: int = 3) -> None:
     """Draw panels side by side, `columns` in a row, into a file of the kind that its name ends with."""
-    plt = pyplot()
-    figure = figure_of(panels, x_label, columns)
-    with new_file(file), plt.rc_context({"svg.fonttype": "none"}):  # text as text
-        figure.savefig(file, dpi=150)
-    plt.close(figure)
+    save_picture(figure_of(panels, x_label, columns), file)
 
 
 def figure_of(panels: Sequence[Panel], x_label: str, columns: int = 3) -> Any:
     """The matplotlib figure of the panels. Legends of more than three lines would cover the curves: then there is one,
     below all panels."""
-    plt = pyplot()
     rows = -(-len(panels) // columns)
     size = (4 * columns, 3.2 * rows)
-    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure, grid = new_picture(rows, columns, size=size)
     lines: dict[str, Any] = {}
     for panel, axes in zip(panels, grid.flat, strict=True):
         for curve in panel.curves:
