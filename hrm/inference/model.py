@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -14,14 +15,16 @@ from safetensors.torch import save_file
 
 from hrm.checkpoint.weights import PRETRAINED_CONFIG, PRETRAINED_WEIGHTS, Checkpoint, find_checkpoint, read_weights
 from hrm.config import KernelsConfig, kernels_config
-from hrm.config.checks import choice
+from hrm.config.checks import at_least, choice
 from hrm.config.entry import DTYPES
 from hrm.distributed.world import World, pick_device
+from hrm.errors import UserError
+from hrm.evaluation.latent import Mixing, states_after, token_mixing
 from hrm.evaluation.loading import ModelSizes, describe_model, load_model
 from hrm.inference.card import model_card
 from hrm.inference.forms import form_of_checkpoint
-from hrm.inference.inputs import in_chunks, items_of
-from hrm.inference.predictor import Predictions, PredictOptions, Predictor
+from hrm.inference.inputs import in_chunks, items_of, read_item
+from hrm.inference.predictor import Predictions, PredictOptions, Predictor, as_batch
 from hrm.models import ACTLossHead
 from hrm.tasks import all_tasks
 from hrm.tasks.base import Task
@@ -58,6 +61,7 @@ class TrainedModel(ModelHubMixin):
         act_max_steps: int | None = None,
         augmentations: int = 1,
         trajectory: bool = False,
+        latents: bool = False,
         halt: bool = True,
         batch_size: int | None = None,
         tokens: bool = False,
@@ -72,6 +76,7 @@ class TrainedModel(ModelHubMixin):
         act_max_steps: int | None = None,
         augmentations: int = 1,
         trajectory: bool = False,
+        latents: bool = False,
         halt: bool = True,
         batch_size: int | None = None,
         tokens: bool = False,
@@ -85,6 +90,7 @@ class TrainedModel(ModelHubMixin):
         act_max_steps: int | None = None,
         augmentations: int = 1,
         trajectory: bool = False,
+        latents: bool = False,
         halt: bool = True,
         batch_size: int | None = None,
         tokens: bool = False,
@@ -100,7 +106,9 @@ class TrainedModel(ModelHubMixin):
             act_max_steps: ACT steps at most; None: as in training.
             augmentations: answers to as many symmetric copies of each puzzle. The first that keeps the task's rules
                 counts, where they are known; else what most answer.
-            trajectory: give the answers after every ACT step too.
+            trajectory: give the answers and q_halt after every ACT step too.
+            latents: give the model's states at the start and after every ACT step too, beside what `trajectory` gives.
+                They are large: 7 MB a Sudoku with the published model.
             halt: end a sequence where the model says q_halt > q_continue, and give its slot to the next one; False:
                 spend all steps on each, as `hrm evaluate` does.
             batch_size: sequences computed at a time; None: what suits the device.
@@ -110,7 +118,9 @@ class TrainedModel(ModelHubMixin):
         Raises:
             UserError: an option is of no use, or a puzzle is none: the sentence names it by its index.
         """
-        options = PredictOptions(act_max_steps, augmentations, trajectory, halt, batch_size)
+        options = PredictOptions(
+            act_max_steps, augmentations, trajectory=trajectory, latents=latents, halt=halt, batch_size=batch_size
+        )
         items = items_of(x, self.task, self.form, tokens=tokens)
         chunks = in_chunks(items, self._predictor.chunk_size(options), self.task, self.form)
         if stream:
@@ -126,12 +136,54 @@ class TrainedModel(ModelHubMixin):
         return self._predictor
 
     def _none(self, options: PredictOptions) -> Predictions:
-        width, no_steps = self.form.seq_len, np.zeros(0, dtype=np.int64)
-        steps = options.act_max_steps or self.act_max_steps
-        trajectory = np.zeros((0, steps, width), dtype=np.int64) if options.trajectory else None
-        return Predictions(
-            np.zeros((0, width), dtype=np.int64), np.zeros(0), no_steps, [], [], no_steps.copy(), trajectory
+        inner, steps = self.model.model.inner, options.act_max_steps or self.act_max_steps
+        answers = np.zeros((0, self.form.seq_len), dtype=np.int64)
+        out = Predictions(answers, np.zeros(0), np.zeros(0, dtype=np.int64), [], [], np.zeros(0, dtype=np.int64))
+        if not options.every_step:
+            return out
+        shape = (0, steps + 1, inner.num_tokens, inner.config.hidden_size)
+        return replace(
+            out,
+            trajectory=np.zeros((0, steps, self.form.seq_len), dtype=np.int64),
+            q_halts=np.zeros((0, steps)),
+            latents={name: np.zeros(shape, dtype=np.float32) for name in inner.initial_states}
+            if options.latents
+            else None,
         )
+
+    # ---- what happens inside
+
+    @property
+    def prefix_len(self) -> int:
+        """Tokens of the puzzle prefix, P, which come before those of the input in `latents` and in `token_mixing`."""
+        return self.model.model.inner.prefix_len
+
+    def token_mixing(self, x: Any, *, step: int | None = None, tokens: bool = False) -> list[Mixing]:
+        """How each block mixes the tokens of one puzzle: attention by head, or how sensitive an MLP over tokens is.
+
+        Args:
+            x: one puzzle, as `predict` takes it.
+            step: of which ACT step, from 1; None: the one after which it halts. It is the last update of a module that
+                is looked at, computed by the definition of the blocks whatever the kernels are.
+            tokens: as for `predict`.
+
+        Returns:
+            A `Mixing` for each block, module by module.
+
+        Raises:
+            UserError: there is no such step, or not one puzzle.
+        """
+        items = items_of(x, self.task, self.form, tokens=tokens)
+        puzzles = [
+            puzzle for number, item in enumerate(items) for puzzle in read_item(item, number, self.task, self.form)
+        ]
+        if len(puzzles) != 1:
+            raise UserError(f"token_mixing takes one puzzle, and is given {len(puzzles)}.")
+        if step is None:
+            step = int(self._predictor.answer(puzzles, [0], PredictOptions()).steps[0])
+        at_least("step", step, 1)
+        batch = {name: field.to(self.device) for name, field in as_batch(puzzles).items()}
+        return token_mixing(self.model, batch, states_after(self.model, batch, step - 1))
 
     # ---- what it is
 

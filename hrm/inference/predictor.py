@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from hrm.config.evaluation import MOST_AUGMENTATIONS
 from hrm.errors import UserError
 from hrm.evaluation.early_halting import EarlyHalting
 from hrm.evaluation.ensemble import vote
+from hrm.evaluation.latent import States, act_steps, initial_states, stacked
 from hrm.models import ACTLossHead
 from hrm.tasks.base import PuzzleSize, Task, Undo
 from hrm.tasks.form import Puzzle, PuzzleForm
@@ -34,6 +36,7 @@ class PredictOptions:
     act_max_steps: int | None = None
     augmentations: int = 1
     trajectory: bool = False
+    latents: bool = False
     halt: bool = True
     batch_size: int | None = None
     halt_margin: float = 0.0  # a sequence halts where q_halt > q_continue + this
@@ -44,8 +47,14 @@ class PredictOptions:
                 at_least(name, getattr(self, name), 1)
         at_least("augmentations", self.augmentations, 1)
         at_most("augmentations", self.augmentations, MOST_AUGMENTATIONS)
-        if self.trajectory and self.augmentations > 1:
-            raise UserError("trajectory=True cannot be combined with augmentations: each of them has its own.")
+        for name in ("trajectory", "latents"):
+            if getattr(self, name) and self.augmentations > 1:
+                raise UserError(f"{name}=True cannot be combined with augmentations: each of them has its own.")
+
+    @property
+    def every_step(self) -> bool:
+        """Whether what is between the steps is asked for."""
+        return self.trajectory or self.latents
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +67,12 @@ class Predictions:
     texts: list[str]  # each answer on one line
     values: list[Any]  # each as JSON would have it: grids of digits, rows of a maze, lists of symbols
     index: NDArray[np.int64]  # [N], which input each puzzle is of: an ARC task may have several
-    trajectory: NDArray[np.int64] | None = None  # [N, T, S], answers after each ACT step; the last once it has halted
+    # After each ACT step, the last once it has halted: answers [N, T, S], and what q_halt was [N, T].
+    trajectory: NDArray[np.int64] | None = None
+    q_halts: NDArray[np.float64] | None = None
+    # Each state by its name, [N, T + 1, P + S, D], at the start and after each ACT step, as `trajectory`; tokens of the
+    # puzzle prefix, P of them, come before those of the input.
+    latents: States | None = None
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -66,14 +80,17 @@ class Predictions:
     @classmethod
     def joined(cls, parts: Sequence[Predictions]) -> Predictions:
         """Several, of models of the same sizes, as one."""
-        values: dict[str, Any] = {}
-        for name in (field.name for field in fields(cls)):
-            each = [getattr(part, name) for part in parts]
-            if isinstance(each[0], list):
-                values[name] = [item for part in each for item in part]
-            else:
-                values[name] = None if each[0] is None else np.concatenate(each)
-        return cls(**values)
+        return cls(**{name: _joined([getattr(part, name) for part in parts]) for name in (f.name for f in fields(cls))})
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Lists, arrays or mappings of arrays, each as long as there are puzzles, as one; None where there are none."""
+    first = parts[0]
+    if isinstance(first, list):
+        return [item for part in parts for item in part]
+    if isinstance(first, dict):
+        return {name: _joined([part[name] for part in parts]) for name in first}
+    return None if first is None else np.concatenate(parts)
 
 
 class _Rows(NamedTuple):
@@ -83,6 +100,8 @@ class _Rows(NamedTuple):
     q_halt: NDArray[np.float64]  # [R], logits
     steps: NDArray[np.int64]  # [R]
     trajectory: NDArray[np.int64] | None = None  # [R, T, S]
+    q_halts: NDArray[np.float64] | None = None  # [R, T], logits
+    latents: States | None = None  # [R, T + 1, P + S, D]
 
 
 class Predictor:
@@ -114,12 +133,14 @@ class Predictor:
         pairs = list(zip(rows.tokens, puzzles, strict=True))
         return Predictions(
             rows.tokens,
-            1 / (1 + np.exp(-rows.q_halt)),
+            _sigmoid(rows.q_halt),
             rows.steps,
             [task.answer_text(answer, puzzle, form) for answer, puzzle in pairs],
             [task.answer_value(answer, puzzle, form) for answer, puzzle in pairs],
             np.fromiter(index, dtype=np.int64),
             rows.trajectory,
+            None if rows.q_halts is None else _sigmoid(rows.q_halts),
+            rows.latents,
         )
 
     def _batch_size(self, options: PredictOptions) -> int:
@@ -161,16 +182,10 @@ class Predictor:
 
     def _rows(self, puzzles: Sequence[Puzzle], options: PredictOptions) -> _Rows:
         size = self._batch_size(options)
-        step = size if options.trajectory else _BATCHES_IN_CHUNK * size
-        answer = self._trajectories if options.trajectory else self._halted
+        step = size if options.every_step else _BATCHES_IN_CHUNK * size
+        answer = self._trajectories if options.every_step else self._halted
         parts = [answer(puzzles[start : start + step], options) for start in range(0, len(puzzles), step)]
-        trajectories = [part.trajectory for part in parts if part.trajectory is not None]
-        return _Rows(
-            np.concatenate([part.tokens for part in parts]),
-            np.concatenate([part.q_halt for part in parts]),
-            np.concatenate([part.steps for part in parts]),
-            np.concatenate(trajectories) if trajectories else None,
-        )
+        return _Rows(*map(_joined, zip(*parts, strict=True)))
 
     def _halted(self, puzzles: Sequence[Puzzle], options: PredictOptions) -> _Rows:
         """At most a pool of them, each as many ACT steps as it asks for."""
@@ -183,7 +198,7 @@ class Predictor:
             slots, margin, max_steps = key
             pool = _BATCHES_IN_CHUNK * size
             self._engines[key] = EarlyHalting(self._model, slots, self._device, margin, max_steps, pool)
-        tokens, q_halt, steps = self._engines[key].answer_pool(_batch(puzzles))
+        tokens, q_halt, steps = self._engines[key].answer_pool(as_batch(puzzles))
         return _Rows(tokens.numpy().astype(np.int64), q_halt.double().numpy(), steps.numpy().astype(np.int64))
 
     @torch.no_grad()
@@ -191,34 +206,53 @@ class Predictor:
         """At most a batch of them, and what each would have answered before."""
         model, count = self._model, len(puzzles)
         size = self._batch_size(options) if self._is_one_shape else count
-        batch = {name: field.to(self._device) for name, field in _batch(puzzles, size).items()}
-        carry = model.initial_carry(batch)
+        batch = {name: field.to(self._device) for name, field in as_batch(puzzles, size).items()}
         answers: list[Tensor] = []
         q_halts: list[Tensor] = []
+        kept = [initial_states(model, batch)] if options.latents else []
         halted = torch.zeros(size, dtype=torch.bool, device=self._device)
         steps = torch.zeros(size, dtype=torch.int64, device=self._device)
         max_steps = self._max_steps(options)
         with model.weights_at_hand():
-            while len(answers) < max_steps and not (answers and halted.all()):
-                carry, outputs = model.model(carry, batch)
-                carry = replace(carry, halted=torch.zeros_like(carry.halted))
+            for states, outputs in islice(act_steps(model, batch), max_steps):
                 q_halt, answer = outputs["q_halt_logits"].float(), outputs["logits"].argmax(-1)
                 if answers:
                     answer = torch.where(halted[:, None], answers[-1], answer)
                     q_halt = torch.where(halted, q_halts[-1], q_halt)
+                if kept:
+                    kept.append({name: _where(halted, kept[-1][name], state) for name, state in states.items()})
                 answers.append(answer)
                 q_halts.append(q_halt)
                 steps += ~halted
                 if options.halt:
                     halted |= q_halt > outputs["q_continue_logits"] + options.halt_margin
-        answers += answers[-1:] * (max_steps - len(answers))
+                    if halted.all():
+                        break
+        missing = max_steps - len(answers)
+        answers += answers[-1:] * missing
+        q_halts += q_halts[-1:] * missing
+        kept += kept[-1:] * missing
         trajectory = torch.stack(answers, 1)[:count].cpu().numpy()
         return _Rows(
-            trajectory[:, -1], q_halts[-1][:count].double().cpu().numpy(), steps[:count].cpu().numpy(), trajectory
+            trajectory[:, -1],
+            q_halts[-1][:count].double().cpu().numpy(),
+            steps[:count].cpu().numpy(),
+            trajectory,
+            torch.stack(q_halts, 1)[:count].double().cpu().numpy(),
+            {name: states[:count] for name, states in stacked(kept).items()} if kept else None,
         )
 
 
-def _batch(puzzles: Sequence[Puzzle], size: int | None = None) -> Batch:
+def _where(halted: Tensor, before: Tensor, now: Tensor) -> Tensor:
+    """The states of sequences [B] that had halted before, and the new ones of the others."""
+    return torch.where(halted.view(-1, *[1] * (now.ndim - 1)), before, now)
+
+
+def _sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 1 / (1 + np.exp(-logits))
+
+
+def as_batch(puzzles: Sequence[Puzzle], size: int | None = None) -> Batch:
     """Puzzles on the host, padded to a batch of `size`."""
     padded = [*puzzles, *[puzzles[-1]] * ((size or 0) - len(puzzles))]
     return {
