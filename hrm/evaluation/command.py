@@ -23,7 +23,7 @@ from hrm.evaluation.loading import ModelSizes, describe_model, load_model, other
 from hrm.evaluation.metrics import MetricSums, Throughput, metrics_table
 from hrm.evaluation.report.writer import ReportWriter
 from hrm.evaluation.runner import evaluate, parts_of, save_outputs, show_predictions
-from hrm.evaluation.show import SHOWN_OUTPUTS, check_show, show_puzzles
+from hrm.evaluation.show import ShownPuzzles
 from hrm.evaluation.solve import solve_puzzle
 from hrm.models import ACTLossHead
 from hrm.output import output_that_counts
@@ -79,6 +79,7 @@ class _Split:
     sizes: ModelSizes
     world: World
     folder: Path  # of what is saved
+    shown: ShownPuzzles | None  # with show=
 
 
 def _data_paths(config: EvaluateConfig, checkpoint: Checkpoint) -> list[str]:
@@ -123,8 +124,7 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, data_path: s
         )
     pack = open_pack(data_path, "test")
     batch_size = _bounded(batch_size, pack, world)
-    if config.show:
-        check_show(pack, world)
+    shown = ShownPuzzles(pack, config.show, world) if config.show else None
     folder = _output_folder(config, checkpoint)
     make_folder(folder, "output_dir")
     if config.report:
@@ -134,7 +134,7 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, data_path: s
     meta = pack.metadata
     sizes = ModelSizes(batch_size // world.size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
     model = _load(config, checkpoint, sizes, pack, world)
-    split = _Split(config, checkpoint, model, pack, loader, sizes, world, folder)
+    split = _Split(config, checkpoint, model, pack, loader, sizes, world, folder, shown)
     with traceback_folder(folder), deaths_of_workers_told():
         if world.is_main:
             print(
@@ -183,16 +183,15 @@ def _evaluate_full(split: _Split) -> dict[str, float]:
     config, world = split.config, split.world
     evaluators, throughput = evaluators_of(split.pack), Throughput(world)
     report = ReportWriter(split.pack, evaluators) if config.report else None
-    keep = (*config.save_outputs, *(SHOWN_OUTPUTS if config.show else ()))
+    watching = [*evaluators, split.shown] if split.shown else evaluators
     recorder = report.recorder if report else None
-    metrics, outputs = evaluate(split.model, split.loader, world, keep, evaluators, recorder, throughput)
+    metrics, outputs = evaluate(split.model, split.loader, world, config.save_outputs, watching, recorder, throughput)
     result = _print_result(split, "all steps for every puzzle", metrics, throughput, evaluators)
     if config.save_outputs:
-        wanted = {name: outputs[name] for name in config.save_outputs}
-        file = save_outputs(wanted, split.folder, split.checkpoint.step, world)
-        print(printable(f"Saved {', '.join(wanted)} in {file}."))
-    if config.show and world.is_main:
-        show_puzzles(outputs, config.show, split.pack, split.checkpoint, split.folder)
+        file = save_outputs(outputs, split.folder, split.checkpoint.step, world)
+        print(printable(f"Saved {', '.join(outputs)} in {file}."))
+    if split.shown:
+        split.shown.show(split.checkpoint, split.folder)
     if report and config.report and not any(values["count"] for values in metrics.values()):
         if world.is_main:
             print("No report is written, for it would compare answers with labels, and there are none.")

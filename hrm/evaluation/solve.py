@@ -18,7 +18,8 @@ from hrm.distributed.world import World
 from hrm.errors import UserError
 from hrm.evaluation.ensemble import DeviceSymmetry, keep_rules, make_member, vote
 from hrm.evaluation.loading import ModelSizes, load_model, trained_sizes
-from hrm.evaluation.report.boards import Board, outcome_of, render_text
+from hrm.evaluation.report.boards import Board, outcome_of
+from hrm.evaluation.report.text import legend_of, render_text
 from hrm.models import ACTLossHead
 from hrm.tasks import parse_puzzle
 from hrm.tasks.base import PuzzleSize, Rules, Solutions, Symmetry, Task, Tokens
@@ -57,7 +58,7 @@ def solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, worl
         solutions = rules.solve(inputs) if rules and rules.solve else None
         board = _board(task, size, rules, inputs, answer, solutions)
         several = f" It took {asked} of {len(models) * count} answers." if asked > 1 else ""
-        print(f"{render_text(board)}\n{board.legend()}\n{outcome_of(board, rules, solutions)}{several}")
+        print(f"{render_text(board)}\n{legend_of(board)}\n{outcome_of(board, rules, solutions)}{several}")
 
 
 def _task_name(checkpoint: Checkpoint) -> str | None:

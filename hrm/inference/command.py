@@ -10,6 +10,8 @@ from hrm.checkpoint.weights import find_checkpoint
 from hrm.config import EnsembleConfig, EvaluateConfig
 from hrm.errors import UserError, printable, printable_lines
 from hrm.evaluation.command import evaluate_checkpoint
+from hrm.evaluation.report.boards import Board
+from hrm.evaluation.report.text import legend_of, render_text
 from hrm.inference.files import STANDARD, predict_file
 from hrm.inference.model import TrainedModel, from_pretrained
 from hrm.inference.predictor import PredictOptions
@@ -97,10 +99,20 @@ def _answer_one(config: EvaluateConfig, text: str) -> None:
     except UserError as error:
         raise UserError(f"puzzle= cannot be answered: {error}") from error
     out = model.predictor.answer(puzzles, range(len(puzzles)), _options(config))
-    for answer, q_halt, steps in zip(out.values, out.q_halt.tolist(), out.steps.tolist(), strict=True):
-        rows = answer if isinstance(answer, list) and answer and isinstance(answer[0], list) else [answer]
-        print(printable_lines("\n".join(_row(row) for row in rows)))
-        print(f"q_halt {q_halt:.2f} after {steps} ACT steps.")
+    view = model.task.view(PuzzleSize(model.form.seq_len, model.form.vocab_size))
+    for number, puzzle in enumerate(puzzles):
+        if view.drawing == "colors":
+            board = Board(view, puzzle.tokens, out.answers[number])
+            print(f"{render_text(board)}\n{legend_of(board)}")
+        else:
+            print(printable_lines(_written(out.values[number])))
+        print(f"q_halt {out.q_halt[number]:.2f} after {out.steps[number]} ACT steps.")
+
+
+def _written(answer: object) -> str:
+    """A list of symbols on a line, a grid on several."""
+    is_grid = isinstance(answer, list) and bool(answer) and isinstance(answer[0], list)
+    return "\n".join(_row(row) for row in (answer if is_grid and isinstance(answer, list) else [answer]))
 
 
 def _row(cells: object) -> str:

@@ -8,10 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hrm.evaluation.report.boards import LEGEND, Board, Cell, draw_boards, outcome_of, render_text
+from hrm.batch import IGNORE_LABEL_ID
+from hrm.evaluation.report.boards import Board, Cell, outcome_of
+from hrm.evaluation.report.drawings import draw_boards
+from hrm.evaluation.report.text import LEGEND, legend_of, render_text
 from hrm.tasks import all_tasks
 from hrm.tasks.base import PuzzleSize, Solutions, View
+from hrm.tasks.maze import parse_maze
 from hrm.tasks.sudoku import BoxShape, Grids, encode_tokens, parse_grid
+from tests.helpers.recordings import ARC_VIEW, Tokens, corner, maze_view
 
 PUZZLE_4 = "1... .... .... ...1"
 SOLUTION_4 = "1234 3412 2143 4321"
@@ -232,6 +237,96 @@ def test_what_was_found_of_the_solutions_is_told(count: int, is_complete: bool, 
     assert outcome_of(board, rules, solutions).endswith(words)
 
 
+# --- mazes, coloured grids and what is no grid ------------------------------------------------------------------------
+
+MAZE_SOLVED = "Soo# #o# #oo   G"
+
+
+def maze_board(answer: str) -> Board:
+    """A maze of 4x4 with one right answer, of which the first column is free."""
+    maze, solution = "S  #" + " # #" + " #  " + "   G", "Soo#" + " #o#" + " #oo" + "   G"
+    return Board(maze_view(4), parse_maze(maze), parse_maze(answer), parse_maze(solution))
+
+
+def test_mazes_show_walls_the_path_and_what_is_wrong_with_it() -> None:
+    answer = "So #" + "o#o#" + " #o#" + "   G"
+    shown = maze_board(answer)
+    assert render_text(shown, color=False).splitlines() == [
+        "┌────────┐",
+        "│S ••○○██│",
+        "│××██••██│",
+        "│  ██••○○│",
+        "│      G │",
+        "└────────┘",
+    ]
+    assert outcome_of(shown, None) == "3 of 16 cells are wrong."
+    unknown = replace(shown, solution=None, answer=parse_maze("So #" + "oo #" + "## #" + "   G"))
+    assert render_text(unknown, color=False).splitlines()[1:4] == ["│S ••  ██│", "│••××  ██│", "│??██  ??│"]
+
+
+SMALL = np.array([[1, 1], [3, 4]], dtype=np.uint8)
+
+
+def colored(answer: Tokens) -> Board:
+    """An ARC puzzle: a row of three colours, to be answered by two rows of them."""
+    inputs, truth = np.array([[0, 1, 2]], dtype=np.uint8), np.array([[0, 1, 2], [3, 4, 5]], dtype=np.uint8)
+    labels = corner(truth)[0].astype(np.int64)
+    return Board(ARC_VIEW, corner(inputs)[0], corner(answer)[0], np.where(labels == 0, IGNORE_LABEL_ID, labels))
+
+
+def test_coloured_grids_stand_beside_input_and_truth() -> None:
+    shown = colored(SMALL)
+    assert render_text(shown, color=False, width=80).splitlines() == [
+        "input 1x3   answer 2x2   truth 2x3",
+        " 0 1 2      ×1 1×·        0 1 2",
+        "             3 4×·        3 4 5",
+    ]
+    assert outcome_of(shown, None) == "3 of 6 cells are wrong."
+    right = colored(np.array([[0, 1, 2], [3, 4, 5]], dtype=np.uint8))
+    assert outcome_of(right, None) == "Right in every cell."
+    too_many = colored(np.arange(9, dtype=np.uint8).reshape(3, 3))
+    assert too_many.num_wrong() == 3
+    nothing = replace(shown, answer=np.zeros(900, dtype=np.uint8))
+    assert "answer 0x0" in render_text(nothing, width=80)
+    assert nothing.num_wrong() == 6
+    alone = render_text(replace(shown, solution=None), color=False, width=80)
+    assert "truth" not in alone
+    assert "×" not in alone
+
+
+def test_grids_that_do_not_fit_stand_below_each_other() -> None:
+    lines = render_text(colored(SMALL), color=False, width=20).splitlines()
+    assert lines == ["input 1x3", " 0 1 2", "answer 2x2", "×1 1×·", " 3 4×·", "truth 2x3", " 0 1 2", " 3 4 5"]
+
+
+@pytest.mark.parametrize("shown", [colored(SMALL), maze_board("So #" + "o#o#" + " #o#" + "   G")], ids=["arc", "maze"])
+def test_colour_changes_nothing_else_in_grids(shown: Board) -> None:
+    plain = render_text(shown, color=False, width=80)
+    coloured = render_text(shown, color=True, width=80)
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
+    assert len(set(re.findall(r"\x1b\[([\d;]+)m", coloured))) >= 5
+
+
+def test_lists_are_written_one_below_the_other() -> None:
+    view = View(("", "a", "bc"))
+    shown = Board(view, np.array([1, 2, 1]), np.array([2, 2, 1]), np.array([1, 2, IGNORE_LABEL_ID]))
+    assert render_text(shown, color=False, width=20).splitlines() == [
+        "input",
+        "┌────────────┐",
+        "│ a   bc  a  │",
+        "└────────────┘",
+        "answer",
+        "┌────────────┐",
+        "│[bc]·bc· a  │",
+        "└────────────┘",
+        "truth",
+        "┌────────────┐",
+        "│ a   bc     │",
+        "└────────────┘",
+    ]
+    assert outcome_of(shown, None) == "1 of 2 cells are wrong."
+
+
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
@@ -263,10 +358,30 @@ def test_picture(size: str, tmp_path: Path) -> None:
     assert plt.get_fignums() == open_before, "figures are left open"
 
 
+def test_pictures_of_grids_and_mazes(tmp_path: Path) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    backend = plt.get_backend()
+    for name, boards in {
+        "arc": [colored(SMALL)],
+        "arcs": [colored(SMALL), colored(SMALL)],
+        "maze": [maze_board("So #" + "o#o#" + " #o#" + "   G")],
+        "solved": [maze_board(MAZE_SOLVED)],
+    }.items():
+        draw_boards(boards, tmp_path / f"{name}.png")
+    (width, height), (_, twice) = png_size(tmp_path / "arc.png"), png_size(tmp_path / "arcs.png")
+    assert width > 2 * height, "input, answer and truth side by side"
+    assert twice > 1.5 * height
+    assert not np.array_equal(plt.imread(tmp_path / "maze.png"), plt.imread(tmp_path / "solved.png"))
+    assert plt.get_backend() == backend, "a notebook's pictures go on showing"
+
+
 def test_legend_calls_nothing_right_that_nobody_knows() -> None:
     by_rules = board(PUZZLE_4, SOLUTION_4, None)
-    assert "against the rules" in by_rules.legend()
-    assert "right" not in by_rules.legend()
-    alone = replace(by_rules, broken=None).legend()
+    assert "against the rules" in legend_of(by_rules)
+    assert "right" not in legend_of(by_rules)
+    alone = legend_of(replace(by_rules, broken=None))
     assert not any(mark in alone for mark in ("right", "wrong", "against"))
-    assert board(PUZZLE_4, SOLUTION_4, SOLUTION_4).legend() == LEGEND
+    assert legend_of(board(PUZZLE_4, SOLUTION_4, SOLUTION_4)) == LEGEND
+    for shown in (colored(SMALL), maze_board(MAZE_SOLVED)):
+        assert "missing" in legend_of(shown) or "missed" in legend_of(shown)
+        assert not any(mark in legend_of(replace(shown, solution=None)) for mark in ("right", "wrong", "miss"))

@@ -69,7 +69,7 @@ def test_from_raw_puzzles_to_a_report(kind: str, tmp_path: Path) -> None:
     PACKS[kind](pack)
     train(*TINY_RUN, f"data_path={pack}", f"checkpoint_path={folder}", "arch.forward_dtype=float32")
     report = tmp_path / "report"
-    metrics, out = evaluated(f"checkpoint={folder}", "act=both", f"report={report}")
+    metrics, out = evaluated(f"checkpoint={folder}", "act=both", f"report={report}", "show=2")
     examples = sum(len(data.inputs) for data in open_pack(pack, "test").sets.values())
     assert metrics["count"] == examples
     assert out.count("puzzles/s") == 2
@@ -77,9 +77,13 @@ def test_from_raw_puzzles_to_a_report(kind: str, tmp_path: Path) -> None:
     assert f'"drawing":"{DRAWINGS[kind]}"' in page
     assert not re.search(r"(src|href)=.?https?:", page)  # one file, no network
 
+    assert len(re.findall(r"^test puzzle \d+", out, re.MULTILINE)) == 2
+    assert (folder / "boards.png").is_file() is (kind != "tokens"), "lists are printed only"
     if kind == "maze":
         assert out.count("answers are a shortest path") == 2
     if kind == "arc":
+        assert re.findall(r"^test puzzle \d+, task (\w+)$", out, re.MULTILINE) == ["evaluation0", "evaluation0"]
+        assert "truth 3x4" in out
         assert out.count("Tasks solved, by answers allowed") == 2
         submission = json.loads((folder / "submission.json").read_text())
         assert {name: len(attempts) for name, attempts in submission.items()} == {
@@ -96,7 +100,7 @@ def test_mazes_are_shown_and_solved(tmp_path: Path) -> None:
     _, out = evaluated(f"checkpoint={folder}", "show=2")
     rows = [line for line in out.splitlines() if line.startswith("│")]
     assert len(rows) == 2 * 6
-    assert all(len(row) == 3 * 6 + 2 for row in rows)
+    assert all(len(row) == 2 * 6 + 2 for row in rows)
     assert (folder / "boards.png").is_file()
     maze = "".join("?# SGo"[token] for token in open_pack(pack, "test").sets["all"].inputs[0])
     outcome = run_script("evaluate.py", *CPU, f"checkpoint={folder}", f"puzzle={maze}", "ensemble.augmentations=8")

@@ -1,43 +1,36 @@
-"""Puzzles that are filled in, as people read them: given, right and wrong cells told apart, with or without colour."""
+"""Puzzles and answers as people read them: which cells are given, right and wrong, and what stands beside what."""
 
 from __future__ import annotations
 
 import enum
-import os
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hrm.batch import IGNORE_LABEL_ID
 from hrm.errors import printable
-from hrm.evaluation.report.picture import new_picture, save_picture
 from hrm.tasks.base import Booleans, Rules, Solutions, Tokens, View
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+NO_TOKEN = -1  # in a panel, where a grid or a list has ended, or nothing is asked for
+_LIST_COLUMNS = 20  # of what is no grid
 
 
 class Cell(enum.IntEnum):
+    """What there is to say of a cell."""
+
     GIVEN = 0
     RIGHT = 1
     WRONG = 2
 
 
-# What a cell is written as stands between two marks, and gets these ANSI codes on a terminal.
-_MARKS = {Cell.GIVEN: (" ", " "), Cell.RIGHT: ("·", "·"), Cell.WRONG: ("[", "]")}
-_ANSI = {Cell.GIVEN: "1", Cell.RIGHT: "34", Cell.WRONG: "31;7"}
-LEGEND = " 5  given   ·5· filled in, right   [5] wrong"
-LEGEND_OF_RULES = " 5  given   ·5· filled in   [5] against the rules"
-LEGEND_WITHOUT_RULES = " 5  given   ·5· filled in"
+class Panel(NamedTuple):
+    """Cells in rows and columns."""
 
-# Blue and vermilion of Okabe and Ito's palette, told apart under every common colour vision.
-_INK = {Cell.GIVEN: "black", Cell.RIGHT: "#0072B2", Cell.WRONG: "#D55E00"}
+    caption: str
+    tokens: NDArray[np.int64]  # [rows, columns], NO_TOKEN where there is none
+    kinds: NDArray[np.int64]  # `Cell`, likewise
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,6 @@ class Board:
     """A puzzle and a model's answer to it, as tokens [S].
 
     Args:
-        view: with `columns` and a `blank`.
         solution: the right answer, IGNORE_LABEL_ID where none is asked for; None where it is not known.
         broken: the cells [S] that break the rules; says what is wrong where no solution is known.
     """
@@ -57,38 +49,78 @@ class Board:
     broken: Booleans | None = None
     title: str = ""
 
-    @property
-    def columns(self) -> int:
-        assert self.view.columns is not None
-        return self.view.columns
-
-    @property
-    def box(self) -> tuple[int, int]:
-        """Rows and columns between thick lines."""
-        return self.view.box or (-(-len(self.inputs) // self.columns), self.columns)
+    def wrong(self) -> Booleans:
+        """Which cells [S] are wrong; of a coloured grid also those that it lacks, and that it has too many."""
+        if self.solution is None:
+            return np.zeros(len(self.inputs), dtype=np.bool_) if self.broken is None else self.broken
+        if self.view.grid_sizes is None:
+            wrong: Booleans = (self.answer != self.solution) & (self.solution != IGNORE_LABEL_ID)
+            return wrong
+        answered, asked = (self._in_grid(tokens) for tokens in (self.answer, self.solution))
+        differs: Booleans = (answered != asked) | (answered & (self.answer != self.solution))
+        return differs
 
     def cells(self) -> NDArray[np.int64]:
         """The `Cell` kind of every cell. A given one that the answer changed is wrong."""
-        if self.solution is not None:
-            wrong = (self.answer != self.solution) & (self.solution != IGNORE_LABEL_ID)
-        else:
-            wrong = np.zeros(len(self.inputs), dtype=np.bool_) if self.broken is None else self.broken
-        return np.where(wrong, Cell.WRONG, np.where(self.view.given(self.inputs), Cell.GIVEN, Cell.RIGHT))
-
-    def legend(self) -> str:
-        """What the marks of `render_text` mean: nothing is called right where no solution is known."""
-        if self.solution is not None:
-            return LEGEND
-        return LEGEND_WITHOUT_RULES if self.broken is None else LEGEND_OF_RULES
+        return np.where(self.wrong(), Cell.WRONG, np.where(self.view.given(self.inputs), Cell.GIVEN, Cell.RIGHT))
 
     def num_wrong(self) -> int:
-        return int((self.cells() == Cell.WRONG).sum())
+        return int(self.wrong().sum())
 
-    def symbol(self, index: int) -> str:
-        return printable(self.view.symbols[self.answer[index]]) or "."
+    def num_asked(self) -> int:
+        """Cells of the solution, or of the puzzle where it is not known."""
+        if self.solution is None:
+            return len(self.inputs)
+        asked = self._in_grid(self.solution) if self.view.grid_sizes else self.solution != IGNORE_LABEL_ID
+        return int(asked.sum())
 
-    def is_left_blank(self, index: int) -> bool:
-        return bool(self.answer[index] == self.view.blank)
+    def _in_grid(self, tokens: Tokens) -> Booleans:
+        """Which tokens [S] the coloured grid consists of that they show."""
+        inside = np.zeros((len(tokens) // self.columns, self.columns), dtype=np.bool_)
+        rows, columns = self._size(tokens)
+        inside[:rows, :columns] = True
+        return inside.reshape(-1)
+
+    @property
+    def columns(self) -> int:
+        """Tokens in a row; of a list, as many as there is room for."""
+        return self.view.columns or min(len(self.inputs), _LIST_COLUMNS)
+
+    def _size(self, tokens: Tokens) -> tuple[int, int]:
+        """Rows and columns of the grid that tokens [S] show."""
+        if self.view.grid_sizes is None:
+            return -(-len(tokens) // self.columns), self.columns
+        rows, columns = self.view.grid_sizes(tokens[None])[0].tolist()
+        return rows, columns
+
+    def panels(self) -> list[Panel]:
+        """What is drawn side by side: the answer over its input where that is filled in, else one beside the other."""
+        kinds, plain = self.cells(), np.full(len(self.inputs), Cell.GIVEN)
+        if self.view.blank is not None:
+            return [self._panel("", self.answer, kinds)]
+        of_input = self._panel("input", self.inputs, plain)
+        if self.solution is None:
+            return [of_input, self._panel("answer", self.answer, kinds)]
+        kinds = np.where(self.wrong() | (self.solution != IGNORE_LABEL_ID), kinds, Cell.GIVEN)
+        answer = self.answer
+        if self.view.grid_sizes:
+            answer = np.where(self._in_grid(answer), answer.astype(np.int64), NO_TOKEN)  # what it lacks is marked there
+        of_solution = self._panel("truth", self.solution, plain)
+        return [of_input, self._panel("answer", answer, kinds, least=self._size(self.solution)), of_solution]
+
+    def _panel(self, name: str, tokens: Tokens, kinds: NDArray[np.int64], least: tuple[int, int] = (0, 0)) -> Panel:
+        """Tokens [S] as a panel that shows their grid, and `least` rows and columns."""
+        size = self._size(tokens)
+        rows, columns = map(max, size, least)
+        missing = -len(tokens) % self.columns  # at the end of a list
+        square = np.pad(tokens.astype(np.int64), (0, missing), constant_values=NO_TOKEN).reshape(-1, self.columns)
+        of_kind = np.pad(kinds, (0, missing), constant_values=Cell.GIVEN).reshape(-1, self.columns)
+        caption = f"{name} {size[0]}x{size[1]}" if self.view.grid_sizes else name
+        return Panel(caption, square[:rows, :columns], of_kind[:rows, :columns])
+
+    def symbol(self, token: int) -> str:
+        """What a token is written as; "." for one that has no symbol, " " where there is no token."""
+        return (printable(self.view.symbols[token]) or ".") if token >= 0 else " "
 
 
 def outcome_of(board: Board, rules: Rules | None, solutions: Solutions | None = None) -> str:
@@ -101,7 +133,7 @@ def outcome_of(board: Board, rules: Rules | None, solutions: Solutions | None = 
         odd = ""
         if solutions is not None and not solutions.answers:
             odd = " The puzzle has no solution." if solutions.is_complete else " No solution was found in time."
-        return f"{wrong} of {len(board.inputs)} cells are wrong.{odd}"
+        return f"{wrong} of {board.num_asked()} cells are wrong.{odd}"
     if rules is None:
         return "Right in every cell." if board.solution is not None else "Nothing tells whether this is right."
     if solutions is not None and len(solutions.answers) < 2 and not solutions.is_complete:
@@ -111,76 +143,3 @@ def outcome_of(board: Board, rules: Rules | None, solutions: Solutions | None = 
     if board.solution is None and not rules.keeps(board.inputs[None], board.answer[None]).all():
         return f"This is not {rules.result}."
     return f"Solved: this is {rules.result}."
-
-
-def render_text(board: Board, *, color: bool | None = None) -> str:
-    """The board in box-drawing characters, a line per row.
-
-    Args:
-        color: whether to add ANSI codes; by default on a terminal, unless NO_COLOR is set.
-    """
-    if color is None:
-        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    (box_rows, box_cols), columns = board.box, board.columns
-    width = max(len(printable(symbol)) for symbol in board.view.symbols)
-    rule = "─" * ((2 + width) * box_cols)
-    stacks = -(-columns // box_cols)
-    top, middle, bottom = (left + cross.join([rule] * stacks) + right for left, cross, right in ("┌┬┐", "├┼┤", "└┴┘"))
-    texts = [_cell_text(board, index, Cell(kind), width, color) for index, kind in enumerate(board.cells())]
-    lines = [top]
-    for row, start in enumerate(range(0, len(texts), columns)):
-        if row and row % box_rows == 0:
-            lines.append(middle)
-        cells = texts[start : start + columns]
-        of_stacks = ["".join(cells[first : first + box_cols]) for first in range(0, columns, box_cols)]
-        lines.append("│" + "│".join(of_stacks) + "│")
-    return "\n".join([*([board.title] if board.title else []), *lines, bottom])
-
-
-def _cell_text(board: Board, index: int, kind: Cell, width: int, color: bool) -> str:
-    # A cell that may stay blank needs no mark for it.
-    left, right = _MARKS[Cell.GIVEN if kind is Cell.RIGHT and board.is_left_blank(index) else kind]
-    text = f"{left}{board.symbol(index):^{width}}{right}"
-    return f"\x1b[{_ANSI[kind]}m{text}\x1b[0m" if color else text
-
-
-def draw_boards(boards: Sequence[Board], file: Path) -> None:
-    """Draw boards into a picture, up to four in a row. Needs matplotlib."""
-    columns = min(4, len(boards))
-    rows = -(-len(boards) // columns)
-    figure, all_axes = new_picture(rows, columns, size=(3.2 * columns, 3.4 * rows + 0.4))
-    for board, axes in zip_longest(boards, all_axes.flat):
-        if board is None:
-            axes.set_axis_off()
-        else:
-            _draw(board, axes)
-    legend = "black: given      blue: filled in, right      orange, boxed: wrong"
-    figure.supxlabel(legend, fontsize="small")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    save_picture(figure, file)
-
-
-def _draw(board: Board, axes: Axes) -> None:
-    (box_rows, box_cols), columns = board.box, board.columns
-    rows = -(-len(board.inputs) // columns)
-    width = max(len(printable(symbol)) for symbol in board.view.symbols)
-    for index, kind in enumerate(map(Cell, board.cells())):
-        row, column = divmod(index, columns)
-        frame = {"boxstyle": "square,pad=0.25", "facecolor": "none", "edgecolor": _INK[kind]}
-        axes.text(
-            column + 0.5,
-            row + 0.5,
-            board.symbol(index),
-            ha="center",
-            va="center",
-            fontsize=54 / columns / width,
-            color=_INK[kind],
-            weight="bold" if kind is Cell.GIVEN else "normal",
-            bbox=frame if kind is Cell.WRONG else None,
-        )
-    for line in range(rows + 1):
-        axes.axhline(line, color="black", linewidth=1.8 if line % box_rows == 0 else 0.5)
-    for line in range(columns + 1):
-        axes.axvline(line, color="black", linewidth=1.8 if line % box_cols == 0 else 0.5)
-    axes.set(xlim=(0, columns), ylim=(rows, 0), aspect="equal", xticks=[], yticks=[], title=board.title)
-    axes.title.set_fontsize("medium")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from hrm.batch import IGNORE_LABEL_ID
 from hrm.config.paths import install_hint
 from hrm.errors import UserError
+from hrm.evaluation.report.drawings import ARC_COLORS
 from hrm.evaluation.report.recorder import Trajectories, kinds
 from hrm.tasks.base import View
 from hrm.writing import new_file
@@ -26,10 +27,6 @@ _FINER = 3  # drawn so many times as large and scaled down, which smooths edges
 
 _PAPER, _INK, _GIVEN, _LINE = "#ffffff", "#1c1c1a", "#efede6", "#c9c7bf"
 _TINT, _RIGHT, _WRONG = "#dcebfa", "#0a5fb4", "#b5430b"
-_ARC_COLORS = (
-    *("#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00"),
-    *("#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25"),
-)
 
 
 def require_pillow() -> None:
@@ -232,7 +229,7 @@ def _draw_colors(pen: _Pen, shown: Trajectories, row: int, view: View, step: int
                     pen.box(r, c, inset=0.12, line=_WRONG)
                 continue
             pen.box(r, c, fill="#555555")
-            pen.box(r, c, inset=0.02, fill=_ARC_COLORS[color])
+            pen.box(r, c, inset=0.02, fill=ARC_COLORS[color])
             if color != _color(before, r, c):
                 pen.corner(r, c, "#ffffff")
             if color != wanted:
