@@ -195,7 +195,11 @@ def _evaluate_full(split: _Split) -> dict[str, float]:
     if report and config.report and not any(values["count"] for values in metrics.values()):
         if world.is_main:
             print("No report is written, for it would compare answers with labels, and there are none.")
-    elif report and config.report and (page := report.write(Path(config.report), split.checkpoint.weights_file, world)):
+    elif (
+        report
+        and config.report
+        and (page := report.write(Path(config.report), split.checkpoint.weights_file, world, split.model))
+    ):
         print(printable(f"Wrote {page}, and GIFs beside it."))
     return result
 

@@ -11,6 +11,7 @@ Shapes: N sequences of S input tokens, behind a puzzle prefix of P; T ACT steps;
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, NamedTuple
@@ -23,12 +24,12 @@ from torch import Tensor
 from hrm.batch import Batch
 from hrm.kernels import naive
 from hrm.kernels.context import KernelContext, RotaryTables
-from hrm.kernels.schedule import Summed
+from hrm.kernels.schedule import Summed, chunked, looped
 from hrm.models import ACTLossHead
 from hrm.models.act import Carry
 
 _FEATURES = 32  # of a state, to measure how sensitive an MLP over tokens is
-_DIRECTIONS = 64  # tokens to differentiate by at a time
+_TOKENS_AT_ONCE = 64  # to differentiate
 
 States = dict[str, NDArray[np.float32]]  # by name, each [N, T + 1, P + S, D]: at the start and after each ACT step
 
@@ -73,20 +74,43 @@ def states_after(model: ACTLossHead, batch: Batch, num_steps: int) -> dict[str, 
         return model.model.think(model.initial_carry(batch), batch, num_steps).states
 
 
-def random_states(model: ACTLossHead, batch: Batch, seed: int) -> dict[str, Tensor]:
-    """Other states to begin with: independent standard normal numbers, of the size that norms give to states."""
+def nearby_states(model: ACTLossHead, batch: Batch, seed: int, noise: float = 0.3) -> dict[str, Tensor]:
+    """Other states to begin with, [N, P + S, D]: the model's own and normal noise of this standard deviation.
+
+    Norms keep states near a root mean square of 1, which noise should stay well below: a model is trained from its own
+    start alone.
+    """
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.randn(state.shape, generator=generator).to(state)
-        for name, state in sorted(initial_states(model, batch).items())
+        name: state + noise * torch.randn(state.shape, generator=generator).to(state)
+        for name, state in initial_states(model, batch).items()
     }
+
+
+@contextmanager
+def by_definition(model: ACTLossHead) -> Iterator[None]:
+    """A context in which the definition of the blocks computes the model: batches of any size, nothing compiled."""
+    inner = model.model.inner
+    own, module = inner.kernels, naive.reasoning_module
+    inner.kernels = replace(
+        own,
+        module=module,
+        run=chunked(looped(module)),
+        first_token_block=naive.first_token_block,
+        reset_carry=naive.reset_carry,
+        fp8_modules=frozenset(),
+    )
+    try:
+        yield
+    finally:
+        inner.kernels = own
 
 
 @dataclass(frozen=True, eq=False)
 class Walk:
     """What a model went through on N sequences in T ACT steps."""
 
-    states: States
+    states: States  # those that were to be kept
     answers: NDArray[np.int64]  # [N, T, S], tokens
     q_halt: NDArray[np.float64]  # [N, T], the probability that the answer is right, as the model estimates it
 
@@ -102,13 +126,29 @@ class Walk:
         return settled
 
 
-def walk(model: ACTLossHead, batch: Batch, num_steps: int, start: Mapping[str, Tensor] | None = None) -> Walk:
-    """Spend `num_steps` ACT steps on a batch and keep everything; the arguments are those of `act_steps`."""
-    kept = [initial_states(model, batch) if start is None else start]
+def walk(
+    model: ACTLossHead,
+    batch: Batch,
+    num_steps: int,
+    start: Mapping[str, Tensor] | None = None,
+    keep: Sequence[str] | None = None,
+) -> Walk:
+    """Spend `num_steps` ACT steps on a batch.
+
+    Args:
+        model, batch, start: as in `act_steps`.
+        keep: names of the states to keep; None: all.
+    """
+    kept: list[Mapping[str, Tensor]] = []
+
+    def take(states: Mapping[str, Tensor]) -> None:
+        kept.append({name: states[name] for name in (states if keep is None else keep)})
+
+    take(initial_states(model, batch) if start is None else start)
     answers, q_halts = [], []
     with model.weights_at_hand():
         for states, outputs in islice(act_steps(model, batch, start), num_steps):
-            kept.append(states)
+            take(states)
             answers.append(outputs["logits"].argmax(-1))
             q_halts.append(outputs["q_halt_logits"].double().sigmoid())
     return Walk(stacked(kept), torch.stack(answers, 1).cpu().numpy(), torch.stack(q_halts, 1).cpu().numpy())
@@ -153,7 +193,7 @@ def pca(states: NDArray[np.float32]) -> Projection:
     """
     points = states.reshape(states.shape[0] * states.shape[1], -1)
     centred = points - points.mean(0)
-    variances, directions = np.linalg.eigh(centred.astype(np.float64) @ centred.T)
+    variances, directions = np.linalg.eigh((centred @ centred.T).astype(np.float64))
     variances = np.maximum(variances[::-1], 0)
     coordinates = directions[:, ::-1][:, :2] * np.sqrt(variances[:2])
     total = variances.sum() or 1.0
@@ -273,17 +313,17 @@ def _mixing(
 def _sensitivity(x: Tensor, block: Any, eps: float) -> NDArray[np.float32]:
     """[1, T, T] of a block's MLP over the T tokens of one sequence [1, T, D].
 
-    It takes each feature for itself: one derivative in the direction of a token, in all features at once, is the column
-    of that token in the Jacobian of each. Some of the features will do.
+    It takes each feature for itself: the derivative of a token's features all at once is the row of that token in the
+    Jacobian of each feature. Some of the features will do.
     """
     num_tokens, width = x.shape[1:]
     features = x.float()[:, :, :: max(1, width // _FEATURES)]
     weights = type(block)(*(weight.float() for weight in block))
-    columns = []
-    for tokens in torch.split(torch.arange(num_tokens), _DIRECTIONS):
-        directions = torch.zeros(len(tokens), num_tokens, features.shape[-1], device=x.device)
-        directions[torch.arange(len(tokens)), tokens] = 1
-        given = features.expand_as(directions).clone()
-        derivatives: Tensor = torch.func.jvp(lambda x: naive.mix_tokens(x, weights, eps), (given,), (directions,))[1]
-        columns.append(derivatives.square().mean(-1).sqrt())
-    return torch.cat(columns).T[None].cpu().numpy()
+    rows = []
+    for tokens in torch.split(torch.arange(num_tokens), _TOKENS_AT_ONCE):
+        with torch.enable_grad():
+            given = features.expand(len(tokens), -1, -1).clone().requires_grad_()
+            read = naive.mix_tokens(given, weights, eps)[torch.arange(len(tokens)), tokens]
+            (derivatives,) = torch.autograd.grad(read.sum(), given)
+        rows.append(derivatives.square().mean(-1).sqrt())
+    return torch.cat(rows)[None].cpu().numpy()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _RIGHT: dict[str, Any] = {"color": PALETTE[0], "linestyle": "-", "marker": "o"}
 _WRONG: dict[str, Any] = {"color": PALETTE[1], "linestyle": "--", "marker": "X"}
 _COLORS = "cividis"  # even to colour-blind readers, and on paper without colour
+_LEAST = 1e-7  # change that a logarithmic axis shows
 _MOST_TOKENS = 200  # of a map's side: more are averaged
 _MOST_NUMBERS = 150  # cells of a board that have room for a number each
 _BELOW: dict[str, Any] = {
@@ -115,7 +116,7 @@ def draw_changes(states: States, right: Booleans) -> Figure:
     """
     figure, axes = new_picture(1, len(states), size=(4.6 * len(states), 3.4), sharey=True)
     for axis, (name, state) in zip(axes[0], states.items(), strict=True):
-        moved = changes(state)
+        moved = np.maximum(changes(state), _LEAST)
         for line, is_right in zip(moved, right, strict=True):
             look = _RIGHT if is_right else _WRONG
             axis.plot(np.arange(1, len(line) + 1), line, markersize=4, linewidth=1, alpha=0.8, **look)
@@ -137,7 +138,7 @@ def draw_update_changes(changed: Mapping[str, NDArray[np.float32]], *, most_step
     """
     figure, ((axis,),) = new_picture(size=(9.2, 3.2))
     for (name, values), color in zip(changed.items(), PALETTE, strict=False):
-        median = np.median(values, axis=0)[:most_steps]
+        median = np.maximum(np.median(values, axis=0)[:most_steps], _LEAST)
         steps, count = median.shape
         at = np.arange(steps)[:, None] + (np.arange(count) + 1) / count
         axis.plot(

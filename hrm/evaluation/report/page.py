@@ -42,6 +42,7 @@ def write_report(
     sources: NDArray[np.str_] | None = None,
     rules: Rules | None = None,
     details: Sequence[Mapping[str, Any]] | None = None,
+    inside: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `<folder>/report.html`.
 
@@ -52,6 +53,7 @@ def write_report(
         sources: of every example of the split [N], if that is known.
         rules: of the task, so that another right answer than the label's is not called wrong.
         details: more for the page's script, for each puzzle shown.
+        inside: the section on what happens inside the model, as `hrm.evaluation.report.inside` makes it.
 
     Returns:
         The file.
@@ -63,6 +65,7 @@ def write_report(
         raise UserError("No test puzzle has a label to compare answers with: leave out report=.")
     content = _content(recording, view, per_kind, rules, details)
     content |= {"title": title, "subtitle": subtitle, "totals": _totals(recording.scores, rating, sources)}
+    content["inside"] = inside
     # "<" could end the script element it stands in; JSON has another way to write it.
     data = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     parts = files("hrm.evaluation.report")

@@ -97,7 +97,12 @@ def figure_of(panels: Sequence[Panel], x_label: str, columns: int = 3) -> Any:
 
 
 def draw_curves(metrics_file: Path, file: Path) -> None:
-    """Draw loss, exact accuracy and ACT steps over training steps.
+    """`training_curves` into a file."""
+    save_picture(training_curves(metrics_file), file)
+
+
+def training_curves(metrics_file: Path) -> Any:
+    """The matplotlib figure of loss, exact accuracy and ACT steps over training steps.
 
     Args:
         metrics_file: records that `pretrain.py` wrote; those of test sets have names such as `all/exact_accuracy`.
@@ -108,7 +113,7 @@ def draw_curves(metrics_file: Path, file: Path) -> None:
         Metric("ACT steps", "linear", "steps"),
     )
     runs = {"": list(read_records(metrics_file))}
-    draw_panels([run_panel(metric, runs, "step") for metric in metrics], "training step", file)
+    return figure_of([run_panel(metric, runs, "step") for metric in metrics], "training step")
 
 
 def run_panel(metric: Metric, runs: Mapping[str, Sequence[Record]], x: str) -> Panel:

@@ -366,6 +366,36 @@
     addEventListener("resize", draw);
   }
 
+  function showInside() {
+    const { inside } = data;
+    if (!inside || !inside.pictures.length) return;
+    $("inside").hidden = false;
+    $("inside-lead").textContent =
+      "What happens between the puzzle and the answer, on a handful of the puzzles above. The states are vectors, one " +
+      "for each token, that every ACT step hands to the next; the answer is read from the last one that it updates.";
+    const of = (pair) => (pair ? `${pair[0]} of ${pair[1]}` : "–");
+    const ends = ({ right, settled }) =>
+      right ? "rests at the right answer" : settled ? "rests at a wrong answer" : "wrong, and keeps changing";
+    const rows = inside.fates.map((fate) => {
+      const mark = fate.right ? '<b class="right-text">✓</b>' : '<b class="wrong-text">✗</b>';
+      return `<tr><th scope="row">${escape(fate.name)}</th><td>${mark} ${ends(fate)}</td><td>${fate.qHalt.toFixed(2)}</td><td>${of(fate.starts)}</td><td>${of(fate.symmetric)}</td></tr>`;
+    });
+    const heads = ["puzzle", `after ${many(steps, "step")}`, "q halt", "right from other starts", "right as symmetric puzzles"];
+    $("fates").innerHTML = rows.length
+      ? `<div class="panel"><h3>What becomes of them, and what another start does</h3><table><thead><tr>${heads.map((head) => `<th scope="col">${head}</th>`).join("")}</tr></thead><tbody>${rows.join("")}</tbody></table></div>`
+      : "";
+    for (const { title, text, png } of inside.pictures) {
+      const panel = document.createElement("figure");
+      panel.className = "panel";
+      panel.innerHTML = `<figcaption><h3>${escape(title)}</h3><p class="muted">${escape(text)}</p></figcaption>`;
+      const picture = new Image();
+      picture.alt = `${title}. ${text}`;
+      picture.src = `data:image/png;base64,${png}`;
+      panel.append(picture);
+      $("pictures").append(panel);
+    }
+  }
+
   function showLegend() {
     const icon = (inner) => `<svg class="board" viewBox="-0.5 -0.5 11 11" aria-hidden="true">${inner}</svg>`;
     const frame = '<path class="thin" d="M0 0h10v10H0z"/>';
@@ -574,6 +604,7 @@
   setPlay("Play");
   showFigures();
   showTotals();
+  showInside();
   showLegend();
   showTiles();
   showPuzzle();

@@ -63,9 +63,9 @@ def render_text(board: Board, *, color: bool | None = None, width: int | None = 
     blocks = []
     for panel in board.panels():
         lines, across = draw(board, panel, color)
-        blocks.append(
-            ([panel.caption.ljust(across), *lines] if panel.caption else lines, max(across, len(panel.caption)))
-        )
+        widest = max(across, len(panel.caption))
+        padded = [line + " " * (widest - across) for line in lines]
+        blocks.append(([panel.caption.ljust(widest), *padded] if panel.caption else padded, widest))
     return "\n".join([*([board.title] if board.title else []), *_beside(blocks, width)])
 
 

@@ -11,8 +11,11 @@ from hrm.data.pack import Pack, read_identifiers
 from hrm.distributed.world import World, gather_on_main
 from hrm.evaluation.breakdown import Rating
 from hrm.evaluation.report.gif import require_pillow, write_gifs
+from hrm.evaluation.report.inside import Insight
 from hrm.evaluation.report.page import write_report
+from hrm.evaluation.report.picture import require_matplotlib
 from hrm.evaluation.report.recorder import Recorder, Trajectories, check_vocabulary
+from hrm.models import ACTLossHead
 from hrm.tasks import task_of
 from hrm.tasks.base import Evaluator, PuzzleSize
 
@@ -30,18 +33,25 @@ class ReportWriter:
     def __init__(self, pack: Pack, evaluators: Sequence[Evaluator]) -> None:
         check_vocabulary(pack.metadata.vocab_size)
         require_pillow()  # better now than after minutes of evaluation
+        require_matplotlib()
         self._pack, self._evaluators = pack, evaluators
         self._task, self._size = task_of(pack), PuzzleSize.of(pack)
         self._names = read_identifiers(pack.path, pack.metadata.num_puzzle_identifiers)
         self.recorder = Recorder(_SHOWN_PER_KIND, self._task.shown_identifiers(self._names))
 
-    def write(self, folder: Path, weights_file: Path, world: World) -> Path | None:
-        """The report on the answers of all ranks; its file on rank 0, None elsewhere."""
+    def write(self, folder: Path, weights_file: Path, world: World, model: ACTLossHead) -> Path | None:
+        """The report on the answers of all ranks, and on what happens inside the model; None on other ranks than 0.
+
+        Args:
+            model: in evaluation mode; each rank has the whole of it.
+        """
         recordings = gather_on_main(self.recorder.recording(), world)
         if not recordings:
             return None
         recording = self.recorder.merge(recordings)
         view = self._task.view(self._size, self._pack.path)
+        has_any = len(recording.shown.inputs) > 0  # else the page says that there is nothing to show
+        inside = Insight(model, recording.shown, self._task, self._size, view).content() if has_any else None
         file = write_report(
             folder,
             recording,
@@ -53,6 +63,7 @@ class ReportWriter:
             sources=read_column(self._pack, "sources"),
             rules=self._task.rules(self._size),
             details=self._details(recording.shown),
+            inside=inside,
         )
         write_gifs(folder, recording.shown, view)
         return file
