@@ -54,13 +54,12 @@ def draw(about: dict[str, str], rows: Sequence[dict[str, float | str]], picture:
 
 def draw_ways(about: Mapping[str, str], rows: Sequence[Mapping[str, Any]], picture: Path) -> None:
     """The rows of `benchmarks.suite` that ran: a panel for each of time, memory and rate, a bar for each way."""
-    plt = pyplot()
     ran = [row for row in rows if "ms" in row]
     names = [f"{row['way']} ({row['processes']})" if row["processes"] > 1 else row["way"] for row in ran]
     colors = ["#1f6feb" if row["processes"] > 1 else "#9aa0a6" for row in ran]
     panels = {"ms": "ms a training step", "MB": "MB of a process", "tokens/s": "tokens a second"}
-    figure, axes = plt.subplots(1, len(panels), figsize=(9, 0.3 * len(ran) + 1.2), sharey=True)
-    for (column, title), panel in zip(panels.items(), axes, strict=True):
+    figure, axes = new_picture(1, len(panels), size=(9, 0.3 * len(ran) + 1.2), sharey=True)
+    for (column, title), panel in zip(panels.items(), axes[0], strict=True):
         values = [float(row[column]) for row in ran]
         panel.barh(names, values, color=colors)
         for index, value in enumerate(values):
@@ -69,11 +68,9 @@ def draw_ways(about: Mapping[str, str], rows: Sequence[Mapping[str, Any]], pictu
         panel.set_xlim(0, 1.45 * max(values, default=1))
         panel.tick_params(labelsize=7)
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
+    axes[0][0].invert_yaxis()
     figure.supxlabel(f"{about['global batch']}; {about['device']}, PyTorch {about['torch']}", fontsize=8)
-    figure.tight_layout()
-    with plt.rc_context({"svg.fonttype": "none"}):  # text as text
-        figure.savefig(picture)
+    save_picture(figure, picture)
 
 
 if __name__ == "__main__":

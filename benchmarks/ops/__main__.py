@@ -22,7 +22,7 @@ from benchmarks.common import machine, markdown, picture_file, write_table
 from benchmarks.ops.running import OPERATIONS, Line, append_lines, lines_of
 from benchmarks.ops.timing import Timer
 from hrm.distributed.world import join_world
-from hrm.evaluation.report.plots import pyplot
+from hrm.evaluation.report.picture import new_picture, save_picture
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,9 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def draw(about: dict[str, str], lines: Sequence[Line], picture: Path) -> None:
     """One bar for each row: how much of its bar it reaches, its microseconds written at its end."""
-    plt = pyplot()
     measured = [line for line in lines if "of bar" in line]
-    figure, axes = plt.subplots(figsize=(7, 1 + 0.22 * len(measured)))
+    figure, ((axes,),) = new_picture(size=(7, 1 + 0.22 * len(measured)))
     shares = [line["of bar"] for line in measured]
     axes.barh(range(len(measured)), shares, color=["#1f6feb" if share >= 1 else "#9aa0a6" for share in shares])
     for index, line in enumerate(measured):
@@ -76,10 +75,7 @@ def draw(about: dict[str, str], lines: Sequence[Line], picture: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.invert_yaxis()
     axes.set_xlabel(f"speed, in times of the bar; {about['device']}, PyTorch {about['torch']}", fontsize=8)
-    figure.tight_layout()
-    with plt.rc_context({"svg.fonttype": "none"}):  # text as text
-        figure.savefig(picture)
-    plt.close(figure)
+    save_picture(figure, picture)
 
 
 def _ceilings(device: torch.device) -> dict[str, str]:

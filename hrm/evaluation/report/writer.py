@@ -39,19 +39,20 @@ class ReportWriter:
         self._names = read_identifiers(pack.path, pack.metadata.num_puzzle_identifiers)
         self.recorder = Recorder(_SHOWN_PER_KIND, self._task.shown_identifiers(self._names))
 
-    def write(self, folder: Path, weights_file: Path, world: World, model: ACTLossHead) -> Path | None:
+    def write(self, folder: Path, weights_file: Path, world: World, model: ACTLossHead | None = None) -> Path | None:
         """The report on the answers of all ranks, and on what happens inside the model; None on other ranks than 0.
 
         Args:
-            model: in evaluation mode; each rank has the whole of it.
+            model: to look inside, in evaluation mode; each rank has the whole of it.
         """
         recordings = gather_on_main(self.recorder.recording(), world)
         if not recordings:
             return None
         recording = self.recorder.merge(recordings)
         view = self._task.view(self._size, self._pack.path)
-        has_any = len(recording.shown.inputs) > 0  # else the page says that there is nothing to show
-        inside = Insight(model, recording.shown, self._task, self._size, view).content() if has_any else None
+        inside = None
+        if model is not None and len(recording.shown.inputs):
+            inside = Insight(model, recording.shown, self._task, self._size, view).content()
         file = write_report(
             folder,
             recording,
