@@ -214,6 +214,11 @@ def peak_gib(device: torch.device) -> float | None:
 
 def median_ms(work: Callable[[], object], device: torch.device, warmup: int, repeats: int) -> float:
     """Median milliseconds of `work`, by device events on CUDA, by the clock elsewhere."""
+    return statistics.median(times_ms(work, device, warmup, repeats))
+
+
+def times_ms(work: Callable[[], object], device: torch.device, warmup: int, repeats: int) -> list[float]:
+    """Milliseconds of each call of `work` after some that do not count."""
     for _ in range(warmup):
         work()
     times = []
@@ -229,7 +234,7 @@ def median_ms(work: Callable[[], object], device: torch.device, warmup: int, rep
             started = time.perf_counter()
             work()
             times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times)
+    return times
 
 
 def matmul_tflops(device: torch.device) -> float:
@@ -269,8 +274,8 @@ def machine(device: torch.device) -> dict[str, str]:
     on_cuda = device.type == "cuda"
     script, arguments = Path(sys.argv[0]), list(sys.argv[1:])
     module = f"benchmarks.{script.parent.name if script.stem == '__main__' else script.stem}"
-    if "--output-dir" in arguments:  # where a result lay first tells nobody anything
-        where = arguments.index("--output-dir")
+    for option in {"--output-dir", "--out", "--picture"} & set(arguments):  # where results lay first tells nobody
+        where = arguments.index(option)
         del arguments[where : where + 2]
     return {
         "date": time.strftime("%Y-%m-%d"),

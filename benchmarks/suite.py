@@ -43,7 +43,7 @@ from hrm.models import build_model
 from hrm.training.step import initial_state, make_train_step
 
 Sharing = Callable[[PretrainConfig, int], list[str]]
-"""The options by which processes share a model, of so many on a host; it raises a UserError where they cannot."""
+"""The options by which processes, so many on a host, share a model; it raises a UserError where they cannot."""
 
 
 def _heads(config: PretrainConfig, processes: int) -> list[str]:
@@ -132,7 +132,10 @@ def _options(sharing: Sharing, config: PretrainConfig, everyone: World) -> list[
         raise UserError(
             f"the {everyone.size} processes do not divide the batch of {config.global_batch_size}: change --shape."
         )
-    return sharing(config, _on_a_host(everyone.size))
+    options = sharing(config, _on_a_host(everyone.size))
+    if everyone.device.type == "cuda" and config.kernels.backend == "naive":  # as the others' steps are
+        options.append("kernels.cuda_graphs=true")
+    return options
 
 
 def _on_a_host(processes: int) -> int:

@@ -21,6 +21,7 @@ from benchmarks import (
     published,
     published_side,
     run_curves,
+    scaling,
     suite,
     train_step,
 )
@@ -341,6 +342,51 @@ def test_ways_of_two_processes(tmp_path: Path) -> None:
     assert options == [None, "parallel.tensor=2", pipeline, "parallel.fsdp=true", None]
     memory = {row["way"]: row["MB"] for row in rows}
     assert memory["heads over GPUs"] < memory["naive"], "each holds half of the blocks' weights"
+
+
+SCALED = ["--shapes", "4x16", "--repeats", "2", "--kernels", "naive", "--device", "cpu"]
+
+
+def measure_scaling(rank: int, port: int, file: Path) -> None:
+    os.environ |= environment(rank, 2, port)
+    scaling.main([*SCALED, "--measure", str(file), *TINY])
+
+
+@pytest.mark.multiprocess
+def test_scaling_is_measured_and_predicted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    scaling.main([*SCALED, "--processes", "1", "--out", str(tmp_path / "one"), *TINY])
+    (one,) = (tmp_path / "one").glob("*.json")
+    on_ranks(2, measure_scaling, tmp_path / "two.json")
+    files = ["--measured", str(one), str(tmp_path / "two.json")]
+    capfd.readouterr()
+    picture = tmp_path / "scaling.svg"
+    scaling.main([*SCALED, *files, "--out", str(tmp_path / "both"), "--picture", str(picture), *TINY])
+    (both,) = (tmp_path / "both").glob("*.json")
+    content = json.loads(both.read_text())
+    steps = [(step["processes"], step["seq_len"], step["batch"]) for step in content["measured"]["steps"]]
+    assert steps == [(1, 16, 4), (1, 16, 2), (1, 16, 1), (2, 16, 4), (2, 16, 2)]
+    assert all(exchange["ms"] > 0 for exchange in content["measured"]["exchanges"])
+    assert content["machine"]["bytes_per_ms"] > 0
+    held, _, same_share, same_batch, wide, run = content["predicted"].values()
+    assert len(held) == len(steps)
+    assert [row["gpus"] for row in same_share] == [2**power for power in range(11)]
+    assert [row["gpus"] for row in same_batch] == [1, 2, 4, 8]
+    assert wide[-1]["ms"] > same_share[-1]["ms"]
+    assert wide[0]["GiB of weights"] == pytest.approx(18 / (16 / 1024 + 2) * wide[-1]["GiB of weights"])
+    assert run[0]["GPU-hours"] == run[0]["hours"] > run[0]["of them evaluation"] > 0
+    table = capfd.readouterr().out
+    assert table.strip() in both.with_suffix(".md").read_text()
+    assert "wide under FSDP" in picture.read_text()
+
+
+def test_scaling_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--processes 2 leaves out 1"):
+        scaling.main(["--processes", "2"])
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps({"about": {}, "models": [], "steps": [], "exchanges": []}))
+    with pytest.raises(UserError, match=r"--shapes 4x16 has a length that was not measured"):
+        scaling.main(["--measured", str(file), "--shapes", "4x16"])
 
 
 def test_what_the_published_code_cannot_do(tmp_path: Path) -> None:
