@@ -20,6 +20,7 @@ them where it is known to be installed.
 from hrm.kernels.ops.adamw import adamw_
 from hrm.kernels.ops.asin import asin
 from hrm.kernels.ops.attention import attention
+from hrm.kernels.ops.block_scaled_matmul import BlockScaled, block_scaled_matmul, dequantize_blocks, quantize_blocks
 from hrm.kernels.ops.dropout import dropout
 from hrm.kernels.ops.grouped_gemm import grouped_gemm
 from hrm.kernels.ops.layer_norm import layer_norm
@@ -31,11 +32,14 @@ from hrm.kernels.ops.softmax import softmax
 from hrm.kernels.ops.vector_add import vector_add
 
 __all__ = [
+    "BlockScaled",
     "MemorySaved",
     "MemoryWeights",
     "adamw_",
     "asin",
     "attention",
+    "block_scaled_matmul",
+    "dequantize_blocks",
     "dropout",
     "grouped_gemm",
     "layer_norm",
@@ -43,6 +47,7 @@ __all__ = [
     "memory_mlp_backward_update_",
     "memory_mlp_forward_loss",
     "norm_linear",
+    "quantize_blocks",
     "rms_norm",
     "softmax",
     "vector_add",
