@@ -180,8 +180,8 @@ class FakeGluon:
     def join(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.stack((x, y), -1)
 
-    def load(self, at: Pointer, mask: Tensor, other: float) -> Block:
-        return block(torch.where(mask, at.memory.view(-1)[at.offsets * mask], other))
+    def load(self, at: Pointer, mask: Tensor | bool = True, other: float = 0.0) -> Block:
+        return block(torch.where(torch.as_tensor(mask), at.memory.view(-1)[at.offsets * mask], other))
 
     def store(self, at: Pointer, value: Tensor, mask: Tensor) -> None:
         at.memory.view(-1)[at.offsets[mask]] = value[mask]

@@ -39,6 +39,15 @@ def run_of(tiles: gl.tensor) -> Any:
 
 
 @gluon.jit
+def tile_position(tile: gl.tensor, tiles_m: gl.tensor, tiles_n: gl.tensor) -> Any:
+    """Row and column of a tile: 8 rows of tiles are done together, so that what they read stays in the L2 cache."""
+    group = tile // (8 * tiles_n)
+    height = gl.minimum(tiles_m - group * 8, 8)
+    rest = tile % (8 * tiles_n)
+    return group * 8 + rest % height, rest // height
+
+
+@gluon.jit
 def store_tile(
     desc: tma.tensor_descriptor,
     m: gl.tensor,

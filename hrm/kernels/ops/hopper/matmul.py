@@ -29,6 +29,7 @@ from hrm.kernels.ops.hopper.common import (
     multiprocessor_count,
     quarters,
     store_tile,
+    tile_position,
 )
 
 if TYPE_CHECKING:
@@ -37,15 +38,6 @@ if TYPE_CHECKING:
 _OUTPUTS = 256
 # Of 16 KiB of a and 32 KiB of b, beside two buffers of 8 KiB for the results of each group.
 _STAGES = 4
-
-
-@gluon.jit
-def _position(tile: gl.tensor, tiles_m: gl.tensor, tiles_n: gl.tensor) -> Any:
-    """Row and column of a tile: 8 rows of tiles are done together, so that what they read stays in the L2 cache."""
-    group = tile // (8 * tiles_n)
-    height = gl.minimum(tiles_m - group * 8, 8)
-    rest = tile % (8 * tiles_n)
-    return group * 8 + rest % height, rest // height
 
 
 @gluon.jit
@@ -66,7 +58,7 @@ def _load(
     BLOCK_N: gl.constexpr = b_desc.block_type.shape[0 if TRANSPOSED else 1]
     step = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        tile_m, tile_n = _position(tile, tiles_m, tiles_n)
+        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n)
         m, n = tile_m * (2 * BLOCK_M), tile_n * BLOCK_N
         for k in range(0, K, BLOCK_K):
             stage = step % STAGES
@@ -150,7 +142,7 @@ def _multiply(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     step = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        tile_m, tile_n = _position(tile, tiles_m, tiles_n)
+        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n)
         m, n = tile_m * (2 * BLOCK_M) + HALF * BLOCK_M, tile_n * BLOCK_N
         acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
         for k in range(0, K, BLOCK_K):

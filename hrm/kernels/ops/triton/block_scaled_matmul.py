@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hrm.kernels.ops.block_scaled_matmul import BlockScaled
+from hrm.kernels.ops.hopper import device as hopper
 from hrm.kernels.ops.matmul import as_rows
 from hrm.kernels.ops.triton.common import multiprocessor_count
 from hrm.kernels.ops.triton.matmul import dense_rows, tile_position
@@ -252,6 +253,25 @@ def _block_scaled_kernel(
         tl.store(out + at, acc.to(out.dtype.element_ty), inside)
 
 
+@triton.jit
+def _decode_scales_kernel(
+    scales: tl.tensor, decoded: tl.tensor, M: tl.tensor, blocks: tl.tensor, height: tl.tensor, SIZE: tl.constexpr
+) -> None:
+    """Of codes [M, blocks] the scales [blocks, height], 0 past M."""
+    rows, block = tl.program_id(0) * SIZE + tl.arange(0, SIZE), tl.program_id(1)
+    code = tl.load(scales + rows.to(tl.int64) * blocks + block, rows < M, 0)
+    tl.store(decoded + block.to(tl.int64) * height + rows, _decode_scale(code), rows < height)
+
+
+def decoded_scales(scales: Tensor, tile: int) -> Tensor:
+    """Scales [M, blocks] as float32 [blocks, M'], block by block, M rounded up to a multiple of `tile`."""
+    (M, blocks), size = scales.shape, 512
+    height = triton.cdiv(M, tile) * tile
+    decoded = torch.empty(blocks, height, dtype=torch.float32, device=scales.device)
+    _decode_scales_kernel[(triton.cdiv(height, size), blocks)](scales, decoded, M, blocks, height, size)
+    return decoded
+
+
 def _way(device: torch.device, block: int, format: str) -> Way:
     """How a chip multiplies a format."""
     if device.type != "cuda":
@@ -272,7 +292,14 @@ def forward(a: BlockScaled, b: BlockScaled, out_dtype: torch.dtype) -> Tensor:
     out = torch.empty(*a.shape[:-1], N, dtype=out_dtype, device=device)
     if out.numel() == 0 or K == 0:
         return out.zero_()
+    a_scales, b_scales = (x.contiguous().view(torch.uint8) for x in (as_rows(a.scales), b.scales))
     way, on_cuda = _way(device, block, format), device.type == "cuda"
+    aligned = out_dtype.itemsize == 2 and K % 16 == 0 and N % 8 == 0
+    if way == "scaled sums" and aligned and hopper.why_not(device) is None:
+        from hrm.kernels.ops.hopper.block_scaled_matmul import TILE, multiply
+
+        multiply(left, right, decoded_scales(a_scales, TILE), decoded_scales(b_scales, TILE), out.view(M, N))
+        return out
     four_bits = format == "mxfp4"
     BLOCK_M, BLOCK_N = (128, 128) if M > 64 else (64, 64)
     BLOCK_K = 128
@@ -288,8 +315,8 @@ def forward(a: BlockScaled, b: BlockScaled, out_dtype: torch.dtype) -> Tensor:
     _block_scaled_kernel[(min(tiles, multiprocessor_count(device)),)](
         *operands,
         out,
-        as_rows(a.scales).contiguous().view(torch.uint8),
-        b.scales.contiguous().view(torch.uint8),
+        a_scales,
+        b_scales,
         M,
         N,
         K,
