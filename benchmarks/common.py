@@ -302,14 +302,18 @@ def write_results(
     about: Mapping[str, str],
     rows: Sequence[Mapping[str, Any]],
     folder: Path,
-    **more: Mapping[str, Any],
+    **more: Mapping[str, Any] | Sequence[Mapping[str, Any]],
 ) -> str:
     """Write `<folder>/<date>-<name>.{md,json}`, the JSON with fields `more`; returns the table in Markdown."""
     return write_table(folder / f"{about['date']}-{name}", name, about, rows, **more)
 
 
 def write_table(
-    file: Path, title: str, about: Mapping[str, str], rows: Sequence[Mapping[str, Any]], **more: Mapping[str, Any]
+    file: Path,
+    title: str,
+    about: Mapping[str, str],
+    rows: Sequence[Mapping[str, Any]],
+    **more: Mapping[str, Any] | Sequence[Mapping[str, Any]],
 ) -> str:
     """Write `<file>.{md,json}`, the JSON with fields `more`; returns the table in Markdown."""
     table = markdown(rows)

@@ -13,8 +13,9 @@ size, and its numbers mean nothing.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,18 +47,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         about = machine(world.device) | _ceilings(world.device)
     lines = [line for name in names for line in lines_of(name, arguments.device, arguments.limit)]
     if arguments.out is not None:
-        write_table(arguments.out, "ops", about, lines)
+        write_table(arguments.out, "ops", about, [_cells(line) for line in lines], lines=lines)
     if arguments.plot is not None:
         draw(about, lines, arguments.plot)
-    print(markdown(lines))
+    print(markdown([_cells(line) for line in lines]))
     with_bar = [line for line in lines if "met" in line]
     print(f"{sum(line['met'] == 'yes' for line in with_bar)} of {len(with_bar)} rows reach their bars.")
     for line in lines:
         if "error" in line:
             print(f"failed: {_label(line)}: {line['error']}")
-        elif "met" not in line:
-            print(f"no rival of its bar could run: {_label(line)}: {line.get('rivals missing')}")
-        elif line["met"] == "no":
+        elif "met" not in line and line["bar"]:
+            print(f"no rival of its bar could run: {_label(line)}: {_listed(line.get('missing', {}))}")
+        elif line.get("met") == "no":
             print(f"below its bar: {_label(line)}: {line['of bar']:.2f} of {line['bar']}; limit: {line.get('limit')}")
 
 
@@ -88,6 +89,24 @@ def _ceilings(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":  # what follows needs the memory, in processes of its own
         torch.cuda.empty_cache()
     return about
+
+
+_COLUMNS = (
+    *("operation", "pass", "shape", "us", "TB/s", "TFLOP/s", "of bound", "limit"),
+    *("fastest rival", "times as fast", "bar", "of bar", "met"),
+)
+
+
+def _cells(line: Line) -> dict[str, Any]:
+    """A line as a row of the table, whose columns come in this order; rivals' microseconds in one."""
+    cells = {column: line.get(column) for column in _COLUMNS}
+    cells["rivals, us"] = ", ".join(f"{name} {us:,.4g}" for name, us in line.get("rivals", {}).items())
+    cells["error"] = line.get("error") or _listed(line.get("missing", {}))
+    return cells
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def _label(line: Line) -> str:

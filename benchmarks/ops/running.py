@@ -86,11 +86,9 @@ def _measure(row: Row, timer: Timer) -> Line:
         line["limit"] = "memory" if copy_us >= flops_us else "matmul"
     if times:
         fastest = min(times, key=lambda name: times[name])
-        line |= {"fastest rival": fastest, "x rival": times[fastest] / us}
+        line |= {"fastest rival": fastest, "times as fast": times[fastest] / us}
     line |= {"bar": str(row.bar)} | _reached(row.bar, us, copy_us, times)
-    line |= {f"{name} us": rival for name, rival in times.items()}
-    if missing:
-        line["rivals missing"] = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+    line |= {"rivals": times} | ({"missing": missing} if missing else {})
     return line
 
 
