@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import platform
@@ -124,9 +125,7 @@ def compare_presets(
                     config = preset_config(preset, shape, chosen)
                     pack, stream = batches(arguments.data, shape, Path(scratch))
                     torch.compiler.reset()  # what other shapes compiled would count against the limit
-                    if world.device.type == "cuda":
-                        torch.cuda.empty_cache()
-                        torch.cuda.reset_peak_memory_stats()
+                    reset_peak(world.device)
                     row |= measure(Trial(config, shape, world, pack, stream, arguments.repeats, ceiling))
                 except UserError as error:
                     row["cannot run"] = str(error)
@@ -156,8 +155,7 @@ def _measure_published(
     """The row of the published code, from the same pack."""
     config = preset_config("naive", shape, arguments.overrides)
     pack, _ = batches(arguments.data, shape, scratch)
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()  # its process needs the memory
+    reset_peak(world.device)  # its process needs the memory
     answer = theirs.measure(work, config.arch, pack.path, shape.batch_size, world.device, repeats=arguments.repeats)
     steps = config.arch.halt_max_steps if work == "evaluation" else 1
     sequences = shape.batch_size / answer["ms"] / steps
@@ -207,8 +205,16 @@ def cpu_peak_bytes(work: Callable[[], object]) -> int:
     return max(itertools.accumulate(changes), default=0)
 
 
+def reset_peak(device: torch.device) -> None:
+    """Begin anew what `peak_gib` counts, without what was measured before."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_gib(device: torch.device) -> float | None:
-    """Most memory that tensors took at once since the preset began, on CUDA."""
+    """Most memory that tensors took at once since `reset_peak`, on CUDA."""
     return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 
 

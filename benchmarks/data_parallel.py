@@ -20,6 +20,7 @@ from benchmarks.common import (
     median_ms,
     peak_gib,
     preset_config,
+    reset_peak,
     write_results,
 )
 from hrm.config import PretrainConfig
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _measure(config: PretrainConfig, seq_len: int, world: World, repeats: int) -> dict[str, Any]:
+    reset_peak(world.device)
     with tempfile.TemporaryDirectory() as scratch:
         pack, stream = batches(None, Shape(config.global_batch_size // world.size, seq_len), Path(scratch))
         step = make_train_step(config, world, initial_state(config, pack, world))

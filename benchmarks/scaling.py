@@ -44,7 +44,7 @@ from hrm.config import PretrainConfig
 from hrm.data.loader import TrainLoader
 from hrm.distributed.world import World, gather_on_main, join_world
 from hrm.errors import UserError
-from hrm.evaluation.report.plots import pyplot
+from hrm.evaluation.report.picture import new_picture, save_picture
 from hrm.evaluation.runner import make_runner
 from hrm.models.architecture import architecture_of
 from hrm.models.recurrent import DataSizes, RecurrentModel
@@ -357,7 +357,12 @@ def _report(measured: Mapping[str, Any], arguments: argparse.Namespace) -> str:
         of_run(ARC_1, works[last], of_machine, act_steps),
     )
     text = "\n\n".join(f"## {title}\n\n{words}\n\n{markdown(rows)}" for title, (words, rows) in sections.items())
-    about = {**measured["about"], "network": f"{of_machine.network_bytes_per_ms / 1e6:g} GB/s for each GPU"}
+    command = machine(torch.device("cpu"))["command"]  # this one, where another one measured
+    about = {
+        **measured["about"],
+        "command": command,
+        "network": f"{of_machine.network_bytes_per_ms / 1e6:g} GB/s for each GPU",
+    }
     lines = "\n".join(f"- {name}: {value}" for name, value in about.items())
     folder = arguments.output_dir
     folder.mkdir(parents=True, exist_ok=True)
@@ -372,8 +377,7 @@ def _report(measured: Mapping[str, Any], arguments: argparse.Namespace) -> str:
 
 
 def _draw(curves: Mapping[str, Iterable[Scaled]], about: Mapping[str, str], picture: Path) -> None:
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, ((axes,),) = new_picture(size=(7, 4))
     for title, rows in curves.items():
         points = list(rows)
         axes.plot([row.gpus for row in points], [100 * row.efficiency for row in points], ".-", label=title)
@@ -383,9 +387,7 @@ def _draw(curves: Mapping[str, Iterable[Scaled]], about: Mapping[str, str], pict
     axes.set_ylabel("of as many GPUs by themselves (%)", fontsize=8)
     axes.legend(fontsize=7, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    with plt.rc_context({"svg.fonttype": "none"}):  # text as text
-        figure.savefig(picture)
+    save_picture(figure, picture)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from benchmarks.common import (
     peak_gib,
     picture_file,
     preset_config,
+    reset_peak,
     write_results,
 )
 from benchmarks.plot import draw_ways
@@ -179,9 +180,7 @@ def _measure_together(config: PretrainConfig, arguments: Any, everyone: World) -
 def _measure(config: PretrainConfig, arguments: Any, world: World) -> dict[str, Any]:
     """Training steps, then ACT steps of evaluation, on this process's part of the batch."""
     device, part = world.device, replace(arguments.shape, batch_size=config.global_batch_size // world.size)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak(device)
     torch.compiler.reset()  # what other ways compiled would count against the limit
     with tempfile.TemporaryDirectory() as scratch:
         pack, stream = batches(None, part, Path(scratch))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -353,12 +355,13 @@ def measure_scaling(rank: int, port: int, file: Path) -> None:
 
 
 @pytest.mark.multiprocess
-def test_scaling_is_measured_and_predicted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_scaling_is_measured_and_predicted(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
-    scaling.main([*SCALED, "--processes", "1", "--out", str(tmp_path / "one"), *TINY])
-    (one,) = (tmp_path / "one").glob("*.json")
+    scaling.main([*SCALED, "--measure", str(tmp_path / "one.json"), *TINY])
     on_ranks(2, measure_scaling, tmp_path / "two.json")
-    files = ["--measured", str(one), str(tmp_path / "two.json")]
+    files = ["--measured", str(tmp_path / "one.json"), str(tmp_path / "two.json")]
     capfd.readouterr()
     picture = tmp_path / "scaling.svg"
     scaling.main([*SCALED, *files, "--out", str(tmp_path / "both"), "--picture", str(picture), *TINY])
@@ -378,6 +381,17 @@ def test_scaling_is_measured_and_predicted(tmp_path: Path, capfd: pytest.Capture
     table = capfd.readouterr().out
     assert table.strip() in both.with_suffix(".md").read_text()
     assert "wide under FSDP" in picture.read_text()
+
+    def launched(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        count = int(command[command.index("--nproc-per-node") + 1]) if "torch.distributed.run" in command else 1
+        file = tmp_path / {1: "one.json", 2: "two.json"}[count]
+        shutil.copy(file, command[command.index("--measure") + 1])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", launched)
+    scaling.main([*SCALED, "--processes", "1,2", "--out", str(tmp_path / "launched"), *TINY])
+    (again,) = (tmp_path / "launched").glob("*.json")
+    assert json.loads(again.read_text())["predicted"] == content["predicted"]
 
 
 def test_scaling_says_what_is_missing(tmp_path: Path) -> None:
