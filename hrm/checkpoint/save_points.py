@@ -59,6 +59,7 @@ class SavePoints:
         self._seconds = 60 * minutes
         self._is_main = world.is_main
         self._signalled = Request.NOTHING
+        self._stopped_by: signal.Signals | None = None
         self._may_raise = False
         self._former_handlers: dict[signal.Signals, Any] = {}
         # A group of its own: other threads and the device's backend exchange at other times.
@@ -108,6 +109,13 @@ class SavePoints:
         finally:
             self._may_raise = False
 
+    def hand_on(self) -> None:
+        """After the context: let the handler that was there before have the signal that stopped the run, as one that a
+        launcher puts there to requeue the job."""
+        number = self._stopped_by
+        if number is not None and callable(former := signal.getsignal(number)) and former != signal.default_int_handler:
+            signal.raise_signal(number)
+
     @property
     def signalled(self) -> Request:
         """What signals asked of this process so far."""
@@ -125,7 +133,9 @@ class SavePoints:
         return request
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = self._signalled or (Request.INTERRUPT if number == signal.SIGINT else Request.PREEMPT)
+        if not self._signalled:
+            self._stopped_by = signal.Signals(number)
+            self._signalled = Request.INTERRUPT if number == signal.SIGINT else Request.PREEMPT
         if self._may_raise:
             self._may_raise = False
             raise Interrupted

@@ -27,6 +27,7 @@ from hrm.config.help import help_page
 from hrm.config.paths import CONFIG_DIR, choices_of, groups_of
 from hrm.config.renamed import Combined, Dropped, find_renamed, is_option, new_name, tell, tell_dropped
 from hrm.config.store import register_schemas
+from hrm.config.submitted import is_job, join_tasks, launches_jobs
 from hrm.config.training import PretrainConfig
 from hrm.config.typed import option_names
 from hrm.config.yaml_files import read_old_names
@@ -45,6 +46,20 @@ class SweptRun(Generic[R]):
 
     overrides: tuple[str, ...]  # its own, as on a command line
     result: R
+
+    def __reduce__(self) -> tuple[Callable[[tuple[str, ...], R], SweptRun[R]], tuple[tuple[str, ...], R]]:
+        return _from_elsewhere, (self.overrides, self.result)
+
+
+# A launcher that runs a sweep in other processes brings back what they return as pickles, and Hydra hands that to
+# nobody. So a run that is read from one is noted here.
+_ended_elsewhere: list[SweptRun[Any]] = []
+
+
+def _from_elsewhere(overrides: tuple[str, ...], result: R) -> SweptRun[R]:
+    run = SweptRun(overrides, result)
+    _ended_elsewhere.append(run)
+    return run
 
 
 # Values of these options are taken to the letter: Hydra would read 0530 as a number and choke on "=" or "(" in a path.
@@ -85,19 +100,30 @@ def run(
     """
     is_composed = False
     swept: list[SweptRun[R]] = []
+    _ended_elsewhere.clear()
 
-    def checked_task(composed: DictConfig) -> None:
+    def checked_task(composed: DictConfig) -> SweptRun[R] | None:
         nonlocal is_composed
         is_composed = True
+        is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+        is_elsewhere = is_sweep and is_job()
         try:
+            if is_elsewhere:
+                join_tasks()
             result = task(_typed(schema, composed))
-            if HydraConfig.get().mode is RunMode.MULTIRUN:
-                swept.append(SweptRun(tuple(HydraConfig.get().overrides.task), result))
         except UserError as error:
-            fail(str(error))
+            sentence, status = str(error), EXIT_USER_ERROR
         except Exception as error:
-            tell_error(unforeseen(error))
-            sys.exit(EXIT_UNFORESEEN)
+            sentence, status = unforeseen(error), EXIT_UNFORESEEN
+        else:
+            if not is_sweep or os.environ.get("RANK", "0") != "0":
+                return None
+            swept.append(SweptRun(tuple(HydraConfig.get().overrides.task), result))
+            return swept[-1]
+        tell_error(sentence)
+        if is_elsewhere:  # the launcher brings it to the process that waits for all runs
+            raise UserError(sentence)
+        sys.exit(status)
 
     _register()
     try:
@@ -106,6 +132,7 @@ def run(
             composed = compose_untyped(config_name, arguments.overrides, arguments.folders, with_hydra=True)
             print(help_page(composed, program, arguments.folders))
             return
+        as_jobs = launches_jobs(arguments.overrides, is_sweep=bool({"-m", "--multirun"} & {*arguments.all}))
     except UserError as error:
         fail(str(error))
     sys.argv[1:] = arguments.all
@@ -117,11 +144,18 @@ def run(
         if is_composed:
             raise
         fail(_composition_error(error, config_name, arguments.all, arguments.folders))
+    except UserError as error:  # of a run elsewhere
+        fail(str(error))
+    except RuntimeError as error:
+        if not as_jobs:
+            raise
+        fail(f"a run of the sweep ended without a result: {first_sentence(error)}.")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     finally:
-        if sweep_table and swept and os.environ.get("RANK", "0") == "0":
-            print(sweep_table(swept), flush=True)
+        ended = [*swept, *_ended_elsewhere]
+        if sweep_table and ended:
+            print(sweep_table(ended), flush=True)
 
 
 def compose(schema: type[T], config_name: str, overrides: Sequence[str] = ()) -> T:

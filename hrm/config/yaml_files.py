@@ -34,5 +34,7 @@ class _YamlFiles(FileConfigSource):
 def read_old_names(schemas: Sequence[type]) -> None:
     """From now on, let Hydra read YAML files in which options of `schemas` have old names."""
     Plugins.instance()  # which fills the registry, once
-    _YamlFiles.schemas = schemas
-    SourcesRegistry.instance().types[FileConfigSource.scheme()] = _YamlFiles
+    # A class made here goes along with its schemas to processes that a launcher starts. Hydra takes no class of another
+    # name than its own there.
+    source = type(FileConfigSource.__name__, (_YamlFiles,), {"schemas": tuple(schemas)})
+    SourcesRegistry.instance().types[FileConfigSource.scheme()] = source

@@ -169,6 +169,8 @@ def _pretrain(config: PretrainConfig, world: World) -> tuple[Request, TrainResul
             except BaseException as error:  # whatever it is, what was learned stays
                 run.save_on_error(error)
                 raise
+    if request.stops:
+        save_points.hand_on()
     return request, TrainResult(folder, state.step, run.last_metrics)
 
 
