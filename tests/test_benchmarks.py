@@ -241,7 +241,7 @@ def test_legends_cover_nothing_else(runs: int) -> None:
 
 def test_ensembles_vote_as_evaluate_does(trained: Path, tmp_path: Path) -> None:
     run, early = str(trained / "run"), str(trained / "run" / "step_40")
-    arguments = ["--images", "1,2,4", "--batch-size", "25", "--kernels", "naive", "--device", "cpu"]
+    arguments = ["--augmentations", "1,2,4", "--batch-size", "25", "--kernels", "naive", "--device", "cpu"]
     ensembles.main([run, early, *arguments, "--output-dir", str(tmp_path)])
     (file,) = tmp_path.glob("*.json")
     rows = json.loads(file.read_text())["rows"]
@@ -249,18 +249,54 @@ def test_ensembles_vote_as_evaluate_does(trained: Path, tmp_path: Path) -> None:
     both, _ = evaluated(f"checkpoint={run}", "ensemble.augmentations=4", f"ensemble.checkpoints=[{early}]")
     expected = [(1, n, 2 * n, alone[f"exact_accuracy/of_{n}"]) for n in (1, 2, 4)]
     expected += [(2, n, 4 * n, both[f"exact_accuracy/of_{2 * n}"]) for n in (1, 4)]
-    found = [(row["checkpoints"], row["images"], row["ACT steps"], round(row["exact accuracy"], 4)) for row in rows]
+    found = [(row["checkpoints"], row["augmentations"], row["ACT steps"], round(row["vote"], 4)) for row in rows]
     assert found == expected
-    assert len({row["exact accuracy"] for row in rows}) > 2
+    assert len({row["vote"] for row in rows}) > 2
     assert all(row["seconds"] > 0 for row in rows)
     checked, _ = evaluated(f"checkpoint={run}", "ensemble.augmentations=4", "ensemble.check=true")
-    assert round(rows[2]["and rules checked"], 4) == checked["exact_accuracy/of_4"]
+    assert round(rows[2]["vote, rules checked"], 4) == checked["exact_accuracy/of_4"]
     longer = tmp_path / "longer"
     ensembles.main([run, *arguments, "--act-max-steps", "5", "--output-dir", str(longer)])
     (file,) = longer.glob("*.json")
     five, _ = evaluated(f"checkpoint={run}", "act_max_steps=5")
     first = json.loads(file.read_text())["rows"][0]
-    assert (first["ACT steps"], round(first["exact accuracy"], 4)) == (5, five["exact_accuracy"])
+    assert (first["ACT steps"], round(first["vote"], 4)) == (5, five["exact_accuracy"])
+
+
+def test_paths_of_ensembles_are_those_of_evaluate(trained: Path, tmp_path: Path) -> None:
+    run, picture = str(trained / "run"), tmp_path / "ensembles.svg"
+    arguments = ["--augmentations", "1,2", "--paths", "1,3", "--noise", "start:2,steps:2", "--together", "2x3"]
+    arguments += ["--noise-on", "all", "--batch-size", "60", "--kernels", "naive", "--device", "cpu"]
+    ensembles.main([run, *arguments, "--picture", str(picture), "--output-dir", str(tmp_path)])
+    (file,) = tmp_path.glob("*.json")
+    rows = {(row["augmentations"], row["noise"], row["paths"]): row for row in json.loads(file.read_text())["rows"]}
+    assert [*rows][:2] == [(1, "none", 1), (2, "none", 1)]
+    assert [*rows][2:] == [(1, noise, 3) for noise in ("start:2", "steps:2")] + [
+        (2, noise, 3) for noise in ("start:2", "steps:2")
+    ]
+    for augmentations, noise_at in ((1, "steps"), (2, "start")):
+        options = ["ensemble.paths=3", "ensemble.noise=2", "ensemble.noise_on=all", f"ensemble.noise_at={noise_at}"]
+        options += [f"ensemble.augmentations={augmentations}", "global_batch_size=60"]
+        row = rows[augmentations, f"{noise_at}:2", 3]
+        found, _ = evaluated(f"checkpoint={run}", *options, "ensemble.pick=converged")
+        assert round(row["converged"], 4) == found[f"exact_accuracy/of_{3 * augmentations}"]
+    curves = picture.read_text()
+    assert all(f"<!-- {way} -->" in curves or f">{way}<" in curves for way in ("vote", "converged", "first", "any"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--noise", "0.3"], "--noise 0.3 cannot be read: write when and how much, such as steps:0.3."),
+        (["--noise", "end:1"], "ensemble.noise_at=end is not a choice"),
+        (["--paths", "0,2"], "--paths 0,2 is too small: give 1 or more."),
+        (["--augmentations", "few"], "--augmentations few cannot be read: give whole numbers."),
+        (["--together", "4"], "--together 4 cannot be read: write augmentations x paths, such as 4x4."),
+    ],
+)
+def test_arguments_of_ensembles(wrong: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        ensembles.main(["sudoku", *wrong])
 
 
 def test_puzzles_of_ensembles_are_spread_out() -> None:

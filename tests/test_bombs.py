@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from hrm.errors import UserError
-from hrm.evaluation.ensemble import vote
+from hrm.evaluation.picking import standing_in_vote
 from hrm.models import build_model
 from hrm.models.size_guard import _control_group_bytes, at_most, claim, memory_bytes
 from tests.helpers.entry_points import CPU, TINY_RUN, make_pack, run_script
@@ -160,7 +160,8 @@ def test_ulimit_bounds_the_memory() -> None:
 
 def test_a_vote_of_many_takes_memory_for_their_answers_only() -> None:
     answers = torch.randint(2, (200, 3, 4), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    chosen = vote(answers, torch.zeros(200, 3))
+    best = standing_in_vote(answers, torch.zeros(200, 3)).argmax(0)
+    chosen = answers[best, torch.arange(3)]
     for puzzle in range(3):
         rows, counts = torch.unique(answers[:, puzzle], dim=0, return_counts=True)
         assert counts[(rows == chosen[puzzle]).all(1)].item() == counts.max()

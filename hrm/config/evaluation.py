@@ -7,27 +7,48 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from hrm.config.checks import MOST_WORKERS, at_least, at_most, choice
+from hrm.config.checks import MOST_WORKERS, at_least, at_most, choice, positive
 from hrm.config.entry import DEVICES, DTYPES, SAVEABLE_OUTPUTS
 from hrm.config.kernels import KernelsConfig
 
-MOST_AUGMENTATIONS = 1024  # each votes on each: the vote of more would not fit in memory
+MOST_ANSWERS = 1024  # to a puzzle; each votes on each: the vote of more would not fit in memory
 
+PICKS = ("vote", "q", "converged", "first")
+NOISE_ON = ("hidden", "output", "all")
+NOISE_AT = ("steps", "start")
 PUZZLE_EMB = ("trained", "mean", "zero")
 ACT_MODES = ("auto", "full", "halt", "both")
 
 
 @dataclass
 class EnsembleConfig:
-    """Several answers to each puzzle, by augmented copies of it and by several models, of which a vote takes one."""
+    """Several answers to each puzzle, by augmented copies of it, several paths and several models; one is picked."""
 
     augmentations: int = 1  # augmented copies of each puzzle under the task's symmetries, the puzzle itself included
-    checkpoints: list[str] = field(default_factory=list)  # further models that vote, written as for `checkpoint`
+    checkpoints: list[str] = field(default_factory=list)  # further models that answer, written as for `checkpoint`
     check: bool = False  # ignore answers that break the task's rules wherever other answers keep them
+    # Paths of each model to an answer, the first as ever, the others with noise on the states of the recurrence.
+    paths: int = 1
+    noise: float = 0.3  # standard deviation of that noise, in states whose root mean square is 1 after a norm
+    # What gets it. hidden: the states that the heads do not read, such as the fast one, or the only state there is;
+    # output: the one that they read; all.
+    noise_on: str = "hidden"
+    noise_at: str = "steps"  # when it is added. steps: before every ACT step; start: before the first, a random start
+    # What counts. vote: the most frequent answer; q: of highest q_halt; converged: whose state changed least in the
+    # last ACT step; first: of the path that halts first, by q_halt > q_continue.
+    pick: str = "vote"
+    seed: int = 0  # of the noise
 
     def __post_init__(self) -> None:
         at_least("ensemble.augmentations", self.augmentations, 1)
-        at_most("ensemble.augmentations", self.augmentations, MOST_AUGMENTATIONS)
+        at_most("ensemble.augmentations", self.augmentations, MOST_ANSWERS)
+        at_least("ensemble.paths", self.paths, 1)
+        at_most("ensemble.paths", self.paths, MOST_ANSWERS // self.augmentations)
+        positive("ensemble.noise", self.noise)
+        choice("ensemble.noise_on", self.noise_on, NOISE_ON)
+        choice("ensemble.noise_at", self.noise_at, NOISE_AT)
+        choice("ensemble.pick", self.pick, PICKS)
+        at_least("ensemble.seed", self.seed, 0)
 
 
 @dataclass

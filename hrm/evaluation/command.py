@@ -17,7 +17,7 @@ from hrm.data.pack import Pack, open_pack
 from hrm.distributed.world import World, join_world
 from hrm.errors import UserError, printable, printable_lines, shortened
 from hrm.evaluation.early_halting import EarlyHalting, halting_metrics
-from hrm.evaluation.ensemble import evaluate_ensemble, rules_of, symmetries_of
+from hrm.evaluation.ensemble import evaluate_ensemble, ways_table
 from hrm.evaluation.evaluators import evaluators_of, summaries
 from hrm.evaluation.loading import ModelSizes, describe_model, load_model, other_identifiers, trained_pack
 from hrm.evaluation.metrics import MetricSums, Throughput, metrics_table
@@ -25,6 +25,7 @@ from hrm.evaluation.report.writer import ReportWriter
 from hrm.evaluation.runner import evaluate, parts_of, save_outputs, show_predictions
 from hrm.evaluation.show import ShownPuzzles
 from hrm.evaluation.solve import solve_puzzle
+from hrm.evaluation.symmetries import rules_of, symmetries_of
 from hrm.models import ACTLossHead
 from hrm.output import output_that_counts
 from hrm.tasks.base import Evaluator
@@ -33,6 +34,13 @@ from hrm.unforeseen import traceback_folder
 _ABOUT_TABLE = {
     "mean": "Every puzzle has the mean of the puzzle table's rows (puzzle_emb=mean).",
     "zero": "Every puzzle has a vector of zeros from the puzzle table (puzzle_emb=zero).",
+}
+
+_HOW_PICKED = {
+    "vote": "vote",
+    "q": "highest q_halt",
+    "converged": "most converged",
+    "first": "first to halt",
 }
 
 
@@ -216,7 +224,7 @@ def _evaluate_early(split: _Split) -> dict[str, float]:
 
 
 def _evaluate_ensemble(split: _Split) -> dict[str, float]:
-    """The vote of several answers to every puzzle."""
+    """Several answers to every puzzle, and one picked of them."""
     options, world = split.config.ensemble, split.world
     others = [find_checkpoint(name) for name in options.checkpoints]
     models = [split.model, *(_load(split.config, other, split.sizes, split.pack, world) for other in others)]
@@ -224,12 +232,21 @@ def _evaluate_ensemble(split: _Split) -> dict[str, float]:
     symmetries = symmetries_of(split.pack, options.augmentations)
     rules = rules_of(split.pack) if options.check else None
     parts = parts_of(split.loader, world)
-    metrics = evaluate_ensemble(models, symmetries, parts, world, evaluators, throughput, rules)
-    answers = len(models) * len(symmetries)
-    what = f"vote of {answers} answers, checkpoints: {len(models)}, augmentations of each puzzle: {len(symmetries)}"
+    scores = evaluate_ensemble(models, symmetries, options, parts, world, evaluators, throughput, rules)
+    answers = len(models) * len(symmetries) * options.paths
+    what = f"{_HOW_PICKED[options.pick]} of {answers} answers, checkpoints: {len(models)}"
+    what += f", augmentations of each puzzle: {len(symmetries)}"
+    if options.paths > 1:
+        what += f", paths: {options.paths}"
     if rules:
         what += ", rules checked"
-    return _print_result(split, what, metrics, throughput, evaluators)
+    result = _print_result(split, what, scores.metrics, throughput, evaluators)
+    for set_name, ways in scores.ways.items():
+        if world.is_main and ways["count"]:
+            print(f"Exactly right in {set_name}, by the way of picking, and ACT steps for each puzzle:")
+            print(ways_table(ways))
+        result |= {f"{set_name}/{name}": value for name, value in ways.items()}
+    return result
 
 
 def _print_result(

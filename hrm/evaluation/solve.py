@@ -12,14 +12,16 @@ from torch import Tensor
 
 from hrm.batch import IGNORE_LABEL_ID
 from hrm.checkpoint.weights import Checkpoint, find_checkpoint, read_weights
-from hrm.config import EvaluateConfig, kernels_config
+from hrm.config import EnsembleConfig, EvaluateConfig, kernels_config
 from hrm.data.pack import read_provenance
 from hrm.distributed.world import World
 from hrm.errors import UserError
-from hrm.evaluation.ensemble import DeviceSymmetry, keep_rules, make_member, vote
 from hrm.evaluation.loading import ModelSizes, load_model, trained_sizes
+from hrm.evaluation.paths import Answers, Noise, make_member
+from hrm.evaluation.picking import pick
 from hrm.evaluation.report.boards import Board, outcome_of
 from hrm.evaluation.report.text import legend_of, render_text
+from hrm.evaluation.symmetries import DeviceSymmetry
 from hrm.models import ACTLossHead
 from hrm.tasks import parse_puzzle
 from hrm.tasks.base import PuzzleSize, Rules, Solutions, Symmetry, Task, Tokens
@@ -53,11 +55,12 @@ def solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, worl
             f"{task.num_symmetries(size):.0f} symmetries."
         )
     rules = task.rules(size)
-    answer, asked = _answer(models, inputs, task.symmetries(size, count), rules, world)
+    answer, asked = _answer(models, inputs, task.symmetries(size, count), config.ensemble, rules, world)
     if world.is_main:
         solutions = rules.solve(inputs) if rules and rules.solve else None
         board = _board(task, size, rules, inputs, answer, solutions)
-        several = f" It took {asked} of {len(models) * count} answers." if asked > 1 else ""
+        at_hand = len(models) * count * config.ensemble.paths
+        several = f" It took {asked} of {at_hand} answers." if asked > 1 else ""
         print(f"{render_text(board)}\n{legend_of(board)}\n{outcome_of(board, rules, solutions)}{several}")
 
 
@@ -83,25 +86,30 @@ def _model_for(
 
 
 def _answer(
-    models: Sequence[ACTLossHead], inputs: Tokens, symmetries: Sequence[Symmetry], rules: Rules | None, world: World
+    models: Sequence[ACTLossHead],
+    inputs: Tokens,
+    symmetries: Sequence[Symmetry],
+    options: EnsembleConfig,
+    rules: Rules | None,
+    world: World,
 ) -> tuple[Tokens, int]:
-    """The first answer that keeps the rules, symmetry by symmetry and model by model, else the vote of all; and how
-    many answers were asked for."""
-    answers, q_halts = [], []
+    """The first answer that keeps the rules, path by path, symmetry by symmetry and model by model, else what is picked
+    of all; and how many answers were asked for."""
+    answers: list[Answers] = []
     batch = {
         "inputs": torch.from_numpy(inputs.astype(np.int32)).unsqueeze(0).to(world.device),
         "labels": torch.full((1, len(inputs)), IGNORE_LABEL_ID, dtype=torch.int32, device=world.device),
         "puzzle_identifiers": torch.zeros(1, dtype=torch.int32, device=world.device),
     }
-    members = [make_member(model, world) for model in models]
-    for symmetry, member in product(symmetries, members):
-        tokens, q_halt = member(batch, DeviceSymmetry.of(symmetry, world.device))
-        answers.append(tokens)
-        q_halts.append(q_halt)
-        if rules and keep_rules(rules, batch["inputs"], tokens).item():
+    members = [make_member(model, world, Noise.of(options)) for model in models]
+    for path, symmetry, member in product(range(options.paths), symmetries, members):
+        answer = member(batch, DeviceSymmetry.of(symmetry, world.device), path)
+        answers.append(answer.checked(rules, batch["inputs"]) if rules else answer)
+        if rules and answers[-1].keeps.item():
+            tokens = answer.tokens
             break
     else:
-        tokens = vote(torch.stack(answers), torch.stack(q_halts))
+        tokens = pick(options.pick, Answers.stacked(answers)).tokens
     return tokens[0].cpu().numpy(), len(answers)
 
 

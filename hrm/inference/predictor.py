@@ -15,11 +15,11 @@ from torch import Tensor
 
 from hrm.batch import Batch
 from hrm.config.checks import at_least, at_most
-from hrm.config.evaluation import MOST_AUGMENTATIONS
+from hrm.config.evaluation import MOST_ANSWERS
 from hrm.errors import UserError
 from hrm.evaluation.early_halting import EarlyHalting
-from hrm.evaluation.ensemble import vote
 from hrm.evaluation.latent import States, act_steps, initial_states, stacked
+from hrm.evaluation.picking import standing_in_vote
 from hrm.models import ACTLossHead
 from hrm.tasks.base import PuzzleSize, Task, Undo
 from hrm.tasks.form import Puzzle, PuzzleForm
@@ -46,7 +46,7 @@ class PredictOptions:
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 1)
         at_least("augmentations", self.augmentations, 1)
-        at_most("augmentations", self.augmentations, MOST_AUGMENTATIONS)
+        at_most("augmentations", self.augmentations, MOST_ANSWERS)
         for name in ("trajectory", "latents"):
             if getattr(self, name) and self.augmentations > 1:
                 raise UserError(f"{name}=True cannot be combined with augmentations: each of them has its own.")
@@ -265,6 +265,6 @@ def _vote(answers: Sequence[tuple[NDArray[np.int64], float]]) -> tuple[NDArray[n
     """The answer that most gave, and the mean q_halt, a logit, of those."""
     tokens = np.stack([answer for answer, _ in answers])
     q_halt = torch.tensor([q for _, q in answers], dtype=torch.float64)
-    winner = vote(torch.from_numpy(tokens)[:, None], q_halt[:, None])[0].numpy()
+    winner = tokens[standing_in_vote(torch.from_numpy(tokens)[:, None], q_halt[:, None]).argmax()]
     agreeing = q_halt[torch.from_numpy((tokens == winner).all(1))].sigmoid().mean()
     return winner, float(torch.logit(agreeing, eps=1e-12))

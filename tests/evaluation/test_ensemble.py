@@ -5,8 +5,16 @@ import math
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from hrm.evaluation.ensemble import vote
+from hrm.evaluation.picking import best_of, standing_in_vote
+
+
+def vote(answers: Tensor, q_halt: Tensor, valid: Tensor | None = None) -> Tensor:
+    """What is voted for, [N, S], of answers [K, N, S]."""
+    keeps = torch.ones(answers.shape[:2], dtype=torch.bool) if valid is None else valid
+    (best,) = best_of(standing_in_vote(answers, q_halt), keeps)
+    return answers[best, torch.arange(len(best))]
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 10_000))

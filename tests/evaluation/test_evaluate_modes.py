@@ -105,6 +105,30 @@ def test_rules_decide_before_votes_do(trained: Path) -> None:
     assert checked["exact_accuracy/of_6"] > plain["exact_accuracy/of_6"]
 
 
+def test_paths(trained: Path) -> None:
+    """The first of them is the model as it is, the others do not depend on the batch, and every way is in the table."""
+    run = trained / "run"
+    single, _ = evaluated(f"checkpoint={run}")
+    asked = [f"checkpoint={run}", "ensemble.paths=3", "ensemble.noise=2", "ensemble.noise_on=all"]
+    metrics, out = evaluated(*asked, "ensemble.pick=q", "global_batch_size=60")
+    assert "highest q_halt of 3 answers, checkpoints: 1, augmentations of each puzzle: 1, paths: 3, " in out
+    assert [metrics[f"{name}/of_1"] for name in ("accuracy", "exact_accuracy")] == [
+        single[name] for name in ("accuracy", "exact_accuracy")
+    ]
+    table = [line.split() for line in out.split("ACT steps for each puzzle:\n")[1].splitlines()[:4]]
+    assert table[0] == ["answers", "ACT", "steps", "vote", "q", "converged", "any", "first", "ACT", "steps"]
+    assert [row[:2] for row in table[1:]] == [["1", "2.0"], ["2", "4.0"], ["3", "6.0"]]
+    assert float(table[3][3].rstrip("%")) == pytest.approx(100 * metrics["exact_accuracy/of_3"], abs=0.01)
+    assert len({tuple(row[2:6]) for row in table[1:]}) > 1, "paths differ"
+    assert all(float(row[5].rstrip("%")) >= max(float(cell.rstrip("%")) for cell in row[2:5]) for row in table[1:])
+    assert all(float(row[-1]) <= float(row[1]) for row in table[1:])
+    for pick, batch_size in (("converged", 7), ("first", 60)):
+        again, other = evaluated(*asked, f"ensemble.pick={pick}", f"global_batch_size={batch_size}")
+        assert [line.split() for line in other.split("ACT steps for each puzzle:\n")[1].splitlines()[:4]] == table
+        column = 4 if pick == "converged" else 6
+        assert float(table[3][column].rstrip("%")) == pytest.approx(100 * again["exact_accuracy/of_3"], abs=0.01)
+
+
 @pytest.fixture
 def described(trained: Path, tmp_path: Path) -> tuple[Path, Path, dict[str, list[str]]]:
     """A run, the pack of `trained` with ratings and sources stored in it, and what these say of each test puzzle.

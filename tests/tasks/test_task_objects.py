@@ -7,7 +7,7 @@ import torch
 from hrm.data.builders.maze_puzzles import random_mazes, shortest_paths
 from hrm.data.builders.sudoku_puzzles import dig_holes, random_grids
 from hrm.errors import UserError
-from hrm.evaluation.ensemble import DeviceSymmetry
+from hrm.evaluation.symmetries import DeviceSymmetry
 from hrm.tasks import all_tasks, parse_puzzle
 from hrm.tasks.base import PuzzleSize, Tokens
 from hrm.tasks.maze import is_shortest_path

@@ -17,7 +17,7 @@ from hrm.data.builders import example_tasks as write_example_task
 from hrm.data.builders import maze as build_maze_dataset
 from hrm.data.pack import open_pack
 from hrm.errors import UserError
-from hrm.evaluation.ensemble import symmetries_of
+from hrm.evaluation.symmetries import symmetries_of
 from hrm.tasks.sudoku import BoxShape, decode_tokens, is_solved
 from hrm.training.step import cell_permutations
 from tests.helpers.entry_points import CPU, TINY_RUN, evaluated, make_pack, run_script, train

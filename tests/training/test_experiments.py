@@ -45,7 +45,17 @@ def test_hard_sudoku(experiment: str, named: str, presets: list[str], pack: Path
         assert outcome.status == 0, outcome.err
         counts.append(printed_metrics(outcome.out)["count"])
     assert counts == [5] * len(presets)
-    argv = [str(tmp_path / "run"), "--images", "1,2", "--kernels", "naive", "--device", "cpu", "--batch-size", "4"]
+    argv = [
+        str(tmp_path / "run"),
+        "--augmentations",
+        "1,2",
+        "--kernels",
+        "naive",
+        "--device",
+        "cpu",
+        "--batch-size",
+        "4",
+    ]
     ensembles.main([*argv, "--output-dir", str(tmp_path)])
     (table,) = tmp_path.glob("*-ensembles.json")
     assert [row["ACT steps"] for row in json.loads(table.read_text())["rows"]] == [2, 4]

@@ -1,0 +1,155 @@
+"""Several paths of one model from a puzzle to answers, by noise on the states of its recurrence.
+
+A recurrent model that is stuck on a puzzle often solves it from another start, or when it is shaken on its way: no
+training, only more forward passes. Which of the answers counts, `hrm.evaluation.picking` says.
+Shapes: B puzzles, S cells, T tokens of a state (the cells' and the prefix's), D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hrm.batch import Batch
+from hrm.config import EnsembleConfig
+from hrm.cuda_graphs import GraphedWork
+from hrm.distributed.world import World
+from hrm.evaluation.latent import initial_states
+from hrm.evaluation.symmetries import DeviceSymmetry, keep_rules
+from hrm.models import ACTLossHead
+from hrm.models.recurrent import RecurrentModel
+from hrm.tasks.base import Rules
+
+_NOISE = "noise"  # stands among a batch's fields, for a recorded graph to read it
+
+
+class Answers(NamedTuple):
+    """A path's answers to B puzzles, after its last ACT step and where it first halted."""
+
+    tokens: Tensor  # [B, S] int32
+    q_halt: Tensor  # [B] float32, logits
+    change: Tensor  # [B] float32: how far the state that the heads read was before the last ACT step, mean square
+    halted_at: Tensor  # [B] int32: the first ACT step with q_halt > q_continue; one more than there are: none
+    halted_tokens: Tensor  # [B, S] int32, then; `tokens` where it never halts
+    halted_q: Tensor  # [B] float32, then
+    act_steps: Tensor  # [B] int32: that the path took
+    keeps: Tensor  # [B] bool: `tokens` keep the task's rules, as far as anybody looked
+    halted_keeps: Tensor  # [B] bool: and `halted_tokens`
+
+    @classmethod
+    def stacked(cls, several: Sequence[Answers]) -> Answers:
+        """[K, ...], of K paths or other members."""
+        return cls(*(torch.stack(fields) for fields in zip(*several, strict=True)))
+
+    def first(self, count: int) -> Answers:
+        """The first `count` of those that are stacked."""
+        return Answers(*(field[:count] for field in self))
+
+    def checked(self, rules: Rules, inputs: Tensor) -> Answers:
+        """With what the rules say of the answers to `inputs` [B, S]."""
+        return self._replace(
+            keeps=keep_rules(rules, inputs, self.tokens), halted_keeps=keep_rules(rules, inputs, self.halted_tokens)
+        )
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Gaussian noise on states: the options of `EnsembleConfig`."""
+
+    std: float
+    on: str = "hidden"
+    at: str = "steps"
+    seed: int = 0
+
+    @classmethod
+    def of(cls, options: EnsembleConfig) -> Noise | None:
+        """None where one path is asked for, which has none."""
+        return cls(options.noise, options.noise_on, options.noise_at, options.seed) if options.paths > 1 else None
+
+    def states(self, inner: RecurrentModel) -> list[str]:
+        """Names of the states that get it, whatever the architecture calls them."""
+        names = [*inner.initial_states]
+        output = [inner.output_state]
+        hidden = [name for name in names if name not in output]
+        return {"all": names, "output": output, "hidden": hidden or output}[self.on]
+
+    def drawn(self, inner: RecurrentModel, path: int, num_steps: int) -> Tensor:
+        """What is added before each ACT step, [num_steps, states, T, D] on the CPU, or [1, ...] at the start only.
+
+        It is one and the same for all puzzles, so that a path depends neither on the batch nor on the number of ranks.
+        Path 0 has none.
+        """
+        count = 1 if self.at == "start" else num_steps
+        shape = (count, len(self.states(inner)), inner.num_tokens, inner.config.hidden_size)
+        if path == 0:
+            return torch.zeros(shape)
+        (seed,) = np.random.SeedSequence(self.seed, spawn_key=(path,)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+        return self.std * torch.randn(shape, generator=generator)
+
+
+@torch.no_grad()  # as in `run_act_steps`
+def follow(model: ACTLossHead, batch: Batch, noise: Noise | None = None) -> Answers:
+    """A path through all ACT steps.
+
+    Args:
+        model: in evaluation mode.
+        batch: with the noise to add, as drawn by `noise`, in the field `noise` if there is any.
+    """
+    inner, num_steps = model.model.inner, model.halt_max_steps
+    added = batch.get(_NOISE)
+    batch = {name: field for name, field in batch.items() if name != _NOISE}
+    states, prepared = initial_states(model, batch), inner.prepare(batch)
+    halted_at = torch.full((len(batch["inputs"]),), num_steps + 1, dtype=torch.int32, device=batch["inputs"].device)
+    for step in range(num_steps):
+        before = states[inner.output_state]
+        if noise and added is not None and step < len(added):
+            noisy = {
+                name: states[name] + each.to(inner.dtype)
+                for name, each in zip(noise.states(inner), added[step], strict=True)
+            }
+            states = states | noisy
+        states = inner.recur(states, prepared)
+        q_halt, q_continue = inner.q_values(states)
+        tokens = inner.logits(states).argmax(-1).int()
+        if step == 0:
+            halted_tokens, halted_q = tokens, q_halt
+        # Until it halts, and where it does not after all, the last answer stands there.
+        going_on = halted_at > num_steps
+        halted_tokens = torch.where(going_on[:, None], tokens, halted_tokens)
+        halted_q = torch.where(going_on, q_halt, halted_q)
+        halted_at = torch.where(going_on & (q_halt > q_continue), step + 1, halted_at)
+    change = (states[inner.output_state].float() - before.float()).square().mean((1, 2))
+    act_steps, keeps = torch.full_like(halted_at, num_steps), torch.ones_like(halted_at, dtype=torch.bool)
+    return Answers(tokens, q_halt.float(), change, halted_at, halted_tokens, halted_q.float(), act_steps, keeps, keeps)
+
+
+Member = Callable[[Batch, DeviceSymmetry, int], Answers]
+"""Takes N puzzles on the device, a symmetry and the number of a path; answers the symmetric puzzles, mapped back."""
+
+
+def make_member(model: ACTLossHead, world: World, noise: Noise | None = None) -> Member:
+    """A model that answers symmetric puzzles by one path or another.
+
+    All batches must have one shape where the model's kernels record graphs, as in `make_runner`.
+    """
+
+    def work(batch: Batch) -> Answers:
+        return follow(model, batch, noise)
+
+    run = GraphedWork(work, world.device, eager_calls=1) if model.kernels.cuda_graphs else work
+
+    def answer(batch: Batch, symmetry: DeviceSymmetry, path: int = 0) -> Answers:
+        batch = batch | {"inputs": symmetry.apply(batch["inputs"])}
+        if noise:
+            batch[_NOISE] = noise.drawn(model.model.inner, path, model.halt_max_steps).to(world.device)
+        # Copies, because a graph's next call overwrites its results.
+        result = Answers(*(field.clone() for field in run(batch)))
+        return result._replace(tokens=symmetry.undo(result.tokens), halted_tokens=symmetry.undo(result.halted_tokens))
+
+    return answer
