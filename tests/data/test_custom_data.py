@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import operator
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -308,12 +309,37 @@ def tool_routing_answer(question: list[Any]) -> list[object]:
     raise AssertionError("There is no route.")
 
 
+def reranking_answer(question: list[Any]) -> list[object]:
+    query, *candidates = pairs(question)
+    matches = [tuple(map(operator.eq, candidate, query)) for candidate in candidates]
+    answer: list[object] = []
+    for match, reason in (
+        ((True, True), "both"),
+        ((True, False), "type"),
+        ((False, True), "topic"),
+        ((False, False), "neither"),
+    ):
+        for number in range(len(candidates)):
+            if matches[number] == match:
+                answer += [number, reason]
+    return answer
+
+
+def retrieval_critique_answer(question: list[Any]) -> list[object]:
+    (subject, attribute, value), *entries = zip(*[iter(question)] * 3, strict=True)
+    labels = {(subject, attribute, other): "contradicts" for values in tasks.ATTRIBUTES.values() for other in values}
+    labels[subject, attribute, value] = "supports"
+    return [labels.get(entry, "unrelated") for entry in entries]
+
+
 def pairs(symbols: Sequence[Any]) -> list[tuple[Any, Any]]:
     return list(zip(symbols[::2], symbols[1::2], strict=True))
 
 
 ANSWERS = {
     "dag_path": dag_path_answer,
+    "reranking": reranking_answer,
+    "retrieval_critique": retrieval_critique_answer,
     "topological_order": topological_order_answer,
     "tool_routing": tool_routing_answer,
 }
@@ -342,10 +368,16 @@ def test_more_examples_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("task", "size", "count", "epochs"),
-    [("dag_path", 4, 700, 10), ("topological_order", 4, 500, 40), ("tool_routing", 2, 1500, 12)],
+    ("task", "size", "count", "epochs", "steps"),
+    [
+        ("dag_path", 4, 700, 10, 2),
+        ("reranking", 2, 6000, 12, 1),
+        ("retrieval_critique", 3, 6000, 8, 1),
+        ("topological_order", 4, 500, 40, 2),
+        ("tool_routing", 2, 1500, 12, 2),
+    ],
 )
-def test_example_tasks_are_learned(task: str, size: int, count: int, epochs: int, tmp_path: Path) -> None:
+def test_example_tasks_are_learned(task: str, size: int, count: int, epochs: int, steps: int, tmp_path: Path) -> None:
     """Against the answer that is most frequent at each place, a small model is wrong in half the cells or fewer.
 
     Over seeds, a fifth is usual and two fifths the most.
@@ -365,7 +397,8 @@ def test_example_tasks_are_learned(task: str, size: int, count: int, epochs: int
         H_cycles=1,
         puzzle_emb_ndim=32,
         pos_encodings="learned",
-        halt_max_steps=2,
+        L_cycles=steps,
+        halt_max_steps=steps,
         forward_dtype="float32",
     )
     config = PretrainConfig(

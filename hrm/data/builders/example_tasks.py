@@ -11,9 +11,15 @@ topological_order  input: for every pair of nodes whether an edge leads from the
                    output: all nodes, none before one that leads to it
 tool_routing       input: the type of what there is, the type of what is wanted, and what each tool takes and gives
                    output: the fewest tools that turn the one into the other, in the order of their use
+reranking          input: the type and the topic that a query asks for, and the type and the topic of each candidate
+                   output: each candidate and why it stands there, best first: both match, the type, the topic, neither
+retrieval_critique input: a subject, an attribute of it and the value that an answer gives, and the same three of each
+                   entry of a memory
+                   output: for each entry whether it supports the answer, contradicts it, or is about something else
 
-Of several right answers it is the first in dictionary order, so that every question has one answer. Answers shorter
-than the longest are filled up with "end". No question comes twice.
+Of several right answers it is the first in dictionary order, so that every question has one answer; candidates that
+match equally well keep their order. Answers shorter than the longest are filled up with "end". No question comes twice,
+so that a test split shares none with training.
 """
 
 import argparse
@@ -35,6 +41,16 @@ NO_EDGE, EDGE = ".", ">"
 EDGE_SHARE = 0.4
 VALUES = ("black", "green", "red", "white")
 TYPES = ("audio", "chart", "image", "query", "table", "text")
+TOPICS = ("art", "food", "law", "music")
+REASONS = ("both", "type", "topic", "neither")  # why a candidate stands where it does, best first
+MATCH_SHARE = 0.5  # of the candidates, of each field; so that every reason is as frequent
+SUBJECTS = ("anna", "ben", "carla")
+ATTRIBUTES = {  # and the values of each
+    "city": ("lima", "oslo", "rome"),
+    "job": ("baker", "doctor", "pilot"),
+}
+ABOUT_SHARE = 0.8  # of a memory's entries, of the subject and of the attribute: about two thirds match in both
+SUPPORTS, CONTRADICTS, UNRELATED = "supports", "contradicts", "unrelated"
 
 Symbols = list[int | str | None]  # None in an output is not learned
 Steps = Sequence[tuple[int, int]]  # from a place to another one
@@ -102,6 +118,44 @@ def tool_routing(tools: int, rng: np.random.Generator) -> tuple[Symbols, Symbols
     return [TYPES[kind] for kind in (have, want, *(kind for step in steps for kind in step))], filled(route, tools)
 
 
+def reranking(candidates: int, rng: np.random.Generator) -> tuple[Symbols, Symbols]:
+    query = [str(rng.choice(TYPES)), str(rng.choice(TOPICS))]
+    given = [
+        (same_or_other(query[0], TYPES, MATCH_SHARE, rng), same_or_other(query[1], TOPICS, MATCH_SHARE, rng))
+        for _ in range(candidates)
+    ]
+    # both, type alone, topic alone, neither: numbers 0 to 3
+    ranks = [2 * (kind != query[0]) + (topic != query[1]) for kind, topic in given]
+    order = sorted(range(candidates), key=lambda number: ranks[number])  # stable
+    answer: Symbols = []
+    for number in order:
+        answer += [number, REASONS[ranks[number]]]
+    return [*query, *(symbol for candidate in given for symbol in candidate)], answer
+
+
+def retrieval_critique(entries: int, rng: np.random.Generator) -> tuple[Symbols, Symbols]:
+    subject, attribute = str(rng.choice(SUBJECTS)), str(rng.choice([*ATTRIBUTES]))
+    value = str(rng.choice(ATTRIBUTES[attribute]))
+    question: Symbols = [subject, attribute, value]
+    labels: Symbols = []
+    for _ in range(entries):
+        of_whom = same_or_other(subject, SUBJECTS, ABOUT_SHARE, rng)
+        of_what = same_or_other(attribute, [*ATTRIBUTES], ABOUT_SHARE, rng)
+        told = same_or_other(value, ATTRIBUTES[of_what], 0.5, rng)
+        question += [of_whom, of_what, told]
+        if (of_whom, of_what) != (subject, attribute):
+            labels.append(UNRELATED)
+        else:
+            labels.append(SUPPORTS if told == value else CONTRADICTS)
+    return question, labels
+
+
+def same_or_other(symbol: str, symbols: Sequence[str], share: float, rng: np.random.Generator) -> str:
+    """The symbol, with probability `share` if it is one of the symbols, or another one of these."""
+    others = [other for other in symbols if other != symbol]
+    return symbol if symbol in symbols and rng.random() < share else str(rng.choice(others))
+
+
 def filled(answer: Sequence[int], length: int) -> Symbols:
     return [*answer, *[END] * (length - len(answer))]
 
@@ -109,6 +163,8 @@ def filled(answer: Sequence[int], length: int) -> Symbols:
 TASKS: dict[str, Callable[[int, np.random.Generator], tuple[Symbols, Symbols] | None]] = {
     "dag_path": dag_path,
     "recall": recall,
+    "reranking": reranking,
+    "retrieval_critique": retrieval_critique,
     "topological_order": topological_order,
     "tool_routing": tool_routing,
 }
@@ -154,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
     parser.add_argument("--count", type=int, default=5000, help="examples (%(default)s)")
-    parser.add_argument("--size", type=int, default=6, help="nodes, tools or pairs (%(default)s)")
+    parser.add_argument("--size", type=int, default=6, help="nodes, tools, pairs, candidates, entries (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of every random choice (%(default)s)")
     return run_command(write, lambda: parser.parse_args(argv))
 
