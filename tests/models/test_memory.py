@@ -11,6 +11,7 @@ from torch.func import functional_call, grad
 from hrm.errors import UserError
 from hrm.kernels.ops import MemoryWeights
 from hrm.models.memory import NeuralMemory
+from tests.helpers.drop_in import block
 from tests.helpers.operations import DEVICES, ON_GPU
 
 MEMORIES, TOKENS, DIM, HIDDEN = 3, 6, 16, 24
@@ -170,3 +171,9 @@ def test_updates_and_reads_wait_for_nothing() -> None:
             memory.retrieve(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_page_about_it_runs() -> None:
+    names: dict[str, Any] = {}
+    exec(block("memory.md", "python"), names)
+    assert names["recalled"].shape == names["x"].shape

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hrm.kernels.ops.memory_mlp import MemoryWeights, row_tile
-from hrm.kernels.ops.triton.common import multiprocessor_count
+from hrm.kernels.ops.triton.common import multiprocessor_count, shared_memory
 
 _APPLY_TILE = 1024  # weights that a program updates at a time
 
@@ -483,15 +483,17 @@ def _update_kernel(
 
 def _matmul_options(k: Tensor, tokens: int) -> dict[str, object]:
     """Precision and tile of the products of rows of tokens."""
-    half = 1 if k.element_size() == 2 else 2
     exact = k.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    inner = TILES.inner * 2 // k.element_size()
+    stage_bytes = inner * (row_tile(tokens) * k.element_size() + TILES.columns * 4)  # w1 is of 32 bits
     return {
         "PRECISION": "tf32x3" if exact and k.is_cuda else "tf32",
         "HEIGHT": row_tile(tokens),
         "WIDTH": TILES.columns,
-        "INNER": TILES.inner // half,
+        "INNER": inner,
         "num_warps": TILES.warps,
-        "num_stages": TILES.stages,
+        # Beside them, w1 in 16 bits takes room.
+        "num_stages": max(1, min(TILES.stages, (shared_memory(k.device) - 8192) // stage_bytes)),
     }
 
 
