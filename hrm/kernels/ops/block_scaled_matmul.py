@@ -69,7 +69,10 @@ def _naive_dequantize(blocks: BlockScaled, dtype: torch.dtype = torch.float32) -
         codes = torch.stack((values & 15, values >> 4), -1).flatten(-2)
         table = torch.tensor(_E2M1, device=values.device)
         numbers = table[(codes & 7).long()] * torch.where(codes >= 8, -1.0, 1.0)
-    return (numbers * scales.float().repeat_interleave(block, -1)[..., : numbers.shape[-1]]).to(dtype)
+    codes = scales.view(torch.uint8).int()
+    powers = torch.where(codes == 0, 0x400000, codes << 23).view(torch.float32)  # 2^-127 has no exponent in float32
+    powers = torch.where(codes == _NOT_A_NUMBER, torch.nan, powers)
+    return (numbers * powers.repeat_interleave(block, -1)[..., : numbers.shape[-1]]).to(dtype)
 
 
 def naive(

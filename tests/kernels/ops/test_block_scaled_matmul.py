@@ -78,6 +78,20 @@ def test_nothing_finite_comes_of_what_is_not(device: str, format: str, bad: floa
     assert out[1].isnan().all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_scales_of_all_exponents(device: str) -> None:
+    """Those that quantize_blocks never writes too, as other producers may."""
+    codes = torch.arange(256, dtype=torch.uint8, device=device)[:, None]
+    values = torch.ones(256, 32, device=device).to(torch.float8_e4m3fn)
+    blocks = ops.BlockScaled(values, codes.view(torch.float8_e8m0fnu), 32, "mxfp8")
+    back = ops.dequantize_blocks(blocks, torch.float64)
+    assert torch.equal(back[:255, 0].cpu(), 2.0 ** (torch.arange(255, dtype=torch.float64) - 127))
+    assert back[255].isnan().all()
+    one = ops.quantize_blocks(torch.eye(32, device=device))
+    out = ops.block_scaled_matmul(blocks, one, out_dtype=torch.float32)
+    torch.testing.assert_close(out[1:255].double(), back[1:255], rtol=1e-6, atol=0)
+
+
 def test_rounding_is_as_fine_as_the_formats_are() -> None:
     x = spread("cpu", torch.float32, 64, 256)
     for format, most in (("mxfp8", 2**-4), ("mxfp4", 2**-2)):

@@ -75,7 +75,8 @@ def _decode_e2m1(code: tl.tensor) -> tl.tensor:
 def _decode_scale(code: tl.tensor) -> tl.tensor:
     """Powers of two from their exponents; 255 is NaN."""
     wide = code.to(tl.int32)
-    return tl.where(wide == 255, float("nan"), (wide << 23).to(tl.float32, bitcast=True))
+    bits = tl.where(wide == 0, 0x400000, wide << 23)  # 2^-127 has no exponent in float32
+    return tl.where(wide == 255, float("nan"), bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
