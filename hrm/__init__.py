@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hrm.errors import UserError
+from hrm.openmp import share_cores
 from hrm.version import __version__
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ __all__ = [
     "from_pretrained",
     "train",
 ]
+
+share_cores()
 
 # Imported on first use: they need PyTorch, which the dataset builders do without.
 _WHERE = {

@@ -25,7 +25,8 @@ class KernelsConfig:
     compile: bool = False  # pass the backend through torch.compile
     cuda_graphs: bool = False  # launch whole training and evaluation steps at once (NVIDIA); see parallel.cuda_graphs
     fused_step: bool = False  # optimizers, loss, casts and carry as a kernel each, in Triton (NVIDIA)
-    chunk: int = 0  # sequences at a time where no gradient is needed, to stay in the cache; 0: all, on a CPU some
+    by_core: bool = True  # on a CPU, let each core work on sequences of its own, not all on every operation
+    chunk: int = 0  # sequences at a time where no gradient is needed, to stay in the cache; 0: all, by core a few
     fp8: str = "none"  # modules whose passes without gradient are computed in 8 bit (e4m3): none, all, or one's name
     # Activation checkpointing, what training keeps for its backward pass, which computes the rest again. none: all that
     # it needs; block: the inputs of each block; module: the inputs of each update. Results are the same.

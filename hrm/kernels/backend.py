@@ -72,7 +72,7 @@ class Backend:
     compiles: bool = True  # whether torch.compile can take it into a graph
     fp8: bool = True  # whether kernels.fp8 can take schedules without gradient from it
     tensor_parallel: bool = False  # whether parallel.tensor can divide its blocks over processes
-    chunks_on_cpu: bool = False  # whether, on a CPU, schedules without gradient are for a few sequences at a time
+    by_core: bool = False  # whether, on a CPU, each core can take other sequences through it (`hrm.kernels.cores`)
 
     def reason_against(self, request: KernelRequest) -> str | None:
         """Why it cannot compute what is asked for, as the end of a sentence, or None."""

@@ -14,6 +14,7 @@ from hrm.config import KernelsConfig, neighbours
 from hrm.errors import UserError
 from hrm.kernels import attention, naive
 from hrm.kernels.backend import Backend, FirstTokenBlock, KernelRequest, ReasoningModule
+from hrm.kernels.cores import module_by_core, run_by_core
 from hrm.kernels.recompute import recomputed
 from hrm.kernels.registry import BACKENDS, backend_names, load_backend
 from hrm.kernels.requirements import why_not_compiled, why_not_triton
@@ -79,7 +80,8 @@ def resolve(config: KernelsConfig, request: KernelRequest) -> KernelsConfig:
     if config.fused_step and (reason := why_not_triton(request)):
         raise UserError(f"kernels.fused_step=true cannot run: {reason}; take kernels=naive.")
     _check_fp8(config, backend, request)
-    return replace(config, attention=_resolve_attention(config, backend, request))
+    by_core = config.by_core and backend.by_core and request.device.type == "cpu"
+    return replace(config, attention=_resolve_attention(config, backend, request), by_core=by_core)
 
 
 def _fastest(config: KernelsConfig, request: KernelRequest) -> KernelsConfig:
@@ -140,7 +142,7 @@ def _resolve_attention(config: KernelsConfig, backend: Backend, request: KernelR
 def describe(config: KernelsConfig) -> str:
     """A resolved choice in a few words."""
     attend = [] if config.attention == "own" else [f"attention {config.attention}"]
-    switches = [name for name in ("compile", "cuda_graphs", "fused_step") if getattr(config, name)]
+    switches = [name for name in ("compile", "cuda_graphs", "fused_step", "by_core") if getattr(config, name)]
     chunk = [f"chunks of {config.chunk}"] if config.chunk else []
     fp8 = [f"fp8 in {config.fp8}"] if config.fp8 != "none" else []
     recompute = [f"recompute by {config.recompute}"] if config.recompute != "none" else []
@@ -161,8 +163,11 @@ def make_kernels(config: KernelsConfig, modules: Sequence[str]) -> Kernels:
         run = functools.partial(backend.run, **_attend(config.attention))
     else:
         run = looped(module)
-    if config.chunk or (backend.chunks_on_cpu and not config.compile):
-        run = chunked(run, config.chunk or None)
+    module = recomputed(module, config.recompute)
+    if config.by_core:
+        module, run = module_by_core(module), run_by_core(run, config.chunk)
+    elif config.chunk:
+        run = chunked(run, config.chunk)
     reset_carry: ResetCarry = naive.reset_carry
     if config.fused_step:
         from hrm.kernels.ops.triton import carry  # imported here: Triton is not everywhere
@@ -170,7 +175,7 @@ def make_kernels(config: KernelsConfig, modules: Sequence[str]) -> Kernels:
         reset_carry = carry.reset_carry
     return Kernels(
         config,
-        recomputed(module, config.recompute),
+        module,
         run,
         first_token_block,
         reset_carry,

@@ -5,7 +5,6 @@ Shapes: B sequences, T tokens, D hidden size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import add
@@ -87,23 +86,8 @@ def looped(module: Module[Any], others: Mapping[str, Module[Any]] | None = None)
     return run
 
 
-# The widest tensor of a block, for all sequences of a pass, with which passes are fastest on a CPU: a few times that no
-# longer stays in its cache, and from 32 MiB on the C library takes fresh pages for every tensor.
-_WIDEST_ON_CPU = 10 << 20
-
-
-def _sequences_on_cpu(z: Tensor) -> int:
-    """Into how many sequences at a time to divide states `z` [B, T, D], evenly."""
-    widest = 6 * z.numel() * z.element_size()  # gates and ups of all sequences, as published
-    parts = max(1, min(math.ceil(widest / _WIDEST_ON_CPU), len(z)))
-    return math.ceil(len(z) / parts)
-
-
-def chunked(run: Run, sequences: int | None = None) -> Run:
-    """The whole schedule for so many sequences, then for the next: what passes between kernels may stay in the cache.
-
-    By default as many as is best on a CPU, and all elsewhere.
-    """
+def chunked(run: Run, sequences: int) -> Run:
+    """The whole schedule for so many sequences, then for the next: what passes between kernels may stay in a cache."""
 
     def in_chunks(
         states: States, schedule: Schedule, modules: Mapping[str, Sequence[Any]], context: KernelContext
@@ -111,12 +95,11 @@ def chunked(run: Run, sequences: int | None = None) -> Run:
         if not schedule:
             return dict(states)
         first = states[schedule[0].state]
-        size = sequences or (_sequences_on_cpu(first) if first.device.type == "cpu" else len(first))
-        if size >= len(first):
+        if sequences >= len(first):
             return run(states, schedule, modules, context)
         new = {update.state: torch.empty_like(states[update.state]) for update in schedule}
-        for start in range(0, len(first), size):
-            part = slice(start, start + size)
+        for start in range(0, len(first), sequences):
+            part = slice(start, start + sequences)
             chunk = run({name: state[part] for name, state in states.items()}, schedule, modules, context)
             for name, whole in new.items():
                 whole[part] = chunk[name]

@@ -20,7 +20,7 @@ from hrm.kernels import KernelRequest, Kernels, backend_names, load_backend, mak
 from hrm.kernels.backend import ReasoningModule
 from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import BlockWeights, RotaryTables, rotate
-from hrm.kernels.schedule import Schedule, States, Update, chunked, looped
+from hrm.kernels.schedule import chunked, looped
 from hrm.models import ACTLossHead
 from hrm.models.layers import in_dtype, kept_copy
 from tests.helpers.models import (
@@ -526,47 +526,18 @@ def test_target_needs_the_first_token_only(
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("sequences", [1, 2, 3, 5, None])
-def test_chunks_change_nothing(
-    sequences: int | None, tiny_arch: Arch, random_batch: RandomBatch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("sequences", [1, 2, 3, 5])
+def test_chunks_change_nothing(sequences: int, tiny_arch: Arch, random_batch: RandomBatch) -> None:
     model = randomised(build(tiny_arch | {"H_cycles": 3, "forward_dtype": "float64"})).double()
     inner, batch = model.model.inner, random_batch(batch_size=5)
     with torch.no_grad():
         prepared, carry = inner.prepare(batch), random_states(model, batch)
         before = {name: state.clone() for name, state in carry.items()}
         expected = inner.recur(carry, prepared)
-        monkeypatch.setattr("hrm.kernels.schedule._WIDEST_ON_CPU", 1)  # with None a sequence at a time
         inner.kernels = replace(inner.kernels, run=chunked(inner.kernels.run, sequences))
         found = inner.recur(carry, prepared)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert all(torch.equal(carry[name], state) for name, state in before.items())
-
-
-@pytest.mark.parametrize(
-    ("device", "shape", "sizes"),
-    [
-        ("cpu", (100, 80, 512), [10] * 10),  # 0.94 MiB of gates and ups for a sequence in float32
-        ("cpu", (21, 80, 512), [11, 10]),
-        ("cpu", (10, 80, 512), [10]),
-        ("cpu", (2, 5000, 512), [1, 1]),
-        ("cpu", (0, 80, 512), [0]),
-        ("meta", (100, 80, 512), [100]),
-    ],
-)
-def test_sequences_at_a_time(device: str, shape: tuple[int, int, int], sizes: list[int]) -> None:
-    found = []
-
-    def run(states: States, schedule: Schedule, *rest: Any) -> dict[str, Tensor]:
-        assert len({len(state) for state in states.values()}) == 1
-        found.append(len(states["constant"]))
-        return dict(states)
-
-    states = {name: torch.zeros(shape, device=device) for name in ("one", "other", "constant")}
-    schedule = [Update("one", ("other", "constant"), "module"), Update("other", ("one",), "module")]
-    new = chunked(run)(states, schedule, {}, KernelContext(None, 1, 1e-5))
-    assert found == sizes
-    assert {name: state.shape for name, state in new.items()} == dict.fromkeys(states, shape)
 
 
 def test_casting_weights_once_changes_nothing(

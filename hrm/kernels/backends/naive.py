@@ -26,5 +26,5 @@ BACKEND = Backend(
     priority=0,
     takes_attention=True,
     tensor_parallel=True,
-    chunks_on_cpu=True,
+    by_core=True,
 )
