@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    cpu,
     ensembles,
     evaluate,
     kernels,
@@ -82,6 +83,36 @@ def test_values_of_an_option_side_by_side(tmp_path: Path) -> None:
     assert [row["kernels.recompute"] for row in rows] == ["none", "block", "blocks"]
     assert all(row["ms"] > 0 for row in rows[:2])
     assert "kernels.recompute=blocks is not a choice" in rows[2]["cannot run"]
+
+
+def test_on_a_cpu_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a checkout of the published code; with another program that computes."""
+    monkeypatch.setitem(cpu._MODELS, "tiny", TINY)
+    arguments = [
+        "--ways",
+        "published;ours",
+        "--sizes",
+        "tiny@2x16",
+        "--threads",
+        "1",
+        "--busy",
+        "0,1",
+        "--repeats",
+        "1",
+    ]
+    cpu.main([*arguments, "--output-dir", str(tmp_path)])
+    (file,) = tmp_path.glob("*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["busy"], row["work"], row["way"]) for row in rows] == [
+        (busy, work, "ours") for busy in (0, 1) for work in ("train", "evaluate")
+    ]
+    assert all(row["ms"] > 0 and row["threads"] == 1 and "by_core" in row["kernels"] for row in rows)
+
+
+def test_on_a_cpu_a_process_that_ends_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cpu._MODELS, "wrong", ["arch=hrm_small", "arch.num_heads=3"])
+    with pytest.raises(UserError, match="'ours' ended"):
+        cpu.main(["--ways", "ours", "--sizes", "wrong@2x16", "--output-dir", str(tmp_path)])
 
 
 def test_batches_last_as_long_as_asked_for(tmp_path: Path) -> None:
