@@ -12,6 +12,7 @@ the steps of several processes are what it is held to.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ from hrm.config import PretrainConfig
 from hrm.data.loader import TrainLoader
 from hrm.distributed.world import World, gather_on_main, join_world
 from hrm.errors import UserError
-from hrm.evaluation.report.picture import new_picture, save_picture
+from hrm.evaluation.report.picture import PALETTE, new_picture, save_picture
 from hrm.evaluation.runner import make_runner
 from hrm.models.architecture import architecture_of
 from hrm.models.recurrent import DataSizes, RecurrentModel
@@ -52,7 +53,9 @@ from hrm.training.step import initial_state, make_train_step
 
 _SCALES = tuple(2**power for power in range(11))
 _WIDE = ("arch.hidden_size=2048", "arch.num_heads=32")
-_STATE_BYTES = 16  # of a weight: master, gradient and two moments in float32; FSDP keeps a copy of 2 bytes whole
+_WIDE_BATCH = 8
+_STATE_BYTES = 16  # of a weight, which FSDP divides: master, gradient and two moments in float32
+_COPY_BYTES = 2  # of a weight, which it keeps whole
 
 
 class Run(NamedTuple):
@@ -316,75 +319,120 @@ def of_run(run: Run, work: Work, of_machine: Machine, act_steps: int) -> list[di
     return rows
 
 
-def _report(measured: Mapping[str, Any], arguments: argparse.Namespace) -> str:
+class Curve(NamedTuple):
+    """Predictions by the number of GPUs, and what was measured of them."""
+
+    title: str
+    rows: list[Scaled]
+    measured: dict[int, float]  # efficiency by the number of processes
+    weights: int = 0  # of a model under FSDP
+
+
+def _curves(shapes: Sequence[Shape], measured: Mapping[str, Any], arguments: argparse.Namespace) -> Iterator[Curve]:
     of_machine, works = fit(measured, arguments)
-    shapes = {shape.seq_len: shape for shape in map(Shape.parse, arguments.shapes.split(","))}
-    unknown = shapes.keys() - works.keys()
-    if unknown:
+    ms = {(row["processes"], row["seq_len"], row["batch"]): row["ms"] for row in measured["steps"]}
+    for shape in shapes:
+        batch, seq_len = shape.batch_size, shape.seq_len
+        same_share = {
+            count: ms[1, seq_len, batch] / ms[count, seq_len, batch]
+            for count in _SCALES
+            if (count, seq_len, batch) in ms
+        }
+        work = works[seq_len]
+        title = f"{seq_len} tokens, {batch} sequences on each GPU"
+        yield Curve(title, weak(work, of_machine, batch, _SCALES), same_share)
+        title = f"{seq_len} tokens, {2 * batch} sequences on all GPUs"
+        yield Curve(title, strong(work, of_machine, 2 * batch, _SCALES), {})
+    seq_len = shapes[-1].seq_len
+    flops = next(model["flops"] for model in measured["models"] if model["seq_len"] == seq_len)
+    wide, weights = wide_work(arguments, works[seq_len], flops, seq_len)
+    title = f"{weights / 1e6:,.0f} M weights under FSDP, {seq_len} tokens, {_WIDE_BATCH} sequences on each GPU"
+    yield Curve(title, weak(wide, of_machine, _WIDE_BATCH, _SCALES), {}, weights)
+
+
+def _table(curve: Curve) -> list[dict[str, Any]]:
+    rows = []
+    for scaled in curve.rows:
+        memory = (_STATE_BYTES / scaled.gpus + _COPY_BYTES) * curve.weights / 2**30
+        rows.append(
+            {
+                "GPUs": scaled.gpus,
+                "sequences of each": scaled.batch,
+                "ms": scaled.ms,
+                "puzzles/s": scaled.sequences_per_s,
+                "efficiency": scaled.efficiency,
+                **({"GiB of weights": memory} if curve.weights else {}),
+            }
+        )
+    return rows
+
+
+def _report(measured: Mapping[str, Any], arguments: argparse.Namespace) -> str:
+    """Write the tables, and the picture if one is asked for; returns the tables."""
+    of_machine, works = fit(measured, arguments)
+    shapes = [Shape.parse(shape) for shape in arguments.shapes.split(",")]
+    if not all(shape.seq_len in works for shape in shapes):
         raise UserError(f"--shapes {arguments.shapes} has a length that was not measured: give those that were.")
-    sections: dict[str, tuple[str, list[dict[str, Any]]]] = {}
-    curves: dict[str, list[Scaled]] = {}
-    sections["Measured, and what the model says of it"] = (
-        "Fitted to one process and to exchanges alone; the rows of several processes test it.",
-        held_to(measured, of_machine, works),
-    )
-    fitted = [{"tokens": seq_len, **asdict(work)} for seq_len, work in works.items()]
-    sections["Fitted"] = (
-        ", ".join(f"{name} {value:.4g}" for name, value in asdict(of_machine).items()) + ".",
-        fitted,
-    )
-    for seq_len, shape in shapes.items():
-        for kind, scale in (("same share", weak), ("same batch", strong)):
-            batch = shape.batch_size if kind == "same share" else 2 * shape.batch_size
-            title = f"{seq_len} tokens, {batch} sequences {'on each GPU' if kind == 'same share' else 'on all GPUs'}"
-            curves[title] = scale(works[seq_len], of_machine, batch, _SCALES)
-    *_, last = shapes
-    flops = next(model["flops"] for model in measured["models"] if model["seq_len"] == last)
-    wide, weights = wide_work(arguments, works[last], flops, last)
-    curves[f"wide under FSDP, {weights / 1e6:,.0f} M weights, {last} tokens, 8 sequences on each GPU"] = weak(
-        wide, of_machine, 8, _SCALES
-    )
-    for title, rows in curves.items():
-        table = [scaled._asdict() for scaled in rows]
-        if "FSDP" in title:
-            for row in table:
-                row["GiB of weights"] = (_STATE_BYTES * weights / row["gpus"] + 2 * weights) / 2**30
-        sections[title] = (f"Doubling pays (1.5 times the rate or more) up to {pays_until(rows)} GPUs.", table)
-    act_steps = preset_config(arguments.kernels, shapes[last], arguments.overrides).arch.halt_max_steps
-    sections[f"The whole {ARC_1.name} run"] = (
-        f"{ARC_1.steps:,} steps of {ARC_1.batch} sequences of {last} tokens, {ARC_1.evaluations} evaluations of "
-        f"{ARC_1.evaluated:,} puzzles in {act_steps} ACT steps.",
-        of_run(ARC_1, works[last], of_machine, act_steps),
-    )
-    text = "\n\n".join(f"## {title}\n\n{words}\n\n{markdown(rows)}" for title, (words, rows) in sections.items())
-    command = machine(torch.device("cpu"))["command"]  # this one, where another one measured
+    curves = list(_curves(shapes, measured, arguments))
+    act_steps = preset_config(arguments.kernels, shapes[-1], arguments.overrides).arch.halt_max_steps
+    of_arc = works[shapes[-1].seq_len]
+    sections = [
+        (
+            "Measured, and what the model says of it",
+            "Fitted to one process and to exchanges alone; the rows of several processes test it.",
+            held_to(measured, of_machine, works),
+        ),
+        (
+            "Fitted",
+            ", ".join(f"{name} {value:.4g}" for name, value in asdict(of_machine).items()) + ".",
+            [{"tokens": seq_len, **asdict(work)} for seq_len, work in works.items()],
+        ),
+        *(
+            (
+                curve.title,
+                f"GPUs up to which each doubling gives 1.5 times the rate or more: {pays_until(curve.rows)}.",
+                _table(curve),
+            )
+            for curve in curves
+        ),
+        (
+            f"The whole {ARC_1.name} run",
+            f"{ARC_1.steps:,} steps of {ARC_1.batch} sequences of {shapes[-1].seq_len} tokens, {ARC_1.evaluations} "
+            f"evaluations of {ARC_1.evaluated:,} puzzles in {act_steps} ACT steps.",
+            of_run(ARC_1, of_arc, of_machine, act_steps),
+        ),
+    ]
+    text = "\n\n".join(f"## {title}\n\n{words}\n\n{markdown(rows)}" for title, words, rows in sections)
     about = {
         **measured["about"],
-        "command": command,
+        "command": machine(torch.device("cpu"))["command"],  # this one, where another one measured
         "network": f"{of_machine.network_bytes_per_ms / 1e6:g} GB/s for each GPU",
     }
     lines = "\n".join(f"- {name}: {value}" for name, value in about.items())
-    folder = arguments.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{about['date']}-scaling"
-    (folder / f"{stem}.md").write_text(f"# scaling\n\n{lines}\n\n{text}\n")
-    predicted = {title: rows for title, (_, rows) in sections.items()}
+    file = arguments.output_dir / f"{about['date']}-scaling"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.with_name(f"{file.name}.md").write_text(f"# scaling\n\n{lines}\n\n{text}\n")
+    predicted = {title: rows for title, _, rows in sections}
     content = {"about": about, "measured": measured, "machine": asdict(of_machine), "predicted": predicted}
-    (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
+    file.with_name(f"{file.name}.json").write_text(json.dumps(content, indent=1) + "\n")
     if arguments.picture:
         _draw(curves, about, arguments.picture)
     return text
 
 
-def _draw(curves: Mapping[str, Iterable[Scaled]], about: Mapping[str, str], picture: Path) -> None:
+def _draw(curves: Sequence[Curve], about: Mapping[str, str], picture: Path) -> None:
+    """Efficiency by the number of GPUs: lines are predictions, dots are measured."""
     figure, ((axes,),) = new_picture(size=(7, 4))
-    for title, rows in curves.items():
-        points = list(rows)
-        axes.plot([row.gpus for row in points], [100 * row.efficiency for row in points], ".-", label=title)
+    for curve, color in zip(curves, itertools.cycle(PALETTE), strict=False):
+        gpus = [row.gpus for row in curve.rows]
+        axes.plot(gpus, [100 * row.efficiency for row in curve.rows], color=color, label=curve.title)
+        axes.plot(list(curve.measured), [100 * efficiency for efficiency in curve.measured.values()], "o", color=color)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(_SCALES, [str(count) for count in _SCALES])
     axes.set_ylim(0, 105)
-    axes.set_xlabel(f"GPUs; {about['device']}, {about['network']} between hosts, predicted", fontsize=8)
-    axes.set_ylabel("of as many GPUs by themselves (%)", fontsize=8)
+    axes.set_xlabel(f"GPUs; {about['device']}, {about['network']} between hosts; dots are measured", fontsize=8)
+    axes.set_ylabel("of the rate of as many GPUs by themselves (%)", fontsize=8)
+    axes.tick_params(labelsize=8)
     axes.legend(fontsize=7, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     save_picture(figure, picture)

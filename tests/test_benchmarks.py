@@ -440,14 +440,14 @@ def test_scaling_is_measured_and_predicted(
     assert content["machine"]["bytes_per_ms"] > 0
     held, _, same_share, same_batch, wide, run = content["predicted"].values()
     assert len(held) == len(steps)
-    assert [row["gpus"] for row in same_share] == [2**power for power in range(11)]
-    assert [row["gpus"] for row in same_batch] == [1, 2, 4, 8]
+    assert [row["GPUs"] for row in same_share] == [2**power for power in range(11)]
+    assert [row["GPUs"] for row in same_batch] == [1, 2, 4, 8]
     assert wide[-1]["ms"] > same_share[-1]["ms"]
     assert wide[0]["GiB of weights"] == pytest.approx(18 / (16 / 1024 + 2) * wide[-1]["GiB of weights"])
     assert run[0]["GPU-hours"] == run[0]["hours"] > run[0]["of them evaluation"] > 0
     table = capfd.readouterr().out
     assert table.strip() in both.with_suffix(".md").read_text()
-    assert "wide under FSDP" in picture.read_text()
+    assert "M weights under FSDP" in picture.read_text()
 
     def launched(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         count = int(command[command.index("--nproc-per-node") + 1]) if "torch.distributed.run" in command else 1
