@@ -23,6 +23,6 @@ def rows(toy: bool) -> Iterator[Row]:
 def _work(M: int, K: int, N: int, block: int, format: str, given: bool, device: torch.device) -> Work:
     a, b = random(device, M, K).detach(), random(device, N, K, scale=K**-0.5).detach().T
     quantize: Callable[..., ops.BlockScaled] = partial(ops.quantize_blocks, block=block, format=format)
-    operands = (quantize(a), quantize(b.T)) if given else (a, b)
+    left, right = (quantize(a), quantize(b.T)) if given else (a, b)
     rival: Call = lambda: a @ b  # noqa: E731
-    return Work(lambda: ops.block_scaled_matmul(*operands, block, format), {"cublas bf16": lambda: rival})
+    return Work(lambda: ops.block_scaled_matmul(left, right, block, format), {"cublas bf16": lambda: rival})

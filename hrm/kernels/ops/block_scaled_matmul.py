@@ -152,7 +152,8 @@ def quantize_blocks(x: Tensor, block: int = 32, format: str = "mxfp8") -> BlockS
     x = x.detach()
     if not runs_triton(x):
         return _naive_quantize(x, block, format)
-    return BlockScaled(*_quantize(x, block, format), block, format)
+    values, scales = _quantize(x, block, format)
+    return BlockScaled(values, scales, block, format)
 
 
 @operation(_naive_dequantize)
