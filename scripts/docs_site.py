@@ -1,18 +1,19 @@
 """Hooks of the docs site (mkdocs.yml): what pages link to outside docs/ is part of the site.
 
 Links in `docs/*.md` are relative to the project, so that they work where the project is read as files. What such a link
-names is a page below `project/` too: texts as they are, code as a listing, a folder as a list of files; pictures and
-data are copied. A link to what does not exist fails the build (`mkdocs build --strict`).
+names is a page below `project/` too: texts as they are, code as a listing, a notebook as both, a folder as a list of
+files; pictures and data are copied. A link to what does not exist fails the build (`mkdocs build --strict`).
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import posixpath
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 if TYPE_CHECKING:
@@ -74,13 +75,19 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Pages outside docs/ that the navigation names; and those of docs/ that it does not name, at its end."""
     text = (ROOT / "mkdocs.yml").read_text()
     unnamed = [page.name for page in sorted((ROOT / DOCS).glob("*.md")) if page.name not in text]
-    nav = [
-        {title: site_path(linked_path(pages, DOCS) or "") if isinstance(pages, str) else pages}
-        for entry in config.nav or []
-        for title, pages in entry.items()
-    ]
+    nav = [_on_site(entry) for entry in config.nav or []]
     config.nav = [*nav, {"More": unnamed}] if unnamed else nav
     return config
+
+
+def _on_site(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of the navigation, or several below a title, with the paths of the site's sources."""
+    return {
+        title: site_path(linked_path(pages, DOCS) or "")
+        if isinstance(pages, str)
+        else [_on_site(page) for page in pages]
+        for title, pages in entry.items()
+    }
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -88,7 +95,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File, InclusionLevel
 
     texts = {DOCS + file.src_uri: file.content_string for file in files.documentation_pages()}
-    pending = [RESULTS, *(path for page, text in texts.items() for path in _project_files(text, page))]
+    pending = [RESULTS, *_notebooks(), *(path for page, text in texts.items() for path in _project_files(text, page))]
     while pending:
         path = pending.pop()
         uri = site_path(path)
@@ -101,6 +108,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, uri, content=text, inclusion=InclusionLevel.NOT_IN_NAV))
         pending += _project_files(text, f"{path}/." if (ROOT / path).is_dir() else path)
     return files
+
+
+def _notebooks() -> list[str]:
+    return [file.relative_to(ROOT).as_posix() for file in sorted((ROOT / "notebooks").glob("*.ipynb"))]
 
 
 def _project_files(text: str, page: str) -> list[str]:
@@ -118,7 +129,15 @@ def _page(path: str) -> str:
     text = file.read_text()
     if file.suffix == ".md":
         return text
+    if file.suffix == ".ipynb":
+        return _notebook_page(json.loads(text)["cells"])
     return f"# `{path}`\n\n````{LANGUAGES.get(file.suffix, 'text')}\n{text.rstrip()}\n````\n"
+
+
+def _notebook_page(cells: list[dict[str, Any]]) -> str:
+    """A notebook's text, and its code as listings."""
+    sources = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
+    return "\n\n".join(f"```python\n{source}\n```" if is_code else source for source, is_code in sources) + "\n"
 
 
 def _is_shown(file: Path) -> bool:

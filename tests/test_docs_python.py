@@ -43,7 +43,7 @@ model.predict("." * 81).text
 @pytest.mark.slow
 def test_the_page_runs(tmp_path: Path) -> None:
     """All blocks of Python, one after the other, as one reads them."""
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 7
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(BLOCKS)],
         cwd=tmp_path,

@@ -73,7 +73,7 @@ class EvaluateConfig:
     # question, or a puzzle a line.
     input: str | None = None
     output: str | None = None  # with input: the file of answers, JSON lines; null or -: stdout
-    show: int = 0  # number of test boards to print and draw, with the training curves, as PNG
+    show: int = 0  # number of test puzzles to print and draw, with the training curves, as PNG
     # When sequences halt. full: after all ACT steps; halt: where q_halt > q_continue; both: one after the other,
     # compared; auto: full, but halt with input.
     act: str = "auto"

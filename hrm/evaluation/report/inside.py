@@ -44,6 +44,7 @@ _MOST_TRIED_AGAIN = 3  # from other starts, and as symmetric puzzles
 _STARTS = 5  # the own one among them
 _SYMMETRIES = 4  # beside the puzzle itself
 _NOISE = 0.3
+_PIXELS_AN_INCH = 110  # of the page, which is wide enough for 9 inches
 _MOST_BYTES = 1 << 28  # of the states that are kept
 
 
@@ -88,7 +89,7 @@ class Insight:
         of_puzzle = (self._steps + 1) * inner.num_tokens * inner.config.hidden_size * len(inner.initial_states) * 4
         count = max(1, min(_MOST_PUZZLES, _MOST_BYTES // of_puzzle))
         self._few = _Few.of(shown, count, inner.lm_head.weight.device)
-        self._pictures: list[dict[str, str]] = []
+        self._pictures: list[dict[str, Any]] = []
 
     def content(self) -> dict[str, Any]:
         """The section as JSON: `pictures` and `fates`, what became of puzzles that were tried again."""
@@ -111,8 +112,9 @@ class Insight:
         return right
 
     def _add(self, title: str, text: str, figure: Figure) -> None:
+        width = round(_PIXELS_AN_INCH * figure.get_figwidth())
         picture = base64.b64encode(png(figure)).decode("ascii")
-        self._pictures.append({"title": title, "text": text, "png": picture})
+        self._pictures.append({"title": title, "text": text, "png": picture, "width": width})
 
     def _draw_states(self, own: Walk, right: Booleans) -> None:
         if self._steps < 2:

@@ -60,7 +60,7 @@ def draw_starts(states: Mapping[str, NDArray[np.float32]], right: Mapping[str, B
         right: by the name of the puzzle, [starts], whether the last answer is.
         name: of the state.
     """
-    figure, axes = new_picture(1, len(states), size=(3.9 * len(states), 4.1))
+    figure, axes = new_picture(1, len(states), size=(max(3.9 * len(states), 5.4), 4.1))
     for axis, (puzzle, state) in zip(axes[0], states.items(), strict=True):
         _draw_plane(axis, state[:, 1:], right[puzzle], ["own start", *[""] * (len(state) - 1)])
         axis.set_title(f"puzzle {puzzle}: {name} from {len(state)} starts", fontsize=10)
@@ -81,8 +81,10 @@ def _draw_plane(axes: Axes, states: NDArray[np.float32], right: Booleans, names:
         axes.scatter(
             xs[-1], ys[-1], s=52, color=color, marker=look["marker"], edgecolor="white", linewidth=0.6, zorder=4
         )
-        if name:
-            axes.annotate(name, path[-1], xytext=(5, 5), textcoords="offset points", fontsize=8, color=color, zorder=5)
+        if name:  # towards the middle, so that it stays in the panel
+            is_left = xs[-1] < points[..., 0].mean()
+            place: dict[str, Any] = {"ha": "left" if is_left else "right", "xytext": (5 if is_left else -5, 6), "fontsize": 8}
+            axes.annotate(name, path[-1], textcoords="offset points", color=color, zorder=5, **place)
     axes.set_xlabel(f"principal component 1 ({shares[0]:.0%} of the variance)", fontsize=9)
     axes.set_ylabel(f"principal component 2 ({shares[1]:.0%})", fontsize=9)
     axes.tick_params(labelsize=8)

@@ -384,11 +384,12 @@
     $("fates").innerHTML = rows.length
       ? `<div class="panel"><h3>What becomes of them, and what another start does</h3><table><thead><tr>${heads.map((head) => `<th scope="col">${head}</th>`).join("")}</tr></thead><tbody>${rows.join("")}</tbody></table></div>`
       : "";
-    for (const { title, text, png } of inside.pictures) {
+    for (const { title, text, png, width } of inside.pictures) {
       const panel = document.createElement("figure");
       panel.className = "panel";
       panel.innerHTML = `<figcaption><h3>${escape(title)}</h3><p class="muted">${escape(text)}</p></figcaption>`;
       const picture = new Image();
+      picture.width = width;
       picture.alt = `${title}. ${text}`;
       picture.src = `data:image/png;base64,${png}`;
       panel.append(picture);
