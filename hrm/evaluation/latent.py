@@ -24,7 +24,7 @@ from torch import Tensor
 from hrm.batch import Batch
 from hrm.kernels import naive
 from hrm.kernels.context import KernelContext, RotaryTables
-from hrm.kernels.schedule import Summed, chunked, looped
+from hrm.kernels.schedule import Summed, looped
 from hrm.models import ACTLossHead
 from hrm.models.act import Carry
 
@@ -95,7 +95,7 @@ def by_definition(model: ACTLossHead) -> Iterator[None]:
     inner.kernels = replace(
         own,
         module=module,
-        run=chunked(looped(module)),
+        run=looped(module),
         first_token_block=naive.first_token_block,
         reset_carry=naive.reset_carry,
         fp8_modules=frozenset(),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hrm.batch import IGNORE_LABEL_ID, Batch
 from hrm.evaluation.latent import (
@@ -94,18 +95,28 @@ class Insight:
     def content(self) -> dict[str, Any]:
         """The section as JSON: `pictures` and `fates`, what became of puzzles that were tried again."""
         with by_definition(self._model), self._model.weights_at_hand():
-            own = walk(self._model, self._few.batch(), self._steps)
+            everyone = np.arange(len(self._few.names))
+            own, right = self._walk(everyone)
             if not all(np.isfinite(states).all() for states in own.states.values()):  # a model that diverged
                 return {"pictures": [], "fates": []}
-            right = self._right(own, np.arange(len(self._few.names)))
             self._draw_states(own, right)
             self._draw_mixing(own)
             fates = self._try_again(right) if self._steps > 1 else []
         return {"pictures": self._pictures, "fates": fates}
 
-    def _right(self, walked: Walk, rows: NDArray[np.int64]) -> Booleans:
-        """Which last answers are right, by the labels of the puzzles `rows` or by the rules."""
-        answers, labels = walked.answers[:, -1], self._few.labels[rows]
+    def _walk(
+        self, rows: NDArray[np.int64], start: dict[str, Tensor] | None = None, keep: list[str] | None = None
+    ) -> tuple[Walk, Booleans]:
+        """What the model goes through on the puzzles `rows`, answers being 0 where none is asked for; and which of its
+        last answers are right."""
+        walked = walk(self._model, self._few.batch(rows), self._steps, start, keep)
+        asked = self._few.labels[rows] != IGNORE_LABEL_ID
+        right = self._right(walked.answers[:, -1], rows)
+        return replace(walked, answers=np.where(asked[:, None], walked.answers, 0)), right
+
+    def _right(self, answers: Tokens, rows: NDArray[np.int64]) -> Booleans:
+        """Which answers are right, by the labels of the puzzles `rows` or by the rules."""
+        labels = self._few.labels[rows]
         right: Booleans = ((answers == labels) | (labels == IGNORE_LABEL_ID)).all(1)
         if rules := self._task.rules(self._size):
             right |= rules.keeps(self._few.inputs[rows], answers)
@@ -183,8 +194,7 @@ class Insight:
             starts = nearby_states(self._model, batch, row, _NOISE)
             for name, own_start in initial_states(self._model, batch).items():
                 starts[name][0] = own_start[0]
-            walked = walk(self._model, batch, self._steps, starts, keep=[state])
-            name, is_right = self._few.names[row], self._right(walked, rows)
+            name, (walked, is_right) = self._few.names[row], self._walk(rows, starts, [state])
             paths[name], ends[name] = walked.states[state], is_right
             fates.append(
                 {
@@ -219,5 +229,4 @@ class Insight:
         inputs = np.concatenate([symmetry.apply(self._few.inputs[row : row + 1]) for symmetry in symmetries])
         walked = walk(self._model, self._few.batch(rows, inputs), self._steps, keep=[])
         back = [symmetry.undo(answer[-1:])[0] for symmetry, answer in zip(symmetries, walked.answers, strict=True)]
-        walked = Walk({}, np.stack(back)[:, None].astype(np.int64), walked.q_halt)
-        return [int(self._right(walked, rows).sum()), len(symmetries)]
+        return [int(self._right(np.stack(back), rows).sum()), len(symmetries)]

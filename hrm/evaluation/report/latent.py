@@ -83,7 +83,11 @@ def _draw_plane(axes: Axes, states: NDArray[np.float32], right: Booleans, names:
         )
         if name:  # towards the middle, so that it stays in the panel
             is_left = xs[-1] < points[..., 0].mean()
-            place: dict[str, Any] = {"ha": "left" if is_left else "right", "xytext": (5 if is_left else -5, 6), "fontsize": 8}
+            place: dict[str, Any] = {
+                "ha": "left" if is_left else "right",
+                "xytext": (5 if is_left else -5, 6),
+                "fontsize": 8,
+            }
             axes.annotate(name, path[-1], textcoords="offset points", color=color, zorder=5, **place)
     axes.set_xlabel(f"principal component 1 ({shares[0]:.0%} of the variance)", fontsize=9)
     axes.set_ylabel(f"principal component 2 ({shares[1]:.0%})", fontsize=9)
