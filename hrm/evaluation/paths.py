@@ -61,7 +61,7 @@ class Answers(NamedTuple):
 class Noise:
     """Gaussian noise on states: the options of `EnsembleConfig`."""
 
-    std: float
+    std: float = 0.3
     on: str = "hidden"
     at: str = "steps"
     seed: int = 0
@@ -94,14 +94,14 @@ class Noise:
 
 
 @torch.no_grad()  # as in `run_act_steps`
-def follow(model: ACTLossHead, batch: Batch, noise: Noise | None = None) -> Answers:
-    """A path through all ACT steps.
+def follow(model: ACTLossHead, batch: Batch, num_steps: int, noise: Noise | None = None) -> Answers:
+    """A path of so many ACT steps.
 
     Args:
         model: in evaluation mode.
         batch: with the noise to add, as drawn by `noise`, in the field `noise` if there is any.
     """
-    inner, num_steps = model.model.inner, model.halt_max_steps
+    inner = model.model.inner
     added = batch.get(_NOISE)
     batch = {name: field for name, field in batch.items() if name != _NOISE}
     states, prepared = initial_states(model, batch), inner.prepare(batch)
@@ -129,27 +129,45 @@ def follow(model: ACTLossHead, batch: Batch, noise: Noise | None = None) -> Answ
     return Answers(tokens, q_halt.float(), change, halted_at, halted_tokens, halted_q.float(), act_steps, keeps, keeps)
 
 
+Follower = Callable[[Batch, int], Answers]
+"""Takes N puzzles on the device and the number of a path."""
+
 Member = Callable[[Batch, DeviceSymmetry, int], Answers]
 """Takes N puzzles on the device, a symmetry and the number of a path; answers the symmetric puzzles, mapped back."""
 
 
-def make_member(model: ACTLossHead, world: World, noise: Noise | None = None) -> Member:
-    """A model that answers symmetric puzzles by one path or another.
+def make_follower(
+    model: ACTLossHead, device: torch.device, noise: Noise | None = None, num_steps: int | None = None
+) -> Follower:
+    """A model that answers puzzles by one path or another.
 
     All batches must have one shape where the model's kernels record graphs, as in `make_runner`.
+
+    Args:
+        num_steps: ACT steps of a path; None: the model's.
     """
+    most = num_steps or model.halt_max_steps
 
     def work(batch: Batch) -> Answers:
-        return follow(model, batch, noise)
+        return follow(model, batch, most, noise)
 
-    run = GraphedWork(work, world.device, eager_calls=1) if model.kernels.cuda_graphs else work
+    run = GraphedWork(work, device, eager_calls=1) if model.kernels.cuda_graphs else work
+
+    def answer(batch: Batch, path: int) -> Answers:
+        if noise:
+            batch = batch | {_NOISE: noise.drawn(model.model.inner, path, most).to(device)}
+        # Copies, because a graph's next call overwrites its results.
+        return Answers(*(field.clone() for field in run(batch)))
+
+    return answer
+
+
+def make_member(model: ACTLossHead, world: World, noise: Noise | None = None) -> Member:
+    """A model that answers symmetric puzzles by one path or another; see `make_follower`."""
+    follower = make_follower(model, world.device, noise)
 
     def answer(batch: Batch, symmetry: DeviceSymmetry, path: int = 0) -> Answers:
-        batch = batch | {"inputs": symmetry.apply(batch["inputs"])}
-        if noise:
-            batch[_NOISE] = noise.drawn(model.model.inner, path, model.halt_max_steps).to(world.device)
-        # Copies, because a graph's next call overwrites its results.
-        result = Answers(*(field.clone() for field in run(batch)))
+        result = follower(batch | {"inputs": symmetry.apply(batch["inputs"])}, path)
         return result._replace(tokens=symmetry.undo(result.tokens), halted_tokens=symmetry.undo(result.halted_tokens))
 
     return answer

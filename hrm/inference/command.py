@@ -10,6 +10,7 @@ from hrm.checkpoint.weights import find_checkpoint
 from hrm.config import EnsembleConfig, EvaluateConfig
 from hrm.errors import UserError, printable, printable_lines
 from hrm.evaluation.command import evaluate_checkpoint
+from hrm.evaluation.paths import Noise
 from hrm.evaluation.report.boards import Board
 from hrm.evaluation.report.text import legend_of, render_text
 from hrm.inference.files import STANDARD, predict_file
@@ -65,12 +66,16 @@ def _model(config: EvaluateConfig) -> TrainedModel:
 
 
 def _options(config: EvaluateConfig) -> PredictOptions:
+    several = config.ensemble
     return PredictOptions(
         config.act_max_steps,
-        config.ensemble.augmentations,
+        several.augmentations,
         halt=config.act == "halt",
         batch_size=config.global_batch_size,
         halt_margin=config.act_margin,
+        paths=several.paths,
+        noise=Noise(several.noise, several.noise_on, several.noise_at, several.seed),
+        pick=several.pick,
     )
 
 

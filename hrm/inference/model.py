@@ -21,6 +21,7 @@ from hrm.distributed.world import World, pick_device
 from hrm.errors import UserError
 from hrm.evaluation.latent import Mixing, states_after, token_mixing
 from hrm.evaluation.loading import ModelSizes, describe_model, load_model
+from hrm.evaluation.paths import Noise
 from hrm.inference.card import model_card
 from hrm.inference.forms import form_of_checkpoint
 from hrm.inference.inputs import in_chunks, items_of, read_item
@@ -60,6 +61,11 @@ class TrainedModel(ModelHubMixin):
         *,
         act_max_steps: int | None = None,
         augmentations: int = 1,
+        paths: int = 1,
+        noise: float = 0.3,
+        noise_at: str = "steps",
+        pick: str = "vote",
+        seed: int = 0,
         trajectory: bool = False,
         latents: bool = False,
         halt: bool = True,
@@ -75,6 +81,11 @@ class TrainedModel(ModelHubMixin):
         *,
         act_max_steps: int | None = None,
         augmentations: int = 1,
+        paths: int = 1,
+        noise: float = 0.3,
+        noise_at: str = "steps",
+        pick: str = "vote",
+        seed: int = 0,
         trajectory: bool = False,
         latents: bool = False,
         halt: bool = True,
@@ -89,6 +100,11 @@ class TrainedModel(ModelHubMixin):
         *,
         act_max_steps: int | None = None,
         augmentations: int = 1,
+        paths: int = 1,
+        noise: float = 0.3,
+        noise_at: str = "steps",
+        pick: str = "vote",
+        seed: int = 0,
         trajectory: bool = False,
         latents: bool = False,
         halt: bool = True,
@@ -106,6 +122,14 @@ class TrainedModel(ModelHubMixin):
             act_max_steps: ACT steps at most; None: as in training.
             augmentations: answers to as many symmetric copies of each puzzle. The first that keeps the task's rules
                 counts, where they are known; else what most answer.
+            paths: answers to each of these copies by as many paths of all ACT steps: the first as ever, the others with
+                noise on the model's states. The first answer that keeps the task's rules counts, where they are known;
+                else what `pick` says.
+            noise: standard deviation of that noise.
+            noise_at: when it is added: before all `steps`, or at the `start` only.
+            pick: vote, the most frequent answer; q, that of highest q_halt; converged, of the path whose state changed
+                least in the last step; first, of the path that halts first.
+            seed: of the noise.
             trajectory: give the answers and q_halt after every ACT step too.
             latents: give the model's states at the start and after every ACT step too, beside what `trajectory` gives.
                 They are large: 7 MB a Sudoku with the published model.
@@ -119,7 +143,15 @@ class TrainedModel(ModelHubMixin):
             UserError: an option is of no use, or a puzzle is none: the sentence names it by its index.
         """
         options = PredictOptions(
-            act_max_steps, augmentations, trajectory=trajectory, latents=latents, halt=halt, batch_size=batch_size
+            act_max_steps,
+            augmentations,
+            paths=paths,
+            noise=Noise(noise, at=noise_at, seed=seed),
+            pick=pick,
+            trajectory=trajectory,
+            latents=latents,
+            halt=halt,
+            batch_size=batch_size,
         )
         items = items_of(x, self.task, self.form, tokens=tokens)
         chunks = in_chunks(items, self._predictor.chunk_size(options), self.task, self.form)

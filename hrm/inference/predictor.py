@@ -1,11 +1,11 @@
-"""Answers to puzzles in bulk: slots refilled as sequences halt, votes over augmentations, every ACT step on request."""
+"""Answers to puzzles in bulk: slots refilled as sequences halt, several answers to each puzzle, every ACT step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from itertools import islice
+from dataclasses import dataclass, field, fields
+from itertools import islice, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hrm.batch import Batch
-from hrm.config.checks import at_least, at_most
-from hrm.config.evaluation import MOST_ANSWERS
+from hrm.config.checks import at_least, at_most, choice, positive
+from hrm.config.evaluation import MOST_ANSWERS, NOISE_AT, PICKS
 from hrm.errors import UserError
 from hrm.evaluation.early_halting import EarlyHalting
 from hrm.evaluation.latent import States, act_steps, initial_states, stacked
-from hrm.evaluation.picking import standing_in_vote
+from hrm.evaluation.paths import Answers, Follower, Noise, make_follower
+from hrm.evaluation.picking import pick, standing_in_vote
 from hrm.models import ACTLossHead
 from hrm.tasks.base import PuzzleSize, Task, Undo
 from hrm.tasks.form import Puzzle, PuzzleForm
@@ -40,6 +41,9 @@ class PredictOptions:
     halt: bool = True
     batch_size: int | None = None
     halt_margin: float = 0.0  # a sequence halts where q_halt > q_continue + this
+    paths: int = 1
+    noise: Noise = field(default_factory=Noise)  # of all paths but the first
+    pick: str = "vote"
 
     def __post_init__(self) -> None:
         for name in ("act_max_steps", "batch_size"):
@@ -47,9 +51,17 @@ class PredictOptions:
                 at_least(name, getattr(self, name), 1)
         at_least("augmentations", self.augmentations, 1)
         at_most("augmentations", self.augmentations, MOST_ANSWERS)
+        at_least("paths", self.paths, 1)
+        at_most("paths", self.paths, MOST_ANSWERS // self.augmentations)
+        positive("noise", self.noise.std)
+        choice("noise_at", self.noise.at, NOISE_AT)
+        choice("pick", self.pick, PICKS)
+        if self.pick != "vote" and self.paths == 1:
+            raise UserError(f"pick={self.pick} chooses among paths, of which there is one: add paths=.")
         for name in ("trajectory", "latents"):
-            if getattr(self, name) and self.augmentations > 1:
-                raise UserError(f"{name}=True cannot be combined with augmentations: each of them has its own.")
+            for several in ("augmentations", "paths"):
+                if getattr(self, name) and getattr(self, several) > 1:
+                    raise UserError(f"{name}=True cannot be combined with {several}: each of them has its own.")
 
     @property
     def every_step(self) -> bool:
@@ -63,7 +75,7 @@ class Predictions:
 
     answers: NDArray[np.int64]  # [N, S], the model's tokens
     q_halt: NDArray[np.float64]  # [N], the probability that the answer is right, as the model estimates it
-    steps: NDArray[np.int64]  # [N], ACT steps spent, over all augmentations
+    steps: NDArray[np.int64]  # [N], ACT steps spent, over all augmentations and paths
     texts: list[str]  # each answer on one line
     values: list[Any]  # each as JSON would have it: grids of digits, rows of a maze, lists of symbols
     index: NDArray[np.int64]  # [N], which input each puzzle is of: an ARC task may have several
@@ -113,6 +125,7 @@ class Predictor:
         # Compiled code and recorded graphs are for one shape each.
         self._is_one_shape = device.type != "cpu" or model.kernels.compile
         self._engines: dict[tuple[int, float, int], EarlyHalting] = {}
+        self._follower: tuple[tuple[Noise, int], Follower] | None = None
 
     def chunk_size(self, options: PredictOptions) -> int:
         """Puzzles to hand to `answer` at once, for slots to be full and memory to be small."""
@@ -129,7 +142,10 @@ class Predictor:
             UserError: the task has fewer augmentations than asked for.
         """
         task, form = self._task, self._form
-        rows = self._voted(puzzles, options) if options.augmentations > 1 else self._rows(puzzles, options)
+        if options.paths > 1:
+            rows = self._by_paths(puzzles, options)
+        else:
+            rows = self._voted(puzzles, options) if options.augmentations > 1 else self._rows(puzzles, options)
         pairs = list(zip(rows.tokens, puzzles, strict=True))
         return Predictions(
             rows.tokens,
@@ -179,6 +195,51 @@ class Predictor:
     def _asked_at_once(self, puzzles: int, options: PredictOptions) -> int:
         """Augmentations of each to try at once: a CPU takes as long for two as for one and then another."""
         return 1 if self._device.type == "cpu" else max(1, self._batch_size(options) // puzzles)
+
+    def _by_paths(self, puzzles: Sequence[Puzzle], options: PredictOptions) -> _Rows:
+        """For each puzzle, the first of all paths' answers that keeps the rules, else what is picked of them."""
+        rules = self._task.rules(PuzzleSize(self._form.seq_len, self._form.vocab_size))
+        copies = [self._task.augmented(puzzle, options.augmentations, self._form) for puzzle in puzzles]
+        given: list[list[Answers]] = [[] for _ in puzzles]  # each of one puzzle
+        done: set[int] = set()
+        for path, copy in product(range(options.paths), range(options.augmentations)):
+            asked = [number for number in range(len(puzzles)) if number not in done and copy < len(copies[number])]
+            for start in range(0, len(asked), self._batch_size(options)):
+                numbers = asked[start : start + self._batch_size(options)]
+                answers = self._followed([copies[number][copy][0] for number in numbers], path, options)
+                for row, number in enumerate(numbers):
+                    undo = copies[number][copy][1]
+                    answer = Answers(*(values[row : row + 1] for values in answers))
+                    answer = answer._replace(
+                        tokens=_undone(answer.tokens, undo), halted_tokens=_undone(answer.halted_tokens, undo)
+                    )
+                    if rules:
+                        answer = answer.checked(rules, torch.from_numpy(puzzles[number].tokens[None]))
+                        done |= {number} if answer.keeps else set()
+                    given[number].append(answer)
+        chosen = []
+        for number, answers_to in enumerate(given):
+            if number in done:
+                chosen.append((answers_to[-1].tokens[0], answers_to[-1].q_halt[0]))
+            else:
+                picked = pick(options.pick, Answers.stacked(answers_to))
+                chosen.append((picked.tokens[0], picked.q_halt[0]))
+        return _Rows(
+            torch.stack([tokens for tokens, _ in chosen]).numpy().astype(np.int64),
+            torch.stack([q_halt for _, q_halt in chosen]).double().numpy(),
+            np.array([sum(int(answer.act_steps) for answer in answers_to) for answers_to in given], dtype=np.int64),
+        )
+
+    def _followed(self, puzzles: Sequence[Puzzle], path: int, options: PredictOptions) -> Answers:
+        """A path's answers to at most a batch of puzzles, on the CPU."""
+        key = options.noise, self._max_steps(options)
+        if self._follower is None or self._follower[0] != key:
+            self._follower = key, make_follower(self._model, self._device, *key)
+        size = self._batch_size(options) if self._is_one_shape else len(puzzles)
+        batch = {name: values.to(self._device) for name, values in as_batch(puzzles, size).items()}
+        with self._model.weights_at_hand():
+            answers = self._follower[1](batch, path)
+        return Answers(*(values[: len(puzzles)].cpu() for values in answers))
 
     def _rows(self, puzzles: Sequence[Puzzle], options: PredictOptions) -> _Rows:
         size = self._batch_size(options)
@@ -250,6 +311,11 @@ def _where(halted: Tensor, before: Tensor, now: Tensor) -> Tensor:
 
 def _sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return 1 / (1 + np.exp(-logits))
+
+
+def _undone(tokens: Tensor, undo: Undo) -> Tensor:
+    """An answer [1, S], mapped back."""
+    return torch.from_numpy(undo(tokens[0].numpy())[None].astype(np.int32))
 
 
 def as_batch(puzzles: Sequence[Puzzle], size: int | None = None) -> Batch:

@@ -105,7 +105,7 @@ def test_the_first_path_is_the_model_as_it_is(arch: str, tiny_arch: dict[str, An
     model, batch = model_of(arch, tiny_arch), batch_of()
     _, outputs = run_act_steps(model, batch, ["logits", "q_halt_logits"])
     first = make_member(model, WORLD, Noise(1.0))(batch, identity(), 0)
-    for found in (first, follow(model, batch)):
+    for found in (first, follow(model, batch, 3)):
         assert torch.equal(found.tokens, outputs["logits"].argmax(-1).int())
         assert torch.equal(found.q_halt, outputs["q_halt_logits"].float())
 

@@ -14,7 +14,10 @@ import torch
 
 import hrm
 from hrm.batch import Batch
+from hrm.config.evaluation import PICKS
 from hrm.errors import UserError
+from hrm.evaluation.paths import Answers, Noise, make_follower
+from hrm.evaluation.picking import pick
 from hrm.inference.model import TrainedModel
 from hrm.tasks import all_tasks
 from hrm.tasks.arc import Augmentation, encode
@@ -168,6 +171,36 @@ def test_an_answer_that_keeps_the_rules_wins(trained: Path) -> None:
     assert (often.steps[right[0]] == once.steps[right[0]]).all(), "the first is right: no other is asked for"
 
 
+def test_paths_are_those_of_evaluation(small: TrainedModel, boards: Any) -> None:
+    """Of answers that keep no rule, what is picked of all paths, and the first of them is the model as it is."""
+    plain = small.predict(boards, tokens=True, halt=False)
+    noise, batch = Noise(2.0, at="start", seed=3), {"inputs": torch.from_numpy(boards).int()}
+    batch["puzzle_identifiers"] = torch.zeros(len(boards), dtype=torch.int32)
+    follower = make_follower(small.model, torch.device("cpu"), noise)
+    paths = [follower(batch, path) for path in range(4)]
+    assert (paths[0].tokens.numpy() == plain.answers).all()
+    assert any((path.tokens != paths[0].tokens).any() for path in paths[1:])
+    for way in PICKS:
+        options = {"paths": 4, "noise": 2.0, "noise_at": "start", "seed": 3, "pick": way, "batch_size": 3}
+        out = small.predict(boards, tokens=True, **options)
+        expected = pick(way, Answers.stacked(paths))
+        assert (out.answers == expected.tokens.numpy()).all()
+        assert out.q_halt == pytest.approx(expected.q_halt.sigmoid().numpy(), rel=1e-4)
+        assert (out.steps == 4 * small.act_max_steps).all()
+
+
+def test_paths_end_at_an_answer_that_keeps_the_rules(trained: Path) -> None:
+    inputs, labels = raw_split(trained / "pack")
+    model = hrm.from_pretrained(trained / "run", device="cpu", kernels="naive")
+    once = model.predict(inputs, tokens=True, halt=False)
+    often = model.predict(inputs, tokens=True, paths=3, augmentations=4, noise=1.0)
+    right = [(out.answers == labels).all(1) for out in (once, often)]
+    assert (right[1] >= right[0]).all()
+    assert right[1].sum() > right[0].sum()
+    assert (often.steps[right[0]] == once.steps[right[0]]).all(), "the first is right: no other is asked for"
+    assert (often.steps[~right[1]] == 12 * model.act_max_steps).all()
+
+
 # --- tasks ---
 
 
@@ -268,6 +301,13 @@ def test_bad_inputs_are_named(bundled: TrainedModel, given: Any, sentence: str) 
         ({"act_max_steps": 0}, "act_max_steps=0 is too small"),
         ({"batch_size": 0}, "batch_size=0 is too small"),
         ({"trajectory": True, "augmentations": 2}, "cannot be combined"),
+        ({"trajectory": True, "paths": 2}, "trajectory=True cannot be combined with paths"),
+        ({"paths": 0}, "paths=0 is too small"),
+        ({"paths": 600, "augmentations": 2}, "paths=600 is too large: give at most 512."),
+        ({"paths": 2, "noise": 0}, "noise=0 is out of range"),
+        ({"paths": 2, "noise_at": "end"}, "noise_at=end is not a choice; there are: start, steps."),
+        ({"paths": 2, "pick": "best"}, "pick=best is not a choice; there are: converged, first, q, vote."),
+        ({"pick": "q"}, "pick=q chooses among paths, of which there is one"),
     ],
 )
 def test_bad_options_are_named(bundled: TrainedModel, options: dict[str, Any], sentence: str) -> None:
