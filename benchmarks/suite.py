@@ -145,6 +145,8 @@ def _on_a_host(processes: int) -> int:
 
 
 def _common_divisor(what: str, processes: int, sizes: Sequence[int]) -> int:
+    if processes == 1:
+        raise UserError(f"it shares {what} within a host, which has one process: raise --nproc-per-node.")
     divisor = math.gcd(processes, *sizes)
     if divisor == 1:
         raise UserError(

@@ -1,5 +1,6 @@
 """The benchmarks run, write what they measured, and the loss curves tell equal from different."""
 
+import argparse
 import json
 import os
 import shutil
@@ -459,6 +460,18 @@ def test_scaling_is_measured_and_predicted(
     scaling.main([*SCALED, "--processes", "1,2", "--out", str(tmp_path / "launched"), *TINY])
     (again,) = (tmp_path / "launched").glob("*.json")
     assert json.loads(again.read_text())["predicted"] == content["predicted"]
+
+
+def test_the_network_is_as_measured_over_hosts_or_as_assumed() -> None:
+    options = argparse.Namespace(network=50.0, network_latency=0.02, gpus_on_host=8)
+    within = [{"processes": 2, "hosts": 1, "size": size, "ms": 0.01 + size / 3e8} for size in (4.0, 1e8)]
+    between = [{"processes": 16, "hosts": 2, "size": 1e8, "ms": 1.0}]
+    measured = {"exchanges": within, "models": [], "steps": []}
+    alone, _ = scaling.fit(measured, options)
+    assert (alone.latency_ms, alone.bytes_per_ms, alone.network_bytes_per_ms) == pytest.approx((0.01, 3e8, 5e7))
+    over_hosts, _ = scaling.fit(measured | {"exchanges": within + between}, options)
+    assert over_hosts.network_bytes_per_ms == pytest.approx(2 * 15 / 16 * 1e8 / 8)
+    assert over_hosts.all_reduce_ms(16, 1e8) == pytest.approx(1.0 + 0.01 * 3 + 0.02)
 
 
 def test_scaling_says_what_is_missing(tmp_path: Path) -> None:
