@@ -36,7 +36,9 @@ class _Tiles(NamedTuple):
     inner: int = 64  # columns of both operands that are multiplied at a time
     weight: int = 64  # rows and columns of a tile of a weight's gradient
     tokens: int = 64  # of both operands of such a tile that are multiplied at a time
-    warps: int = 4
+    split: int = 1  # programs that share the tokens of such a tile, 1 or 2
+    warps: int = 4  # of a program forward
+    update_warps: int = 4
     stages: int = 4
     programs: int = 1  # of the update, for each multiprocessor
 
@@ -90,28 +92,6 @@ def _linear_tile(
         a = _tile(x, row, k, N, INPUTS, HEIGHT, INNER, False, EVEN)
         b = _tile(weight, column, k, OUTPUTS, INPUTS, WIDTH, INNER, OUTPUTS % WIDTH == 0, EVEN)
         acc = tl.dot(a, b.to(a.dtype).T, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def _weight_tile(
-    left: tl.tensor,
-    right: tl.tensor,
-    row: tl.tensor,
-    column: tl.tensor,
-    N: tl.tensor,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SIDE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> tl.tensor:
-    """A tile of leftᵀ right, for left [N, ROWS] and right [N, COLUMNS]."""
-    acc = tl.zeros((SIDE, SIDE), tl.float32)
-    for n in range(0, N, TOKENS):
-        a = _tile(left, n, row, N, ROWS, TOKENS, SIDE, False, ROWS % SIDE == 0)
-        b = _tile(right, n, column, N, COLUMNS, TOKENS, SIDE, False, COLUMNS % SIDE == 0)
-        acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
     return acc
 
 
@@ -291,6 +271,53 @@ def _update_phase_1(
 
 
 @triton.jit
+def _weight_gradient(
+    left: tl.tensor,
+    right: tl.tensor,
+    grad: tl.tensor,
+    square: tl.tensor,
+    halves: tl.tensor,
+    arrivals: tl.tensor,
+    tile: tl.tensor,
+    part: tl.tensor,
+    N: tl.tensor,
+    scale: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SIDE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """A tile of a weight's gradient, scale leftᵀ right for left [N, ROWS] and right [N, COLUMNS], and its square's sum.
+
+    With SPLIT 2, two programs take half of the tokens each, and the one that comes last adds the halves: the sum of two
+    is the same in either order.
+    """
+    COLUMN_TILES: tl.constexpr = (COLUMNS + SIDE - 1) // SIDE
+    row, column = tile // COLUMN_TILES * SIDE, tile % COLUMN_TILES * SIDE
+    acc = tl.zeros((SIDE, SIDE), tl.float32)
+    span = tl.cdiv(N, TOKENS * SPLIT) * TOKENS
+    for n in range(part * span, tl.minimum(part * span + span, N), TOKENS):
+        a = _tile(left, n, row, N, ROWS, TOKENS, SIDE, False, ROWS % SIDE == 0)
+        b = _tile(right, n, column, N, COLUMNS, TOKENS, SIDE, False, COLUMNS % SIDE == 0)
+        acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+    come = SPLIT - 1
+    if SPLIT == 2:
+        inside = tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+        tl.store(halves + part * SIDE * SIDE + inside, acc)
+        tl.debug_barrier()  # all threads have written
+        come = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu")
+        tl.debug_barrier()
+    if come == SPLIT - 1:
+        if SPLIT == 2:
+            acc += tl.load(halves + (1 - part) * SIDE * SIDE + inside)
+        acc *= scale
+        _put(grad, acc, row, column, ROWS, COLUMNS, SIDE, SIDE)
+        tl.store(square, tl.sum(acc * acc))
+
+
+@triton.jit
 def _bias_gradient(
     sums: tl.tensor, grad: tl.tensor, chunk: tl.tensor, row_tiles: tl.tensor, scale: tl.tensor, SIZE: tl.constexpr,
     WIDTH: tl.constexpr, PARTS: tl.constexpr,
@@ -317,6 +344,8 @@ def _update_phase_2(
     dz1_sums: tl.tensor,
     grads: tl.tensor,
     squares: tl.tensor,
+    halves: tl.tensor,
+    arrivals: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
     D: tl.constexpr,
@@ -325,44 +354,49 @@ def _update_phase_2(
     HEIGHT: tl.constexpr,
     SIDE: tl.constexpr,
     TOKENS: tl.constexpr,
+    SPLIT: tl.constexpr,
     PARTS: tl.constexpr,
 ) -> None:
     """The gradients of each memory, w1's, b1's, w2's, b2's one after the other, and parts of their squared norm."""
     TILES_H: tl.constexpr = (H + SIDE - 1) // SIDE
     TILES_D: tl.constexpr = (D + SIDE - 1) // SIDE
     MATRIX: tl.constexpr = TILES_H * TILES_D
-    ITEMS: tl.constexpr = 2 * MATRIX + TILES_H + TILES_D
+    PRODUCTS: tl.constexpr = 2 * MATRIX * SPLIT
+    WORK: tl.constexpr = PRODUCTS + TILES_H + TILES_D
+    ITEMS: tl.constexpr = 2 * MATRIX + TILES_H + TILES_D  # parts of the squared norm
     SIZE: tl.constexpr = 2 * D * H + D + H
     row_tiles = tl.cdiv(N, HEIGHT)
     scale = 2.0 / (N.to(tl.float32) * D)
     number = tl.program_id(0)
-    while number < M * ITEMS:
-        memory = (number // ITEMS).to(tl.int64)
-        item = number % ITEMS
+    while number < M * WORK:
+        memory = (number // WORK).to(tl.int64)
+        item = number % WORK
         grad = grads + memory * SIZE
-        if item < MATRIX:
-            row, column = item // TILES_D * SIDE, item % TILES_D * SIDE
-            acc = _weight_tile(dz1 + memory * N * H, k + memory * N * D, row, column, N, H, D, SIDE, TOKENS, PRECISION)
-            acc *= scale
-            _put(grad, acc, row, column, H, D, SIDE, SIDE)
-            square = tl.sum(acc * acc)
-        elif item < 2 * MATRIX:
-            row, column = (item - MATRIX) // TILES_H * SIDE, (item - MATRIX) % TILES_H * SIDE
-            acc = _weight_tile(
-                error + memory * N * D, h + memory * N * H, row, column, N, D, H, SIDE, TOKENS, PRECISION
-            )
-            acc *= scale
-            _put(grad + D * H + H, acc, row, column, D, H, SIDE, SIDE)
-            square = tl.sum(acc * acc)
-        elif item < 2 * MATRIX + TILES_H:
-            chunk = item - 2 * MATRIX
+        square = squares + memory * ITEMS
+        if item < PRODUCTS:
+            tile, part = item // SPLIT, item % SPLIT
+            own = memory * 2 * MATRIX + tile
+            half = halves + own * SPLIT * SIDE * SIDE
+            if tile < MATRIX:
+                _weight_gradient(
+                    dz1 + memory * N * H, k + memory * N * D, grad, square + tile, half, arrivals + own, tile, part, N,
+                    scale, H, D, SIDE, TOKENS, SPLIT, PRECISION,
+                )  # fmt: skip
+            else:
+                _weight_gradient(
+                    error + memory * N * D, h + memory * N * H, grad + D * H + H, square + tile, half, arrivals + own,
+                    tile - MATRIX, part, N, scale, D, H, SIDE, TOKENS, SPLIT, PRECISION,
+                )  # fmt: skip
+        elif item < PRODUCTS + TILES_H:
+            chunk = item - PRODUCTS
             sums = dz1_sums + memory * row_tiles * H
-            square = _bias_gradient(sums, grad + D * H, chunk, row_tiles, scale, H, SIDE, PARTS)
+            total = _bias_gradient(sums, grad + D * H, chunk, row_tiles, scale, H, SIDE, PARTS)
+            tl.store(square + 2 * MATRIX + chunk, total)
         else:
-            chunk = item - 2 * MATRIX - TILES_H
+            chunk = item - PRODUCTS - TILES_H
             sums = error_sums + memory * row_tiles * D
-            square = _bias_gradient(sums, grad + 2 * D * H + H, chunk, row_tiles, scale, D, SIDE, PARTS)
-        tl.store(squares + memory * ITEMS + item, square)
+            total = _bias_gradient(sums, grad + 2 * D * H + H, chunk, row_tiles, scale, D, SIDE, PARTS)
+            tl.store(square + 2 * MATRIX + TILES_H + chunk, total)
         number += tl.num_programs(0)
 
 
@@ -430,6 +464,8 @@ def _update_kernel(
     dz1_sums: tl.tensor,
     grads: tl.tensor,
     squares: tl.tensor,
+    halves: tl.tensor,
+    arrivals: tl.tensor,
     loss: tl.tensor,
     norms: tl.tensor,
     counters: tl.tensor,
@@ -456,19 +492,26 @@ def _update_kernel(
     INNER: tl.constexpr,
     SIDE: tl.constexpr,
     TOKENS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ARRIVALS: tl.constexpr,
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
     PHASE: tl.constexpr,
 ) -> None:
     """PHASE: which one, or 0 for all in one launch whose programs run at once."""
     if PHASE == 0 or PHASE == 1:
+        at = tl.program_id(0)
+        while at < M * ARRIVALS:
+            tl.store(arrivals + at, 0)
+            at += tl.num_programs(0)
         _update_phase_1(z1, error, w2_copy, dz1, dz1_sums, M, N, D, H, PRECISION, HEIGHT, WIDTH, INNER)
     if PHASE == 0:
         _wait_for_all(counters)
     if PHASE == 0 or PHASE == 2:
         _update_phase_2(
-            k, h, error, error_sums, dz1, dz1_sums, grads, squares, M, N, D, H, PRECISION, HEIGHT, SIDE, TOKENS, 16
-        )
+            k, h, error, error_sums, dz1, dz1_sums, grads, squares, halves, arrivals, M, N, D, H, PRECISION, HEIGHT,
+            SIDE, TOKENS, SPLIT, 16,
+        )  # fmt: skip
     if PHASE == 0:
         _wait_for_all(counters)
     if PHASE == 0 or PHASE == 3:
@@ -543,13 +586,16 @@ def backward_update_(
     H, M = z1.shape[-1], loss.numel()
     side = TILES.weight
     tiles_h, tiles_d = triton.cdiv(H, side), triton.cdiv(D, side)
-    items = 2 * tiles_h * tiles_d + tiles_h + tiles_d
+    matrices = 2 * tiles_h * tiles_d
+    items = matrices + tiles_h + tiles_d
     row_tiles = triton.cdiv(N, row_tile(N))
     dz1 = torch.empty_like(z1)
-    sizes = (M * row_tiles * H, M * (2 * D * H + D + H), M * items)
-    dz1_sums, grads, squares = torch.split(loss.new_empty(sum(sizes)), list(sizes))
+    halves_size = 2 * matrices * side * side if TILES.split == 2 else 0
+    sizes = (M * row_tiles * H, M * (2 * D * H + D + H), M * items, M * halves_size)
+    dz1_sums, grads, squares, halves = torch.split(loss.new_empty(sum(sizes)), list(sizes))
+    arrivals = torch.empty(M * matrices, dtype=torch.int32, device=k.device)
     norms = torch.empty_like(loss)
-    options = _matmul_options(k, N)
+    options = _matmul_options(k, N) | {"num_warps": TILES.update_warps}
     if _run_at_once(k):
         phases, programs = [0], TILES.programs * multiprocessor_count(k.device)
         options["launch_cooperative_grid"] = True
@@ -559,8 +605,9 @@ def backward_update_(
         gates = [gate if isinstance(gate, Tensor) else torch.full_like(loss, gate) for gate in gates]
     for phase in phases:
         _update_kernel[(programs,)](
-            z1, h, k, error, w2_copy if w2_copy.numel() else w.w2, error_sums, dz1, dz1_sums, grads, squares, loss,
-            norms, counters, *w, *momentum, *gates, max_grad_norm, M, N, D, H, items, SIDE=side,
-            TOKENS=TILES.tokens * 2 // k.element_size(), TILE=_APPLY_TILE, PARTS=256, PHASE=phase, **options,
+            z1, h, k, error, w2_copy if w2_copy.numel() else w.w2, error_sums, dz1, dz1_sums, grads, squares, halves,
+            arrivals, loss, norms, counters, *w, *momentum, *gates, max_grad_norm, M, N, D, H, items, SIDE=side,
+            TOKENS=TILES.tokens * 2 // k.element_size(), SPLIT=TILES.split, ARRIVALS=matrices, TILE=_APPLY_TILE,
+            PARTS=256, PHASE=phase, **options,
         )  # fmt: skip
     return norms
