@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common import Shape, batches
+from benchmarks.common import Shape, batches, peak_gib, reset_peak
 from hrm.batch import Batch
 from hrm.config import KernelsConfig, PretrainConfig
 from hrm.config.compose import compose
@@ -157,14 +157,13 @@ def test_long_puzzles_fit_in_half_the_memory(tmp_path: Path) -> None:
         chosen = ["kernels=auto", f"kernels.recompute={recompute}", "arch.gradient=last_cycle", "device=cuda"]
         config = compose(PretrainConfig, "pretrain", [*chosen, "global_batch_size=24"])
         pack, stream = batches(None, Shape(24, 900), tmp_path)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        reset_peak(DEVICE)
         state = initial_state(config, pack, World(0, 1, DEVICE))
         step = make_train_step(config, World(0, 1, DEVICE), state)
         for _ in range(6):  # of which the last ones replay a graph
             step(next(stream))
         torch.cuda.synchronize()
-        peak[recompute] = torch.cuda.max_memory_allocated()
+        peak[recompute] = peak_gib(DEVICE) or 0.0
         found[recompute] = {name: weight.cpu() for name, weight in state.model.state_dict().items()}
         del state, step
     assert peak["block"] < peak["none"] / 2
