@@ -1,4 +1,4 @@
-"""Packs of Reasoning Gym's puzzles, scored by its own verifiers; and the solver that finds answers to Rush Hour."""
+"""Packs of Reasoning Gym's puzzles, scored by its own verifiers."""
 
 import itertools
 import json
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from hrm.data.builders import reasoning_gym as builder
-from hrm.data.builders.rush_hour import fewest_moves
 from hrm.data.pack import open_pack
 from hrm.errors import UserError
 from hrm.tasks import form_of, task_of
@@ -20,30 +19,6 @@ from hrm.tasks.reasoning_gym import Generator, Origin, Verified
 from hrm.tasks.text import TextTokens
 from hrm.tasks.tokens import read_vocabulary
 from tests.helpers.entry_points import CPU, TINY_MODEL, run_script
-
-# Rush Hour, which needs no extra.
-
-
-@pytest.mark.parametrize(
-    ("board", "moves"),
-    [
-        ("....BB\n......\nAA....\n......\n......\n......", "A+4"),
-        ("......\n...B..\nAA.B..\n......\n......\n......", "B+2 A+4"),
-        ("...B..\n...B..\nAA.B..\n......\n......\n......", "B+3 A+4"),  # up is no room for three cells
-        ("...B..\n...B..\nAA.B..\n...x..\n......\n......", None),
-        ("......\n......\nAA..x.\n......\n......\n......", None),
-        ("......\n......\n....AA\n......\n......\n......", None),  # nothing to move
-    ],
-)
-def test_fewest_moves(board: str, moves: str | None) -> None:
-    assert fewest_moves(board) == moves
-
-
-def test_a_search_has_an_end() -> None:
-    assert fewest_moves("...B..\n...B..\nAA.B..\n......\nCC....\nDD....", most_states=10) is None
-
-
-# The packs, which do.
 
 pytest_gym = pytest.importorskip(
     "reasoning_gym", reason="Reasoning Gym is not installed: pip install --no-deps -r scripts/reasoning-gym.txt"
@@ -234,14 +209,20 @@ def test_refusals(
 
 
 @pytest.mark.slow
-def test_generators_with_random_results_are_refused() -> None:
-    for name in ("n_queens", "polynomial_multiplication"):  # whose order is that of a set of texts
-        generator = Generator(name, {}, 1, 40)
-        if name == "n_queens":
-            builder.check_reproducible(name, {}, 1, 40, generator)
+def test_generators_with_random_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the order of sets, and by a generator that all share."""
+    jobs = [
+        builder.Job(name, {}, 1, 40, list(range(20)))
+        for name in ("n_queens", "polynomial_multiplication", "list_functions")
+    ]
+    found = builder.texts_elsewhere(jobs)
+    for job, there in zip(jobs, found, strict=True):
+        monkeypatch.setattr(builder, "texts_elsewhere", lambda _, there=there: [there])
+        if job.name == "n_queens":
+            builder.check_reproducible(job, Generator(*job[:4]))
         else:
             with pytest.raises(builder.Misfit, match="it generates other puzzles each time"):
-                builder.check_reproducible(name, {}, 1, 40, generator)
+                builder.check_reproducible(job, Generator(*job[:4]))
 
 
 def test_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

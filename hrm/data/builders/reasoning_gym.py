@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -42,14 +42,15 @@ LISTED_PUZZLES = 6
 # So many puzzles are drawn for each one that is wanted, at most: others are repetitions, or too long.
 _DRAWS = 4
 _PATIENCE = 12
-_PROBED = 8  # puzzles that another process must generate alike, whose sets have another order
+_PROBED = 32  # puzzles that another process must generate alike
 _PROBE = """
 import json, sys
 from hrm.tasks.reasoning_gym import Generator
 found = []
-for name, settings, seed, size, count in json.loads(sys.argv[1]):
+for name, settings, seed, size, numbers in json.loads(sys.argv[1]):
     generator = Generator(name, settings, seed, size)
-    found.append([generator.puzzle(number)["question"] for number in range(count)])
+    texts = [[generator.puzzle(number)[part] for part in ("question", "answer")] for number in reversed(numbers)]
+    found.append(texts[::-1])
 print(json.dumps(found))
 """
 
@@ -189,29 +190,40 @@ def collect(arguments: argparse.Namespace, name: str, generator: Generator, size
         more += 2 * (wanted - fitting)
 
 
-def check_reproducible(name: str, settings: Mapping[str, Any], seed: int, size: int, generator: Generator) -> None:
+class Job(NamedTuple):
+    """Puzzles that another process is to generate, too."""
+
+    name: str
+    settings: Mapping[str, Any]
+    seed: int
+    size: int
+    numbers: Sequence[int]
+
+
+def check_reproducible(job: Job, generator: Generator) -> None:
     """Misfit if another process generates other puzzles: then a seed says nothing, and none could be verified later."""
-    here = [generator.puzzle(number)["question"] for number in range(min(_PROBED, size))]
-    if questions_elsewhere([(name, settings, seed, size, len(here))]) != [here]:
+    if texts_elsewhere([job]) != [_texts(generator, job.numbers)]:
         raise Misfit("it generates other puzzles each time, whatever its seed")
 
 
-def questions_elsewhere(jobs: Sequence[tuple[str, Mapping[str, Any], int, int, int]]) -> list[list[str]]:
-    """What another process generates, in which sets of texts have another order.
+def _texts(generator: Generator, numbers: Sequence[int]) -> list[list[Any]]:
+    """Questions and answers."""
+    puzzles = map(generator.puzzle, numbers)
+    return [[puzzle["question"], puzzle["answer"]] for puzzle in puzzles]
 
-    Args:
-        jobs: generators by name, settings, seed and size, and how many questions are asked of each.
-    """
+
+def texts_elsewhere(jobs: Sequence[Job]) -> list[list[list[Any]]]:
+    """Questions and answers as another process generates them, the last first, where sets have another order."""
     hash_seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     path = os.pathsep.join(filter(None, sys.path))
     process = subprocess.run(
-        [sys.executable, "-c", _PROBE, json.dumps([[name, dict(settings), *rest] for name, settings, *rest in jobs])],
+        [sys.executable, "-c", _PROBE, json.dumps(jobs)],
         env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    found: list[list[str]] = json.loads(process.stdout)
+    found: list[list[list[Any]]] = json.loads(process.stdout)
     return found
 
 
@@ -249,10 +261,10 @@ def listing(arguments: argparse.Namespace) -> str:
                 raise Misfit("its verifier evaluates answers as Python")
             answers = max(len(question.answer) for question in questions)
             rows[name] = f"{name:28}{encoded.length:>7,}{answers:>8,}{len(encoded.symbols):>9,}"
-            asked[name] = [generator.puzzle(number)["question"] for number in range(count)]
+            asked[name] = _texts(generator, range(count))
         except UserError as error:
             misfits[name] = first_sentence(error)
-    elsewhere = questions_elsewhere([(name, {}, arguments.seed, size, count) for name in asked])
+    elsewhere = texts_elsewhere([Job(name, {}, arguments.seed, size, list(range(count))) for name in asked])
     for (name, here), there in zip(asked.items(), elsewhere, strict=True):
         if here != there:
             del rows[name]
@@ -308,8 +320,9 @@ def build(arguments: argparse.Namespace) -> str:
     with replace_pack(arguments.output_dir) as folder:
         generator = Generator(name, settings, arguments.seed, size)
         try:
-            check_reproducible(name, settings, arguments.seed, size, generator)
             encoded = collect(arguments, name, generator, size)
+            numbers = [question.number for question in encoded.questions[:: -(-len(encoded.questions) // _PROBED)]]
+            check_reproducible(Job(name, settings, arguments.seed, size, numbers), generator)
         except Misfit as error:
             raise UserError(f"Reasoning Gym's {name} makes no pack: {error}.") from error
         tokens = TextTokens(encoded.symbols)
