@@ -3,9 +3,9 @@
 python -m benchmarks.ops
 python -m benchmarks.ops --only softmax --out /tmp/softmax --plot /tmp/softmax.svg
 
-Each operation runs in a process of its own, so that one that fails or hangs costs its rows and no others. `of bound` is
-the larger of two times over the time taken: that of a device copy of as many bytes, and that of as many operations at
-the rate of a large bf16 matmul, measured in the same process; `limit` says which of them. Times are medians of calls
+A row that fails or an operation that hangs costs no others, and files are written after every row. `of bound` is the
+larger of two times over the time taken: that of a device copy of as many bytes, and that of as many operations at the
+rate of a large bf16 matmul, measured in the same process; `limit` says which of them. Times are medians of calls
 from CUDA graphs, by the device's events, with inputs that are not in its cache. On a CPU the script is tried out at toy
 size, and its numbers mean nothing.
 """
@@ -13,7 +13,11 @@ size, and its numbers mean nothing.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "python -m benchmarks.ops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", metavar="NAMES", help=f"some of {', '.join(OPERATIONS)}, with commas between")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.md and FILE.json")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.md, FILE.json and FILE.jsonl")
     parser.add_argument("--plot", type=picture_file, metavar="FILE", help="draw a picture, .svg or .png")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for one operation (default: 300)")
+    parser.add_argument("--limit", type=float, default=180, help="seconds for one operation (default: 180)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--append-to", type=Path, help=argparse.SUPPRESS)  # in the process of one operation
+    parser.add_argument("--append-to", type=Path, help=argparse.SUPPRESS)  # in the process that measures
     arguments = parser.parse_args(argv)
     names = arguments.only.split(",") if arguments.only else OPERATIONS
     if unknown := sorted(set(names) - set(OPERATIONS)):
@@ -45,9 +49,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             append_lines(names, world.device, arguments.append_to)
             return
         about = machine(world.device) | _ceilings(world.device)
-    lines = [line for name in names for line in lines_of(name, arguments.device, arguments.limit)]
-    if arguments.out is not None:
-        write_table(arguments.out, "ops", about, [_cells(line) for line in lines], lines=lines)
+    lines: list[Line] = []
+    with tempfile.TemporaryDirectory() as scratch, _stopped_by_sigterm():
+        out = arguments.out or Path(scratch) / "ops"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for line in lines_of(names, arguments.device, arguments.limit, out.with_name(f"{out.name}.jsonl")):
+            lines.append(line)
+            write_table(out, "ops", about, [_cells(line) for line in lines], lines=lines)
     if arguments.plot is not None:
         draw(about, lines, arguments.plot)
     print(markdown([_cells(line) for line in lines]))
@@ -79,6 +87,16 @@ def draw(about: dict[str, str], lines: Sequence[Line], picture: Path) -> None:
     save_picture(figure, picture)
 
 
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end this process as Ctrl-C does, so that it ends the one that measures as well."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _ceilings(device: torch.device) -> dict[str, str]:
     timer = Timer(device)
     about = {
@@ -93,7 +111,7 @@ def _ceilings(device: torch.device) -> dict[str, str]:
 
 _COLUMNS = (
     *("operation", "pass", "shape", "us", "TB/s", "TFLOP/s", "of bound", "limit"),
-    *("fastest rival", "times as fast", "bar", "of bar", "met"),
+    *("fastest rival", "times as fast", "bar", "of bar", "met", "seconds"),
 )
 
 

@@ -1,18 +1,19 @@
-"""Run the rows of operations, each operation in a process of its own."""
+"""Run the rows of operations, in a process apart."""
 
 from __future__ import annotations
 
 import gc
 import importlib
 import json
+import os
 import pkgutil
 import subprocess
 import sys
-import tempfile
+import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -25,44 +26,84 @@ OPERATIONS = sorted(module.name for module in pkgutil.iter_modules(benchmarks.op
 Line = dict[str, Any]  # of the table, by its columns
 
 
-def lines_of(name: str, device: str, limit: float) -> list[Line]:
-    """The lines of one operation, and one more with the reason if its process did not come to the end.
+def lines_of(names: Sequence[str], device: str, limit: float, file: Path) -> Iterator[Line]:
+    """The lines of operations, as they are measured.
+
+    One process measures all; after it failed or was stopped, another one goes on with the next operation, and a line
+    has the reason.
 
     Args:
         device: as `join_world` takes it.
-        limit: seconds.
+        limit: seconds that one operation may take.
+        file: gets the lines as JSON, each at once, so that a run that is killed leaves what it has.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "lines.jsonl"
-        file.touch()
-        command = [sys.executable, "-m", "benchmarks.ops", "--only", name, "--device", device, "--append-to", str(file)]
-        reason = None
-        try:
-            status = subprocess.run(command, timeout=limit, check=False).returncode
-            reason = f"its process ended with status {status}" if status else None
-        except subprocess.TimeoutExpired:
-            reason = f"took longer than {limit:g} s (--limit)"
-        lines: list[Line] = [json.loads(line) for line in file.read_text().splitlines()]
-    return lines if reason is None else [*lines, {"operation": name, "error": reason}]
+    left = list(names)
+    file.write_text("")
+    with file.open() as lines:
+        while left:
+            command = [sys.executable, "-m", "benchmarks.ops", "--device", device, "--only", ",".join(left)]
+            # Compiled rivals are single kernels: workers that compile would take longer to start than to work.
+            environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            process = subprocess.Popen([*command, "--append-to", str(file)], env=environment)
+            try:
+                reason = yield from _follow(process, lines, left, limit)
+            finally:
+                process.kill()
+                process.wait()
+            if left:
+                yield {"operation": left.pop(0), "error": reason}
+
+
+def _follow(
+    process: subprocess.Popen[bytes], lines: TextIO, left: list[str], limit: float
+) -> Generator[Line, None, str]:
+    """Yield what a process writes until it ends, and return why it did; `left` loses what it is through with."""
+    ends_at = time.monotonic() + limit
+    while True:
+        ended = process.poll() is not None
+        for text in _whole_lines(lines):
+            line: Line = json.loads(text)
+            if line.get("end"):
+                left.remove(line["operation"])
+                ends_at = time.monotonic() + limit
+            else:
+                yield line
+        if ended:
+            return f"its process ended with status {process.returncode}"
+        if time.monotonic() > ends_at:
+            return f"took longer than {limit:g} s (--limit)"
+        time.sleep(0.1)
+
+
+def _whole_lines(file: TextIO) -> Iterator[str]:
+    """What was added to a file that another process writes, but for a line that it is in the middle of."""
+    begin = file.tell()
+    while (text := file.readline()).endswith("\n"):
+        yield text
+        begin = file.tell()
+    file.seek(begin)
 
 
 def append_lines(names: Sequence[str], device: torch.device, file: Path) -> None:
-    """Measure the rows of operations and append each to `file` at once, as a line of JSON; print it too."""
+    """Measure the rows of operations; append each to `file` at once, as a line of JSON, and print it."""
     timer = Timer(device)
-    for name in names:
-        rows = importlib.import_module(f"{benchmarks.ops.rows.__name__}.{name}").rows
-        for row in rows(device.type != "cuda"):
-            line: Line = {"operation": name, "pass": row.direction, "shape": row.shape}
-            try:
-                with timer.stream():
-                    line |= _measure(row, timer)
-            except Exception as error:  # one row that fails is one row
-                traceback.print_exc()
-                line["error"] = _in_one_line(error)
-            print(line, flush=True)
-            with file.open("a") as lines:
+    with file.open("a", buffering=1) as lines:
+        for name in names:
+            rows = importlib.import_module(f"{benchmarks.ops.rows.__name__}.{name}").rows
+            for row in rows(device.type != "cuda"):
+                line: Line = {"operation": name, "pass": row.direction, "shape": row.shape}
+                began = time.monotonic()
+                try:
+                    with timer.stream():
+                        line |= _measure(row, timer)
+                except Exception as error:  # one row that fails is one row
+                    traceback.print_exc()
+                    line["error"] = _in_one_line(error)
+                line["seconds"] = round(time.monotonic() - began, 1)
+                print(line, flush=True)
                 lines.write(json.dumps(line) + "\n")
-            _release(device)
+                _release(device)
+            lines.write(json.dumps({"operation": name, "end": True}) + "\n")
 
 
 def _measure(row: Row, timer: Timer) -> Line:
@@ -112,6 +153,8 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _release(device: torch.device) -> None:
+    """Free what a row held. Raises where it left the device in no state to go on with: another process can."""
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()

@@ -3,7 +3,7 @@ import torch
 
 from hrm.errors import UserError
 from hrm.kernels import ops
-from tests.helpers.operations import DEVICES, DTYPES, assert_accurate, assert_compiles, draw
+from tests.helpers.operations import DEVICES, DTYPES, assert_accurate, assert_compiles, draw, need_gib
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -35,6 +35,7 @@ def test_strides(device: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 def test_more_elements_than_32_bits_count() -> None:
+    need_gib(10)
     x = torch.ones(2**31 + 5, device="cuda", dtype=torch.bfloat16)
     x[-3:] = 2
     assert ops.vector_add(x, x)[-4:].tolist() == [2, 4, 4, 4]
