@@ -1,10 +1,10 @@
-"""Time the row kernels of `hrm.kernels.ops` with other tiles than the ones their tables choose.
+"""Time the row kernels and the memory's of `hrm.kernels.ops` with other tiles than the ones their tables choose.
 
 python -m benchmarks.ops.tiles [--only norm_backward] [--seconds 400]
 
 `forward_tile` and `backward_tile` of `hrm.kernels.ops.triton.norm` and `.softmax` are fixed tables by the length of a
-row, so that a device computes the same in every run. This shows what they could be: a line for each choice, the fastest
-last, beside the one in force and a copy of as many bytes.
+row, so that a device computes the same in every run; so are the tiles of the memory. This shows what they could be: a
+line for each choice, the fastest last, beside the one in force and, for rows, a copy of as many bytes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from types import ModuleType
 import torch
 
 from benchmarks.ops.row import random
+from benchmarks.ops.rows.memory_mlp import rows as memory_rows
 from benchmarks.ops.timing import Timer
 from hrm.distributed.world import join_world
 from hrm.errors import UserError
 from hrm.kernels import ops
+from hrm.kernels.ops import memory_mlp
+from hrm.kernels.ops.triton import memory_mlp as memory
 from hrm.kernels.ops.triton import norm, softmax
 from hrm.kernels.ops.triton.norm import Tile
 
@@ -37,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "softmax_forward": (softmax, "forward_tile"),
         "softmax_backward": (softmax, "backward_tile"),
     }
-    parser.add_argument("--only", choices=tables)
+    parser.add_argument("--only", choices=[*tables, "memory_mlp"])
     parser.add_argument("--seconds", type=float, default=500, help="after so many no further table is begun")
     arguments = parser.parse_args(argv)
     ends_at = time.monotonic() + arguments.seconds
@@ -45,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if world.device.type != "cuda":
             raise UserError(f"benchmarks.ops.tiles needs an NVIDIA GPU, not {world.device.type}.")
         timer = Timer(world.device)
+        if arguments.only in (None, "memory_mlp"):
+            _compare_memory(timer, ends_at)
         for columns in _ROWS:
             for name, (module, table) in tables.items():
                 if arguments.only in (None, name) and time.monotonic() < ends_at:
@@ -82,6 +87,40 @@ def _call(name: str, columns: int, device: torch.device) -> Callable[[], object]
     grad = random(device, *out.shape).detach()
     leaves = [x, *weights] if "norm" in name else [x]
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+
+def _compare_memory(timer: Timer, ends_at: float) -> None:
+    in_force = memory_mlp.MOST_ROWS, memory.TILES
+    # A tile of a gradient of 128 x 128 reads half as much; two programs share its tokens, so that all have work.
+    large = {"weight": 128, "split": 2, "update_warps": 8}
+    changes: list[dict[str, int]] = [
+        *({"rows": rows, **change} for change in ({}, large) for rows in (128, 64)),
+        *({"stages": stages, **change} for change in ({}, large) for stages in (3, 5)),
+        *({"columns": columns, "warps": warps, **large} for columns, warps in ((64, 8), (128, 4), (128, 8), (32, 4))),
+        *({"tokens": 128, "stages": stages, **change} for change, stages in (({}, 3), (large, 2))),
+        *({"programs": 2, "stages": 3, "rows": rows, "split": split} for rows in (128, 64) for split in (1, 2)),
+        {"inner": 128, "stages": 3, **large},
+        {"tokens": 32, **large},
+        large | {"update_warps": 4},
+    ]
+    row = next(memory_rows(toy=False))
+    found = []
+    for change in changes:
+        if time.monotonic() > ends_at:
+            break
+        memory_mlp.MOST_ROWS = change.pop("rows", in_force[0])
+        memory.TILES = in_force[1]._replace(**change)
+        try:
+            call = row.work(timer.device).ours
+            with timer.stream():
+                found.append((timer.us(call), (memory_mlp.MOST_ROWS, memory.TILES)))
+        except Exception as error:  # too much shared memory, say
+            print("memory_mlp", change, "failed:", str(error).splitlines()[-1:], flush=True)
+        finally:
+            memory_mlp.MOST_ROWS, memory.TILES = in_force
+    for us, (rows, tiles) in sorted(found, reverse=True):
+        mark = " <- in force" if (rows, tiles) == in_force else ""
+        print(f"memory_mlp {row.shape}: {us:8.1f} us, {rows} rows, {tiles}{mark}", flush=True)
 
 
 def _candidates(columns: int, persistent: bool) -> Iterator[Tile]:

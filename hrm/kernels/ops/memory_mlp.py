@@ -18,6 +18,8 @@ from torch import Tensor
 from hrm.errors import UserError
 from hrm.kernels.ops.operator import check_shape, check_tensors, dtype_name, operation, runs_triton, triton_kernels
 
+MOST_ROWS = 128  # of a tile
+
 
 class MemoryWeights(NamedTuple):
     """Weights of memories, or their momentum, float32: the memory is y = w2 silu(w1 k + b1) + b2."""
@@ -126,7 +128,7 @@ def naive_backward_update_(
 
 def row_tile(tokens: int) -> int:
     """Tokens of a tile of the kernels, which add up the rows of each: a power of two, at least 16."""
-    return min(128, max(16, 1 << (tokens - 1).bit_length()))
+    return min(MOST_ROWS, max(16, 1 << (tokens - 1).bit_length()))
 
 
 @torch.library.custom_op("hrm::memory_mlp_forward_loss", mutates_args=())
