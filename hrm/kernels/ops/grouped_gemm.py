@@ -34,10 +34,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*xs, *ws)
 
 
-def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor] | None, ...]:
-    tensors = ctx.saved_tensors
-    xs, ws = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-    return _grouped_gemm(grads, [w.T for w in ws]), _grouped_gemm([x.T for x in xs], grads)
+def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Sequence[Tensor | None], ...]:
+    count = len(grads)
+    xs, ws = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    wants_xs, wants_ws = ctx.needs_input_grad
+    d_xs = _grouped_gemm(grads, [w.T for w in ws]) if any(wants_xs) else [None] * count
+    d_ws = _grouped_gemm([x.T for x in xs], grads) if any(wants_ws) else [None] * count
+    return d_xs, d_ws
 
 
 _grouped_gemm.register_autograd(_differentiate, setup_context=_keep)

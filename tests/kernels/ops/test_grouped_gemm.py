@@ -91,6 +91,16 @@ def test_operator(device: str) -> None:
     assert_compiles(fast, tensors)
 
 
+def test_gradients_of_some() -> None:
+    """Of weights alone, in a launch; of a result that is not used, nothing."""
+    xs, ws = draw("cpu", torch.float32, (3, 16), (5, 16), grad=False), draw("cpu", torch.float32, (16, 4), (16, 8))
+    first, _ = ops.grouped_gemm(xs, ws)
+    torch.autograd.backward(first.sum())
+    torch.testing.assert_close(ws[0].grad, xs[0].sum(0)[:, None].expand(16, 4))
+    assert ws[1].grad is not None
+    assert not ws[1].grad.any()
+
+
 def test_errors() -> None:
     x, w = draw("cpu", torch.float32, (3, 5), (5, 4), grad=False)
     with pytest.raises(UserError, match="grouped_gemm: ws are 1 and xs 2; give one for each"):
