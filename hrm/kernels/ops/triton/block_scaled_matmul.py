@@ -258,9 +258,9 @@ def _block_scaled_kernel(
 def _decode_scales_kernel(
     scales: tl.tensor, decoded: tl.tensor, M: tl.tensor, blocks: tl.tensor, height: tl.tensor, SIZE: tl.constexpr
 ) -> None:
-    """Of codes [M, blocks] the scales [blocks, height], 0 past M."""
+    """Of codes [M, blocks] the scales [blocks, height], 1 past M."""
     rows, block = tl.program_id(0) * SIZE + tl.arange(0, SIZE), tl.program_id(1)
-    code = tl.load(scales + rows.to(tl.int64) * blocks + block, rows < M, 0)
+    code = tl.load(scales + rows.to(tl.int64) * blocks + block, rows < M, 127)
     tl.store(decoded + block.to(tl.int64) * height + rows, _decode_scale(code), rows < height)
 
 
