@@ -62,18 +62,37 @@ def weight_of(
     sizes: tl.tuple,
     starts: tl.tuple,
 ) -> tl.tuple:
-    """What a program works on: the last weight that starts at or before it."""
+    """What a program works on: the last weight that starts at or before it.
+
+    It is sought among 8 that a branch leaves: to choose among 64 by selection takes longer than the update, for their
+    addresses pass what the cache of kernel arguments holds.
+    """
+    zero = program.to(tl.int64) * 0  # a size or start may be a constant, and branches want one type
     param, grad, first, second, copy = weights[0], grads[0], firsts[0], seconds[0], copies[0]
-    size, start = sizes[0], starts[0]
-    for i in tl.static_range(1, len(weights)):
-        here = program >= starts[i]
-        param = tl.where(here, weights[i], param)
-        grad = tl.where(here, grads[i], grad)
-        first = tl.where(here, firsts[i], first)
-        second = tl.where(here, seconds[i], second)
-        copy = tl.where(here, copies[i], copy)
-        size = tl.where(here, sizes[i], size)
-        start = tl.where(here, starts[i], start)
+    size, start = zero + sizes[0], zero + starts[0]
+    for block in tl.static_range(0, len(weights), 8):
+        here = program >= starts[block]
+        if block + 8 < len(weights):
+            here = here & (program < starts[block + 8])
+        if here:
+            param, grad, first, second, copy = (
+                weights[block],
+                grads[block],
+                firsts[block],
+                seconds[block],
+                copies[block],
+            )
+            size, start = zero + sizes[block], zero + starts[block]
+            for i in tl.static_range(block + 1, block + 8):
+                if i < len(weights):
+                    later = program >= starts[i]
+                    param = tl.where(later, weights[i], param)
+                    grad = tl.where(later, grads[i], grad)
+                    first = tl.where(later, firsts[i], first)
+                    second = tl.where(later, seconds[i], second)
+                    copy = tl.where(later, copies[i], copy)
+                    size = tl.where(later, sizes[i], size)
+                    start = tl.where(later, starts[i], start)
     return param, grad, first, second, copy, size, start
 
 
