@@ -1,7 +1,8 @@
 """Kernel of `hrm.kernels.ops.grouped_gemm`: addresses and sizes of all products are its arguments.
 
-Each program takes a run of neighbouring tiles, so that it sees few products. In 16 bit it makes tensor descriptors
-for each on the device (the bulk copy engine from Hopper on); otherwise it goes by pointers.
+Each program takes a run of neighbouring tiles, so that it sees few products; but where some products are much deeper
+than others, tiles one by one in turn, the deepest first, so that all programs end together. In 16 bit it makes tensor
+descriptors for each product on the device (the bulk copy engine from Hopper on); otherwise it goes by pointers.
 """
 
 from __future__ import annotations
@@ -22,17 +23,50 @@ _MAX_PRODUCTS = 64
 
 
 @triton.jit
-def _chosen(tile: tl.tensor, starts: tl.tuple, values: tl.tuple) -> tl.tensor:
-    """The value of the product that a tile belongs to: the last one that starts at or before it."""
-    value = values[0]
-    for i in tl.static_range(1, len(values)):
-        value = tl.where(tile >= _size(starts[i]), values[i], value)
-    return value
+def _size(coded: tl.tensor) -> tl.tensor:
+    return (coded - 3) // 2
 
 
 @triton.jit
-def _size(coded: tl.tensor) -> tl.tensor:
-    return (coded - 3) // 2
+def _product_of(
+    tile: tl.tensor,
+    lefts: tl.tuple,
+    rights: tl.tuple,
+    outs: tl.tuple,
+    heights: tl.tuple,
+    widths: tl.tuple,
+    depths: tl.tuple,
+    left_strides: tl.tuple,
+    right_strides: tl.tuple,
+    starts: tl.tuple,
+) -> tl.tuple:
+    """The product that a tile belongs to: the last one that starts at or before it, sought among 8 (see `optim`)."""
+    zero = tile * 0
+    wide = zero.to(tl.int64)
+    left, right, out = lefts[0], rights[0], outs[0]
+    M, N, K, start = zero + heights[0], zero + widths[0], zero + depths[0], zero + starts[0]
+    left_stride, right_stride = wide + left_strides[0], wide + right_strides[0]
+    for block in tl.static_range(0, len(lefts), 8):
+        here = tile >= _size(starts[block])
+        if block + 8 < len(lefts):
+            here = here & (tile < _size(starts[block + 8]))
+        if here:
+            left, right, out = lefts[block], rights[block], outs[block]
+            M, N, K, start = zero + heights[block], zero + widths[block], zero + depths[block], zero + starts[block]
+            left_stride, right_stride = wide + left_strides[block], wide + right_strides[block]
+            for i in tl.static_range(block + 1, block + 8):
+                if i < len(lefts):
+                    later = tile >= _size(starts[i])
+                    left = tl.where(later, lefts[i], left)
+                    right = tl.where(later, rights[i], right)
+                    out = tl.where(later, outs[i], out)
+                    M = tl.where(later, heights[i], M)
+                    N = tl.where(later, widths[i], N)
+                    K = tl.where(later, depths[i], K)
+                    left_stride = tl.where(later, left_strides[i], left_stride)
+                    right_stride = tl.where(later, right_strides[i], right_stride)
+                    start = tl.where(later, starts[i], start)
+    return left, right, out, _size(M), _size(N), _size(K), left_stride, right_stride, _size(start)
 
 
 def _coded(size: int) -> int:
@@ -52,6 +86,7 @@ def _grouped_kernel(
     right_strides: tl.tuple,
     starts: tl.tuple,
     total: tl.tensor,
+    run: tl.tensor,
     LEFT_TRANSPOSED: tl.constexpr,
     RIGHT_TRANSPOSED: tl.constexpr,
     DESCRIBED: tl.constexpr,
@@ -59,58 +94,55 @@ def _grouped_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """TRANSPOSED: that operand is [K, M], or [N, K], in memory."""
-    tiles = _size(total)
-    most = tl.cdiv(tiles, tl.num_programs(0))
-    tile = tl.program_id(0) * most
-    end = tl.minimum(tile + most, tiles)
-    while tile < end:
-        left, right, out = _chosen(tile, starts, lefts), _chosen(tile, starts, rights), _chosen(tile, starts, outs)
-        M, N = _size(_chosen(tile, starts, heights)), _size(_chosen(tile, starts, widths))
-        K = _size(_chosen(tile, starts, depths))
-        left_stride = _chosen(tile, starts, left_strides).to(tl.int64)
-        right_stride = _chosen(tile, starts, right_strides).to(tl.int64)
-        start = _size(_chosen(tile, starts, starts))
-        tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-        last = tl.minimum(end, start + tiles_m * tiles_n)
-        if DESCRIBED:
-            if LEFT_TRANSPOSED:
-                a = tl.make_tensor_descriptor(left, [K, M], [left_stride, 1], [BLOCK_K, BLOCK_M])
-            else:
-                a = tl.make_tensor_descriptor(left, [M, K], [left_stride, 1], [BLOCK_M, BLOCK_K])
-            if RIGHT_TRANSPOSED:
-                b = tl.make_tensor_descriptor(right, [N, K], [right_stride, 1], [BLOCK_N, BLOCK_K])
-            else:
-                b = tl.make_tensor_descriptor(right, [K, N], [right_stride, 1], [BLOCK_K, BLOCK_N])
-            c = tl.make_tensor_descriptor(out, [M, N], [N.to(tl.int64), 1], [BLOCK_M, BLOCK_N])
-        for t in tl.range(tile, last, flatten=DESCRIBED):
-            tile_m, tile_n = tile_position(t - start, tiles_m, tiles_n)
-            m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
-            rows, columns = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for k in range(0, K, BLOCK_K):
-                if DESCRIBED:
-                    x = a.load([k, m]).T if LEFT_TRANSPOSED else a.load([m, k])
-                    w = b.load([n, k]).T if RIGHT_TRANSPOSED else b.load([k, n])
-                else:
-                    inner = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
-                    if LEFT_TRANSPOSED:
-                        at = inner[None, :] * left_stride + rows[:, None]
-                    else:
-                        at = rows.to(tl.int64)[:, None] * left_stride + inner[None, :]
-                    x = tl.load(left + at, (rows[:, None] < M) & (inner[None, :] < K), 0.0)
-                    if RIGHT_TRANSPOSED:
-                        at = columns.to(tl.int64)[None, :] * right_stride + inner[:, None]
-                    else:
-                        at = inner[:, None] * right_stride + columns[None, :]
-                    w = tl.load(right + at, (inner[:, None] < K) & (columns[None, :] < N), 0.0)
-                acc = tl.dot(x, w, acc, input_precision="ieee")
+    """Programs take runs of `run` tiles in turn. TRANSPOSED: that operand is [K, M], or [N, K], in memory."""
+    tiles, most = _size(total), _size(run)
+    for first in range(tl.program_id(0) * most, tiles, tl.num_programs(0) * most):
+        tile = first
+        end = tl.minimum(first + most, tiles)
+        while tile < end:
+            left, right, out, M, N, K, left_stride, right_stride, start = _product_of(
+                tile, lefts, rights, outs, heights, widths, depths, left_strides, right_strides, starts
+            )
+            tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+            last = tl.minimum(end, start + tiles_m * tiles_n)
             if DESCRIBED:
-                c.store([m, n], acc.to(c.dtype))
-            else:
-                at = rows.to(tl.int64)[:, None] * N + columns[None, :]
-                tl.store(out + at, acc.to(out.dtype.element_ty), (rows[:, None] < M) & (columns[None, :] < N))
-        tile = last
+                if LEFT_TRANSPOSED:
+                    a = tl.make_tensor_descriptor(left, [K, M], [left_stride, 1], [BLOCK_K, BLOCK_M])
+                else:
+                    a = tl.make_tensor_descriptor(left, [M, K], [left_stride, 1], [BLOCK_M, BLOCK_K])
+                if RIGHT_TRANSPOSED:
+                    b = tl.make_tensor_descriptor(right, [N, K], [right_stride, 1], [BLOCK_N, BLOCK_K])
+                else:
+                    b = tl.make_tensor_descriptor(right, [K, N], [right_stride, 1], [BLOCK_K, BLOCK_N])
+                c = tl.make_tensor_descriptor(out, [M, N], [N.to(tl.int64), 1], [BLOCK_M, BLOCK_N])
+            for t in tl.range(tile, last, flatten=DESCRIBED):
+                tile_m, tile_n = tile_position(t - start, tiles_m, tiles_n)
+                m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
+                rows, columns = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                for k in range(0, K, BLOCK_K):
+                    if DESCRIBED:
+                        x = a.load([k, m]).T if LEFT_TRANSPOSED else a.load([m, k])
+                        w = b.load([n, k]).T if RIGHT_TRANSPOSED else b.load([k, n])
+                    else:
+                        inner = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
+                        if LEFT_TRANSPOSED:
+                            at = inner[None, :] * left_stride + rows[:, None]
+                        else:
+                            at = rows.to(tl.int64)[:, None] * left_stride + inner[None, :]
+                        x = tl.load(left + at, (rows[:, None] < M) & (inner[None, :] < K), 0.0)
+                        if RIGHT_TRANSPOSED:
+                            at = columns.to(tl.int64)[None, :] * right_stride + inner[:, None]
+                        else:
+                            at = inner[:, None] * right_stride + columns[None, :]
+                        w = tl.load(right + at, (inner[:, None] < K) & (columns[None, :] < N), 0.0)
+                    acc = tl.dot(x, w, acc, input_precision="ieee")
+                if DESCRIBED:
+                    c.store([m, n], acc.to(c.dtype))
+                else:
+                    at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+                    tl.store(out + at, acc.to(out.dtype.element_ty), (rows[:, None] < M) & (columns[None, :] < N))
+            tile = last
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -144,12 +176,19 @@ def _stored(matrices: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
 
 def _launch(products: Sequence[tuple[Tensor, Tensor, Tensor]], left_transposed: bool, right_transposed: bool) -> None:
     device = products[0][0].device
+
+    def depth(product: tuple[Tensor, Tensor, Tensor]) -> int:
+        return product[0].shape[0 if left_transposed else 1]
+
+    products = sorted(products, key=depth, reverse=True)
     heights, widths = [out.shape[0] for *_, out in products], [out.shape[1] for *_, out in products]
-    depths = [left.shape[0 if left_transposed else 1] for left, *_ in products]
+    depths = [depth(product) for product in products]
     tile = choose_tile(list(zip(heights, widths, strict=True)), device, products[0][0].itemsize, widest=128)
     *starts, total = itertools.accumulate(
         (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n) for M, N in zip(heights, widths, strict=True)), initial=0
     )
+    programs = min(total, multiprocessor_count(device))
+    run = triton.cdiv(total, programs) if depths[0] <= 1.5 * depths[-1] else 1
     described = products[0][0].itemsize == 2 and all(describable(x) for product in products for x in product)
     if described and device.type == "cuda":
         triton.set_allocator(_scratch)  # at each launch: it holds for a thread, and the backward has one of its own
@@ -158,7 +197,7 @@ def _launch(products: Sequence[tuple[Tensor, Tensor, Tensor]], left_transposed: 
         return tuple(map(_coded, sizes))
 
     lefts, rights, outs = zip(*products, strict=True)
-    _grouped_kernel[(min(total, multiprocessor_count(device)),)](
+    _grouped_kernel[(programs,)](
         lefts,
         rights,
         outs,
@@ -169,6 +208,7 @@ def _launch(products: Sequence[tuple[Tensor, Tensor, Tensor]], left_transposed: 
         tuple(x.stride(0) for x in rights),
         coded(starts),
         _coded(total),
+        _coded(run),
         left_transposed,
         right_transposed,
         described,
