@@ -30,7 +30,7 @@ from hrm.config.compose import compose
 from hrm.data.loader import TrainLoader
 from hrm.data.pack import Pack, PackMetadata, PackSet, open_pack, write_split
 from hrm.distributed.world import World, join_world
-from hrm.errors import UserError
+from hrm.errors import EXIT_USER_ERROR, UserError, printable
 from hrm.evaluation.report.picture import require_matplotlib
 from hrm.kernels.presets import AUTO, presets
 
@@ -167,6 +167,15 @@ def _measure_published(
         **({"ms, slowest of 20": answer["slowest of 20"]} if work == "latency" else {}),
         "stand-ins": " and ".join(answer["stand-ins"]),
     }
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """A benchmark as the shell starts it: a mistake in what was asked for ends in its sentence."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

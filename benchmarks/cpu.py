@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import published_side
-from benchmarks.common import Shape, batches, machine, make_parser, preset_config, write_results
+from benchmarks.common import Shape, batches, machine, make_parser, preset_config, run_command, write_results
 from benchmarks.published import Published, published_arch
 from hrm.config import PretrainConfig
 from hrm.data.pack import Pack
@@ -285,4 +285,4 @@ def _instructions() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

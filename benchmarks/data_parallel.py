@@ -21,6 +21,7 @@ from benchmarks.common import (
     peak_gib,
     preset_config,
     reset_peak,
+    run_command,
     write_results,
 )
 from hrm.config import PretrainConfig
@@ -92,4 +93,4 @@ def _measure(config: PretrainConfig, seq_len: int, world: World, repeats: int) -
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import machine, make_parser, picture_file, write_results
+from benchmarks.common import machine, make_parser, picture_file, run_command, write_results
 from hrm.batch import Batch
 from hrm.checkpoint.weights import find_checkpoint, read_weights
 from hrm.config import EnsembleConfig
@@ -267,4 +267,4 @@ def _pick(data: PackSet, count: int) -> PackSet:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

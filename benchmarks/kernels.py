@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Shape, machine, matmul_tflops, median_ms, write_results
+from benchmarks.common import Shape, machine, matmul_tflops, median_ms, run_command, write_results
 from hrm.distributed.world import join_world
 from hrm.errors import UserError
 from hrm.kernels import naive
@@ -166,4 +166,4 @@ def _copy_rate(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.common import Trial, compare_presets
+from benchmarks.common import Trial, compare_presets, run_command
 from hrm.evaluation.runner import make_runner
 from hrm.training.step import initial_state
 
@@ -48,4 +48,4 @@ def _measure(trial: Trial) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

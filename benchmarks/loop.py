@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Trial, compare_presets, peak_gib
+from benchmarks.common import Trial, compare_presets, peak_gib, run_command
 from hrm.training.loop import pretrain
 
 _WINDOWS = 3  # of which the first one compiles
@@ -49,4 +49,4 @@ def _measure(trial: Trial) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -23,7 +23,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.common import PRESETS, Shape, batches, machine, make_parser, picture_file, preset_config, write_results
+from benchmarks.common import (
+    PRESETS,
+    Shape,
+    batches,
+    machine,
+    make_parser,
+    picture_file,
+    preset_config,
+    run_command,
+    write_results,
+)
 from hrm.config import KernelsConfig, PretrainConfig
 from hrm.distributed.world import World, join_world
 from hrm.errors import UserError
@@ -171,4 +181,4 @@ def _row(preset: str, found: Course, window: int, away: float | None) -> dict[st
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

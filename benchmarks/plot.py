@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import BASELINE
+from benchmarks.common import BASELINE, run_command
 from hrm.evaluation.report.picture import new_picture, save_picture
 
 _SPEED_UP = f"x {BASELINE}"
@@ -74,4 +74,4 @@ def draw_ways(about: Mapping[str, str], rows: Sequence[Mapping[str, Any]], pictu
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from benchmarks.common import picture_file
+from benchmarks.common import picture_file, run_command
 from hrm.checkpoint.run_folder import CONFIG_FILE, METRICS_FILE
 from hrm.errors import UserError
 from hrm.evaluation.report.plots import Metric, Record, draw_panels, read_records, run_panel
@@ -65,4 +65,4 @@ def _read(folder: Path, timed: bool) -> Sequence[Record]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -38,6 +38,7 @@ from benchmarks.common import (
     markdown,
     picture_file,
     preset_config,
+    run_command,
     times_ms,
 )
 from benchmarks.cost_model import AllReduce, Machine, Scaled, Work, fit_compute, fit_exchange, pays_until, strong, weak
@@ -439,4 +440,4 @@ def _draw(curves: Sequence[Curve], about: Mapping[str, str], picture: Path) -> N
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

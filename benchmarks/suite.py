@@ -32,6 +32,7 @@ from benchmarks.common import (
     picture_file,
     preset_config,
     reset_peak,
+    run_command,
     write_results,
 )
 from benchmarks.plot import draw_ways
@@ -82,7 +83,7 @@ WAYS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--ways", default=",".join(WAYS), help="several of these, the default")
+    parser.add_argument("--ways", default=",".join(WAYS), help=f"several of: {', '.join(WAYS)}; default: all")
     parser.add_argument("--shape", type=Shape.parse, default="384x81", help="global batch size x sequence length")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--picture", type=picture_file, help="draw the table to this .svg or .png")
@@ -215,4 +216,4 @@ def _measure(config: PretrainConfig, arguments: Any, world: World) -> dict[str, 
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

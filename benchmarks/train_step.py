@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.common import Trial, compare_presets, median_ms, peak_gib
+from benchmarks.common import Trial, compare_presets, median_ms, peak_gib, run_command
 from hrm.training.step import initial_state, make_train_step
 
 
@@ -30,4 +30,4 @@ def _measure(trial: Trial) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -29,10 +29,10 @@ from benchmarks import (
     suite,
     train_step,
 )
-from benchmarks.common import BASELINE, Shape, batches
+from benchmarks.common import BASELINE, Shape, batches, run_command
 from hrm.batch import Batch
 from hrm.data.pack import Pack, PackMetadata, PackSet
-from hrm.errors import UserError
+from hrm.errors import EXIT_USER_ERROR, UserError
 from hrm.evaluation.report.plots import Metric, figure_of, run_panel
 from hrm.models.hrm import HRMConfig
 from hrm.models.transformer import TransformerConfig
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.slow
 
 TINY = ["arch=hrm_small", "arch.hidden_size=32", "arch.num_heads=2", "arch.halt_max_steps=2", "device=cpu"]
 CHECKOUT = os.environ.get("HRM_CHECKOUT", "")
-needs_checkout = pytest.mark.skipif(not Path(CHECKOUT, "pretrain.py").is_file(), reason="HRM_CHECKOUT is not set")
+needs_checkout = pytest.mark.skipif(not Path(CHECKOUT, "puzzle_dataset.py").is_file(), reason="HRM_CHECKOUT is not set")
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -481,6 +481,13 @@ def test_scaling_says_what_is_missing(tmp_path: Path) -> None:
     file.write_text(json.dumps({"about": {}, "models": [], "steps": [], "exchanges": []}))
     with pytest.raises(UserError, match=r"--shapes 4x16 has a length that was not measured"):
         scaling.main(["--measured", str(file), "--shapes", "4x16"])
+
+
+def test_a_mistake_ends_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: train_step.main(["--published", str(tmp_path)]))
+    assert stopped.value.code == EXIT_USER_ERROR
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} is no checkout of the published code")
 
 
 def test_what_the_published_code_cannot_do(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import machine, markdown, picture_file, write_table
+from benchmarks.common import machine, markdown, picture_file, run_command, write_table
 from benchmarks.ops.running import OPERATIONS, Line, append_lines, lines_of
 from benchmarks.ops.timing import Timer
 from hrm.distributed.world import join_world
@@ -132,4 +132,4 @@ def _label(line: Line) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
