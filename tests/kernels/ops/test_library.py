@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -95,3 +96,19 @@ def test_rows_of_all_operations_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
     assert [line["operation"] for line in lines if "end" in line] == list(running.OPERATIONS)
     assert not [line for line in lines if "error" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 100])
+def test_row_and_elementwise_kernels_compile(capability: int) -> None:
+    """For Hopper and for Blackwell, which are not here; every kernel of these files."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.helpers.compiling", str(capability)]
+    compiled = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=ROOT).stdout
+    folder = ROOT / "hrm/kernels/ops/triton"
+    names = {
+        name
+        for file in ("asin", "dropout", "norm", "softmax", "vector_add")
+        for name in re.findall(r"^def (\w+_kernel)\(", (folder / f"{file}.py").read_text(), re.MULTILINE)
+    }
+    assert set(compiled.split()) == names
