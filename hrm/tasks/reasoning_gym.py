@@ -177,7 +177,13 @@ class Verified(Evaluator):
     def __init__(self, pack: Pack) -> None:
         self._pack = pack
         self._origin = Origin.read(pack.path)
-        self._tokens = TextTokens(read_vocabulary(pack.path / VOCABULARY_FILE).symbols)
+        vocabulary = read_vocabulary(pack.path / VOCABULARY_FILE)
+        if vocabulary.size != pack.metadata.vocab_size:
+            raise UserError(
+                f"{pack.path / VOCABULARY_FILE} names {vocabulary.size} tokens, but the pack has "
+                f"{pack.metadata.vocab_size}; build or download the pack again."
+            )
+        self._tokens = TextTokens(vocabulary.symbols)
         self._puzzles: dict[bytes, dict[str, Any]] | None = None
         self._counts: dict[str, tuple[int, float, int, int]] = {}
         self._generator: Generator | None = None

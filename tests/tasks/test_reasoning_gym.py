@@ -157,6 +157,10 @@ def test_without_the_extra_and_with_another_version(
         (other / "reasoning_gym.json").write_text(json.dumps(origin | change))
         with pytest.raises(UserError, match=r"reasoning_gym\.json cannot be read"):
             Origin.read(other)
+    (other / "reasoning_gym.json").write_text(json.dumps(origin))
+    (other / "vocabulary.json").write_text('[null, "a"]')
+    with pytest.raises(UserError, match=r"vocabulary\.json names 2 tokens, but the pack has \d+"):
+        Verified(open_pack(other, "test"))
 
 
 # What makes no pack.
