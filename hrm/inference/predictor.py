@@ -56,8 +56,8 @@ class PredictOptions:
         positive("noise", self.noise.std)
         choice("noise_at", self.noise.at, NOISE_AT)
         choice("pick", self.pick, PICKS)
-        if self.pick != "vote" and self.paths == 1:
-            raise UserError(f"pick={self.pick} chooses among paths, of which there is one: add paths=.")
+        if self.every_step and self.pick != "vote":
+            raise UserError(f"pick={self.pick} chooses among answers, of which there is one where every step is given.")
         for name in ("trajectory", "latents"):
             for several in ("augmentations", "paths"):
                 if getattr(self, name) and getattr(self, several) > 1:
@@ -142,7 +142,7 @@ class Predictor:
             UserError: the task has fewer augmentations than asked for.
         """
         task, form = self._task, self._form
-        if options.paths > 1:
+        if options.paths > 1 or options.pick != "vote":
             rows = self._by_paths(puzzles, options)
         else:
             rows = self._voted(puzzles, options) if options.augmentations > 1 else self._rows(puzzles, options)

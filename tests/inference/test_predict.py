@@ -307,7 +307,7 @@ def test_bad_inputs_are_named(bundled: TrainedModel, given: Any, sentence: str) 
         ({"paths": 2, "noise": 0}, "noise=0 is out of range"),
         ({"paths": 2, "noise_at": "end"}, "noise_at=end is not a choice; there are: start, steps."),
         ({"paths": 2, "pick": "best"}, "pick=best is not a choice; there are: converged, first, q, vote."),
-        ({"pick": "q"}, "pick=q chooses among paths, of which there is one"),
+        ({"pick": "q", "trajectory": True}, "pick=q chooses among answers, of which there is one"),
     ],
 )
 def test_bad_options_are_named(bundled: TrainedModel, options: dict[str, Any], sentence: str) -> None:
