@@ -45,7 +45,7 @@ def by_torch_func(
     grads, loss = grad_and_value(loss_of)(tuple(w))
     norm = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
     is_finite = (loss + norm + alpha + eta + theta).isfinite()
-    rate = theta * (MAX_GRAD_NORM / (norm + 1e-6)).clamp(max=1)
+    rate = theta * (MAX_GRAD_NORM / norm.clamp(min=MAX_GRAD_NORM))
     for weight, moment, grad in zip(w, momentum, grads, strict=True):
         new_moment = eta * moment - rate * grad
         new_weight = (1 - alpha) * weight + new_moment

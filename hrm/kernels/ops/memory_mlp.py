@@ -90,7 +90,7 @@ def naive_updated(
     memories = saved.loss.shape
     norms = [torch.linalg.vector_norm(grad.flatten(len(memories)), dim=-1) for grad in grads]
     norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-    factor = 1.0 if max_grad_norm is None else (max_grad_norm / (norm + 1e-6)).clamp(max=1)
+    factor = 1.0 if max_grad_norm is None else max_grad_norm / norm.clamp(min=max_grad_norm)
     gates = [torch.as_tensor(gate, dtype=norm.dtype, device=norm.device) for gate in (alpha, eta, theta)]
     is_finite = torch.stack([x.broadcast_to(memories).isfinite() for x in (saved.loss, norm, *gates)]).all(0)
 
@@ -223,14 +223,15 @@ def memory_mlp_forward_loss(k: Tensor, v: Tensor, w1: Tensor, b1: Tensor, w2: Te
     """
     name = "memory_mlp_forward_loss"
     check_tensors(name, k=k, v=v)
-    _check_weights(name, k, {"w1": w1, "b1": b1, "w2": w2, "b2": b2})
+    _check_weights(name, k, {"w1": w1, "b1": b1, "w2": w2, "b2": b2}, w1.shape[-2] if w1.ndim >= 2 else 0)
     check_shape(name, "v", v, k.shape, "as k")
     if not runs_triton(k) or not k.numel() or not b1.numel():
         with torch.no_grad():
             return naive_forward_loss(k, v, w1, b1, w2, b2)
+    k, v = k.detach().contiguous(), v.contiguous()
     with torch.no_grad():
-        loss, z1, h, y, *others = _forward_loss(k.contiguous(), v.contiguous(), w1, b1, w2, b2)
-    return MemorySaved(loss, z1, h, y, k.contiguous(), *others)
+        loss, z1, h, y, *others = _forward_loss(k, v, w1, b1, w2, b2)
+    return MemorySaved(loss, z1, h, y, k, *others)
 
 
 @operation(naive_backward_update_)
@@ -254,7 +255,8 @@ def memory_mlp_backward_update_(
         w, momentum: contiguous float32 weights W and momentum S, overwritten.
         alpha, eta, theta: how much is forgotten, how much momentum is kept, and the step size: numbers, or tensors
             [...] or of one number, a gate for each memory.
-        max_grad_norm: the gradients of a memory are scaled down to this norm where theirs is larger; None: never.
+        max_grad_norm: the gradients of a memory are scaled down to this norm, above 0, where theirs is larger; None:
+            never.
 
     Returns:
         The norm [...] of each memory's gradients before the clipping.
@@ -266,10 +268,12 @@ def memory_mlp_backward_update_(
     k = saved.k
     for kind, group in (("w", w), ("momentum", momentum)):
         named = {f"{kind}.{field}": tensor for field, tensor in group._asdict().items()}
-        _check_weights(name, k, named)
+        _check_weights(name, k, named, saved.z1.shape[-1])
         for which, tensor in named.items():
             if not tensor.is_contiguous():
                 raise UserError(f"{name}: {which} is overwritten and not contiguous; give {which}.contiguous().")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise UserError(f"{name}: max_grad_norm={max_grad_norm} is too small; give more than 0, or None.")
     gates = {"alpha": alpha, "eta": eta, "theta": theta}
     for which, gate in gates.items():
         if isinstance(gate, Tensor):
@@ -293,16 +297,14 @@ def memory_mlp_backward_update_(
     return norm
 
 
-def _check_weights(name: str, k: Tensor, weights: dict[str, Tensor]) -> None:
-    """Refuse weights, by their names, that are not those of memories for `k` [..., N, D]."""
+def _check_weights(name: str, k: Tensor, weights: dict[str, Tensor], hidden: int) -> None:
+    """Refuse weights, by their names, that are not those of memories of this hidden width for `k` [..., N, D]."""
     if k.ndim < 2:
         raise UserError(f"{name}: k is {list(k.shape)} and should be [..., N, D].")
     *memories, _, width = k.shape
-    (first, w1), *_ = weights.items()
-    hidden = w1.shape[-2] if w1.ndim >= 2 else 0
     shapes = [(*memories, hidden, width), (*memories, hidden), (*memories, width, hidden), (*memories, width)]
     for (which, weight), shape in zip(weights.items(), shapes, strict=True):
-        check_shape(name, which, weight, shape, f"for k [..., N, D] = {list(k.shape)} and H rows of {first}")
+        check_shape(name, which, weight, shape, f"for k [..., N, D] = {list(k.shape)} and H = {hidden}")
         if weight.dtype != torch.float32 and not (weight.dtype == k.dtype == torch.float64):
             raise UserError(f"{name}: {which} is {dtype_name(weight.dtype)}; give float32.")
         if weight.device != k.device:

@@ -66,7 +66,7 @@ def by_torch_func(
         losses.append(loss_by_hand(own, k[i], v[i]))
         grads = grad(loss_by_hand)(own, k[i], v[i])
         norms.append(torch.cat([g.flatten() for g in grads]).norm())
-        factor = 1.0 if limit is None else min(1.0, limit / (norms[-1].item() + 1e-6))
+        factor = 1.0 if limit is None else min(1.0, limit / norms[-1].item())
         moments = [GATES["eta"] * m - GATES["theta"] * factor * g for m, g in zip(moments, grads, strict=True)]
         new_momentum.append(moments)
         new_w.append([(1 - GATES["alpha"]) * x + m for x, m in zip(own, moments, strict=True)])
@@ -182,6 +182,18 @@ def test_no_rows_leave_all_as_it_was(device: str) -> None:
     assert all(map(torch.equal, [*w, *momentum], [*new_w, *new_momentum]))
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero")  # the interpreter's
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("naive", [False, True])
+def test_no_gradient_is_no_clipping(device: str, naive: bool) -> None:
+    k, _, w, momentum = draw(device, torch.float32, (), 4, 8, 16)
+    w = MemoryWeights(*(torch.zeros_like(x) for x in w))
+    _, found = run(k, torch.zeros_like(k), w, momentum, 0.01, naive=naive)
+    for new, old in zip(found[4:8], momentum, strict=True):
+        torch.testing.assert_close(new, GATES["eta"] * old)
+    assert found[8] == 0
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_small_gradients_survive_float16(device: str) -> None:
     """The gradient of y is 2 / (N D) of its error, less than float16 can hold."""
@@ -293,5 +305,9 @@ def test_errors() -> None:
     wrong = momentum._replace(w1=momentum.w1.mT.contiguous().mT)
     with pytest.raises(UserError, match=r"memory_mlp_backward_update_: momentum\.w1 is overwritten and not contiguous"):
         memory_mlp_backward_update_(saved, w, wrong, 0.1, 0.9, 1.0)
+    with pytest.raises(UserError, match=r"w\.w1 is \[2, 15, 8\] and should be \[2, 16, 8\]"):
+        memory_mlp_backward_update_(saved, w._replace(w1=w.w1[:, :15]), momentum, 0.1, 0.9, 1.0)
+    with pytest.raises(UserError, match=r"max_grad_norm=0 is too small"):
+        memory_mlp_backward_update_(saved, w, momentum, 0.1, 0.9, 1.0, 0)
     with pytest.raises(UserError, match=r"eta is \[3\] and should be \[2\]"):
         memory_mlp_backward_update_(saved, w, momentum, 0.1, torch.ones(3), 1.0)

@@ -442,7 +442,7 @@ def _apply(
         forget, keep, rate = _gate(alpha, memory), _gate(eta, memory), _gate(theta, memory)
         # 0 times NaN or infinity is NaN.
         zero = 0 * tl.load(loss + memory) + 0 * norm + 0 * forget + 0 * keep + 0 * rate
-        rate *= tl.minimum(limit / (norm + 1e-6), 1.0)
+        rate *= tl.minimum(limit / norm, 1.0)
         inside = at < tl.where(zero == 0, SIZE, 0)
         grad = tl.load(grads + memory * ALL + START + at, inside)
         new_moment = keep * tl.load(moment + memory * SIZE + at, inside) - rate * grad
