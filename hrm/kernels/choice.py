@@ -80,7 +80,8 @@ def resolve(config: KernelsConfig, request: KernelRequest) -> KernelsConfig:
     if config.fused_step and (reason := why_not_triton(request)):
         raise UserError(f"kernels.fused_step=true cannot run: {reason}; take kernels=naive.")
     _check_fp8(config, backend, request)
-    by_core = config.by_core and backend.by_core and request.device.type == "cpu"
+    # Cores that compile at the same time would compile the same several times over, beyond PyTorch's limit.
+    by_core = config.by_core and backend.by_core and not config.compile and request.device.type == "cpu"
     return replace(config, attention=_resolve_attention(config, backend, request), by_core=by_core)
 
 

@@ -235,6 +235,7 @@ def test_where_it_is_the_choice() -> None:
     assert resolve(kernels_config("auto"), on_cpu).by_core
     assert "by_core" in describe(resolve(kernels_config("naive"), on_cpu))
     assert not resolve(KernelsConfig("naive", by_core=False), on_cpu).by_core
+    assert not resolve(KernelsConfig("naive", compile=True), on_cpu).by_core
     assert not resolve(kernels_config("naive"), on_cpu._replace(device=torch.device("cuda"))).by_core
 
 
