@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", default=_SIZES, help=f"model@batch x tokens, several; models: {', '.join(_MODELS)}")
     parser.add_argument("--busy", default="0", help="numbers of other programs, e.g. 0,1")
     parser.add_argument("--threads", default="", help="numbers of threads, e.g. 2,1; default: PyTorch's")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3, help="of each work and way, at least")
+    parser.add_argument("--seconds", type=float, default=10, help="of each work, for all ways together, at least")
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py")
     arguments = parser.parse_args(argv)
 
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     for name, way in ways.items()
                 }
                 for busy in map(int, arguments.busy.split(",")):
-                    measured = _measure(works, threads, busy, arguments.repeats)
+                    measured = _measure(works, threads, busy, arguments.repeats, arguments.seconds)
                     for row in measured:
                         rows.append({"model": model, "shape": shape, **row})
                         print(rows[-1], flush=True)
@@ -166,7 +167,7 @@ class _Worker:
             raise UserError(f"The process of the way {self.name!r} ended: its last words are above.") from error
 
 
-def _measure(works: dict[str, Work], threads: str, busy: int, repeats: int) -> list[dict[str, Any]]:
+def _measure(works: dict[str, Work], threads: str, busy: int, repeats: int, seconds: float) -> list[dict[str, Any]]:
     """A row for each kind of work and way."""
     rows = []
     with ExitStack() as stack:
@@ -181,7 +182,9 @@ def _measure(works: dict[str, Work], threads: str, busy: int, repeats: int) -> l
             stack.callback(other.terminate)
         for what in _WORKS:
             taken: dict[str, list[Times]] = {worker.name: [] for worker in workers}
-            for _ in range(repeats):
+            rounds, began = 0, time.monotonic()
+            while rounds < repeats or time.monotonic() - began < seconds:
+                rounds += 1
                 for worker in workers:
                     taken[worker.name].append(worker.time(what))
             ms = {name: statistics.median(each.wall_ms for each in times) for name, times in taken.items()}
@@ -194,6 +197,7 @@ def _measure(works: dict[str, Work], threads: str, busy: int, repeats: int) -> l
                     "ms": ms[worker.name],
                     "CPU ms": statistics.median(each.cpu_ms for each in taken[worker.name]),
                     f"x {BASELINE}": ms[BASELINE] / ms[worker.name] if BASELINE in ms else None,
+                    "repeats": rounds,
                     "first s": first[what, worker.name].wall_ms / 1000,
                     "kernels": worker.about.kernels,
                 }

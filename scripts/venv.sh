@@ -24,6 +24,9 @@ fi
 
 [ -x .venv/bin/python ] || { echo "Making .venv"; _make_venv; }
 if [ "$(cat "$_stamp" 2> /dev/null)" != "$_wanted" ]; then
+    if [ "$(uname)" = Linux ] && ! command -v nvidia-smi > /dev/null && ! .venv/bin/python -c 'import torch' 2> /dev/null; then
+        echo "No NVIDIA GPU is seen: README.md, \"Set up\", names a way around the several GB of libraries for one."
+    fi
     echo "Installing hrm[$_extras] into .venv (the first time, a minute or more: PyTorch is large)"
     _install ".[$_extras]"
     case ",$_extras," in

@@ -89,18 +89,8 @@ def test_values_of_an_option_side_by_side(tmp_path: Path) -> None:
 def test_on_a_cpu_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a checkout of the published code; with another program that computes."""
     monkeypatch.setitem(cpu._MODELS, "tiny", TINY)
-    arguments = [
-        "--ways",
-        "published;ours",
-        "--sizes",
-        "tiny@2x16",
-        "--threads",
-        "1",
-        "--busy",
-        "0,1",
-        "--repeats",
-        "1",
-    ]
+    arguments = ["--ways", "published;ours", "--sizes", "tiny@2x16", "--threads", "1", "--busy", "0,1"]
+    arguments += ["--repeats", "1", "--seconds", "0"]
     cpu.main([*arguments, "--output-dir", str(tmp_path)])
     (file,) = tmp_path.glob("*.json")
     rows = json.loads(file.read_text())["rows"]

@@ -9,9 +9,9 @@ from hrm.kernels.requirements import is_measured, why_not_compiled
 
 
 def _default(request: KernelRequest) -> dict[str, bool]:
-    """On a CPU as it is, by core; on a GPU compiled and recorded, where measured with our kernels around blocks without.
+    """On a CPU as it is; on a GPU compiled and recorded, where measured with our kernels around blocks without any.
 
-    On a CPU, compiled code is not faster than cores with sequences of their own, and takes up to a minute to be made.
+    On a CPU, compiled code is hardly ever faster than cores with sequences of their own are.
     """
     on_cuda = request.device.type == "cuda"
     return {
