@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from hrm.kernels.ops.triton.block_scaled_matmul import _block_scaled_kernel as kernel
 
 capability, four_bits = int(sys.argv[1]), sys.argv[2] == "mxfp4"
-constants = {"WAY": "native", "FOUR_BITS": four_bits, "DESCRIBED": False, "WIDE": None, "BLOCK": 32}
+constants = {"NATIVE": True, "FOUR_BITS": four_bits, "DESCRIBED": False, "INTERPRETED": False, "BLOCK": 32}
 constants |= {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128}
 types = {name: "i32" for name in ("M", "N", "K")} | {"out": "*bf16"}
 types |= {name: "*u8" for name in ("a", "b", "a_scales", "b_scales")}

@@ -225,10 +225,12 @@ def pays(a: Tensor, b: Tensor) -> bool:
     return a.dtype in DTYPES and a.itemsize == 2 and tiles >= multiprocessor_count(a.device)
 
 
-def multiply(a: Tensor, b: Tensor, epilogue: Epilogue, save: bool) -> tuple[Tensor, Tensor | None]:
+def multiply(
+    a: Tensor, b: Tensor, epilogue: Epilogue, save: bool, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
     """As `hrm.kernels.ops.triton.matmul.multiply`, of operands whose rows begin at multiples of 16 bytes."""
     (M, K), N = a.shape, b.shape[1]
-    out = a.new_empty(M, N)
+    out = a.new_empty(M, N, dtype=out_dtype)
     before = torch.empty_like(out) if save else None
     transposed = b.stride(1) != 1
     part = (ROWS // 2, _OUTPUTS // 4)

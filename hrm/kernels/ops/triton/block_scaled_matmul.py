@@ -2,7 +2,7 @@
 
 Quantising rounds by arithmetic on bits, the same on every chip. The product has three ways, by `_way`: the matrix
 unit's own scales (Blackwell), sums of e4m3 blocks of 128 scaled in registers (Hopper), and operands widened to
-bfloat16 first.
+bfloat16 first, each in a launch, and multiplied as `hrm.kernels.ops.triton.matmul` does.
 
 Shapes: M rows, K inputs, N outputs.
 """
@@ -21,9 +21,9 @@ from hrm.kernels.ops.block_scaled_matmul import BlockScaled
 from hrm.kernels.ops.hopper import device as hopper
 from hrm.kernels.ops.matmul import as_rows
 from hrm.kernels.ops.triton.common import multiprocessor_count
-from hrm.kernels.ops.triton.matmul import dense_rows, tile_position
+from hrm.kernels.ops.triton.matmul import Epilogue, dense_rows, product, tile_position
 
-_QUANTIZED = 4096  # numbers of a program of 4 warps: four vectors of 16 bytes a thread in 16 bit
+_PASSED = 4096  # numbers of a program of 4 warps: four vectors of 16 bytes a thread in 16 bit
 
 Way = Literal["native", "scaled sums", "widened"]
 
@@ -123,6 +123,12 @@ def _quantize_kernel(
     tl.store(scales + at, code, (rows[:, None] < M) & (number_of_block[None, :] < of_row))
 
 
+def _tile(K: int, block: int) -> tuple[int, int]:
+    """Columns and rows of a program that passes over rows of K numbers."""
+    width = max(block, min(512, triton.next_power_of_2(K)))
+    return width, _PASSED // width
+
+
 def quantize(x: Tensor, block: int, format: str) -> tuple[Tensor, Tensor]:
     """As the operator `hrm::quantize_blocks` says."""
     rows, K = dense_rows(as_rows(x)), x.shape[-1]
@@ -130,8 +136,7 @@ def quantize(x: Tensor, block: int, format: str) -> tuple[Tensor, Tensor]:
     values = x.new_empty(*x.shape[:-1], K // 2 if four_bits else K, dtype=torch.uint8)
     scales = x.new_empty(*x.shape[:-1], triton.cdiv(K, block), dtype=torch.uint8)
     if x.numel():
-        width = max(block, min(512, triton.next_power_of_2(K)))
-        height = _QUANTIZED // width
+        width, height = _tile(K, block)
         grid = (triton.cdiv(K, width), triton.cdiv(len(rows), height))
         _quantize_kernel[grid](
             rows, values, scales, len(rows), K, rows.stride(0), four_bits, block, height, width, num_warps=4
@@ -177,28 +182,38 @@ def _scales(
 
 
 @triton.jit
-def _widened(
-    source: tl.tensor,
+def _widen_kernel(
+    values: tl.tensor,
     scales: tl.tensor,
-    m: tl.tensor,
-    k: tl.tensor,
+    out: tl.tensor,
     M: tl.tensor,
     K: tl.tensor,
     FOUR_BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
-) -> tl.tensor:
-    """A tile of numbers."""
+) -> None:
+    m, k = tl.program_id(1) * ROWS, tl.program_id(0) * COLUMNS
     if FOUR_BITS:
-        codes = _values(source, m, k // 2, M, K // 2, ROWS, COLUMNS // 2, False)
+        codes = _values(values, m, k // 2, M, K // 2, ROWS, COLUMNS // 2, False)
         numbers = tl.join(_decode_e2m1(codes & 15), _decode_e2m1(codes >> 4)).reshape(ROWS, COLUMNS)
     else:
-        numbers = _decode_e4m3(_values(source, m, k, M, K, ROWS, COLUMNS, False))
+        numbers = _decode_e4m3(_values(values, m, k, M, K, ROWS, COLUMNS, False))
     scale = _decode_scale(_scales(scales, m, k // BLOCK, M, tl.cdiv(K, BLOCK), ROWS, COLUMNS // BLOCK))
-    scaled = numbers.reshape(ROWS, COLUMNS // BLOCK, BLOCK) * scale[:, :, None]
-    return scaled.reshape(ROWS, COLUMNS).to(WIDE)
+    scaled = (numbers.reshape(ROWS, COLUMNS // BLOCK, BLOCK) * scale[:, :, None]).reshape(ROWS, COLUMNS)
+    rows, columns = (m + tl.arange(0, ROWS)).to(tl.int64), k + tl.arange(0, COLUMNS)
+    inside = (rows[:, None] < M) & (columns[None, :] < K)
+    tl.store(out + rows[:, None] * K + columns[None, :], scaled.to(out.dtype.element_ty), inside)
+
+
+def _widened(values: Tensor, scales: Tensor, K: int, block: int, four_bits: bool, dtype: torch.dtype) -> Tensor:
+    """The numbers [M, K] of codes."""
+    M = len(values)
+    out = torch.empty(M, K, dtype=dtype, device=values.device)
+    width, height = _tile(K, block)
+    grid = (triton.cdiv(K, width), triton.cdiv(M, height))
+    _widen_kernel[grid](values, scales, out, M, K, four_bits, block, height, width, num_warps=4)
+    return out
 
 
 @triton.jit
@@ -211,16 +226,19 @@ def _block_scaled_kernel(
     M: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
-    WAY: tl.constexpr,
+    NATIVE: tl.constexpr,
     FOUR_BITS: tl.constexpr,
     DESCRIBED: tl.constexpr,
-    WIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """a [M, K] and b [N, K] in memory. DESCRIBED: these two are descriptors. WIDE: what is multiplied when widened."""
+    """a [M, K] and b [N, K] in memory. NATIVE: the matrix unit scales; else sums are scaled, BLOCK_K being BLOCK.
+
+    DESCRIBED: a and b are descriptors. INTERPRETED: by Triton's interpreter, which multiplies no e4m3.
+    """
     FORMAT: tl.constexpr = "e2m1" if FOUR_BITS else "e4m3"
     PACKED: tl.constexpr = 2 if FOUR_BITS else 1
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -230,24 +248,19 @@ def _block_scaled_kernel(
         m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
-            if WAY == "widened":
-                x = _widened(a, a_scales, m, k, M, K, FOUR_BITS, BLOCK, BLOCK_M, BLOCK_K, WIDE)
-                w = _widened(b, b_scales, n, k, N, K, FOUR_BITS, BLOCK, BLOCK_N, BLOCK_K, WIDE)
-                acc = tl.dot(x, w.T, acc, input_precision="ieee")
+            x = _values(a, m, k // PACKED, M, K // PACKED, BLOCK_M, BLOCK_K // PACKED, DESCRIBED)
+            w = _values(b, n, k // PACKED, N, K // PACKED, BLOCK_N, BLOCK_K // PACKED, DESCRIBED)
+            x_scale = _scales(a_scales, m, k // BLOCK, M, of_row, BLOCK_M, BLOCK_K // BLOCK)
+            w_scale = _scales(b_scales, n, k // BLOCK, N, of_row, BLOCK_N, BLOCK_K // BLOCK)
+            if NATIVE:
+                acc = tl.dot_scaled(x, x_scale, FORMAT, w.T, w_scale, FORMAT, acc)
             else:
-                x = _values(a, m, k // PACKED, M, K // PACKED, BLOCK_M, BLOCK_K // PACKED, DESCRIBED)
-                w = _values(b, n, k // PACKED, N, K // PACKED, BLOCK_N, BLOCK_K // PACKED, DESCRIBED)
-                x_scale = _scales(a_scales, m, k // BLOCK, M, of_row, BLOCK_M, BLOCK_K // BLOCK)
-                w_scale = _scales(b_scales, n, k // BLOCK, N, of_row, BLOCK_N, BLOCK_K // BLOCK)
-                if WAY == "native":
-                    acc = tl.dot_scaled(x, x_scale, FORMAT, w.T, w_scale, FORMAT, acc)
-                else:
-                    if WIDE is not None:
-                        x, w = _decode_e4m3(x).to(WIDE), _decode_e4m3(w).to(WIDE)
-                    elif not DESCRIBED:
-                        x, w = x.to(tl.float8e4nv, bitcast=True), w.to(tl.float8e4nv, bitcast=True)
-                    rows, columns = _decode_scale(x_scale), _decode_scale(w_scale)
-                    acc += tl.dot(x, w.T) * rows * columns.reshape(1, BLOCK_N)
+                if INTERPRETED:
+                    x, w = _decode_e4m3(x), _decode_e4m3(w)
+                elif not DESCRIBED:
+                    x, w = x.to(tl.float8e4nv, bitcast=True), w.to(tl.float8e4nv, bitcast=True)
+                rows, columns = _decode_scale(x_scale), _decode_scale(w_scale)
+                acc += tl.dot(x, w.T) * rows * columns.reshape(1, BLOCK_N)
         rows, columns = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
         inside = (rows[:, None] < M) & (columns[None, :] < N)
         at = rows.to(tl.int64)[:, None] * N + columns[None, :]
@@ -302,16 +315,23 @@ def forward(a: BlockScaled, b: BlockScaled, out_dtype: torch.dtype) -> Tensor:
         multiply(left, right, decoded_scales(a_scales, TILE), decoded_scales(b_scales, TILE), out.view(M, N))
         return out
     four_bits = format == "mxfp4"
+    codes = [x.view(torch.uint8) for x in (left, right)]
+    if way == "widened":
+        dtype = torch.bfloat16 if on_cuda else torch.float32  # which Triton's interpreter misreads
+        x, w = (
+            _widened(values, scales, K, block, four_bits, dtype)
+            for values, scales in zip(codes, (a_scales, b_scales), strict=True)
+        )
+        return product(x, w.T, Epilogue(), out_dtype=out_dtype)[0].view(out.shape)
     BLOCK_M, BLOCK_N = (128, 128) if M > 64 else (64, 64)
     BLOCK_K = 128
     described = way == "scaled sums" and on_cuda and K % 16 == 0
-    operands: list[Tensor | TensorDescriptor] = [x.view(torch.uint8) for x in (left, right)]
+    operands: list[Tensor] | list[TensorDescriptor] = codes
     if described:
         operands = [
             TensorDescriptor.from_tensor(left, [BLOCK_M, BLOCK_K]),
             TensorDescriptor.from_tensor(right, [BLOCK_N, BLOCK_K]),
         ]
-    wide = (tl.bfloat16 if on_cuda else tl.float32) if way == "widened" or not on_cuda else None
     tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)
     _block_scaled_kernel[(min(tiles, multiprocessor_count(device)),)](
         *operands,
@@ -321,15 +341,15 @@ def forward(a: BlockScaled, b: BlockScaled, out_dtype: torch.dtype) -> Tensor:
         M,
         N,
         K,
-        way,
+        way == "native",
         four_bits,
         described,
-        wide,
+        not on_cuda,
         block,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
         num_warps=8,
-        num_stages=4 if way == "scaled sums" else 2,
+        num_stages=2 if way == "native" else 4,
     )
     return out

@@ -183,13 +183,14 @@ def _launch(products: Sequence[tuple[Tensor, Tensor, Tensor]], left_transposed: 
     products = sorted(products, key=depth, reverse=True)
     heights, widths = [out.shape[0] for *_, out in products], [out.shape[1] for *_, out in products]
     depths = [depth(product) for product in products]
-    tile = choose_tile(list(zip(heights, widths, strict=True)), device, products[0][0].itemsize, widest=128)
+    itemsize = products[0][0].itemsize
+    tile = choose_tile(list(zip(heights, widths, strict=True)), device, itemsize, itemsize, widest=128)
     *starts, total = itertools.accumulate(
         (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n) for M, N in zip(heights, widths, strict=True)), initial=0
     )
     programs = min(total, multiprocessor_count(device))
     run = triton.cdiv(total, programs) if depths[0] <= 1.5 * depths[-1] else 1
-    described = products[0][0].itemsize == 2 and all(describable(x) for product in products for x in product)
+    described = itemsize == 2 and all(describable(x) for product in products for x in product)
     if described and device.type == "cuda":
         triton.set_allocator(_scratch)  # at each launch: it holds for a thread, and the backward has one of its own
 

@@ -189,10 +189,12 @@ class Tile(NamedTuple):
     warps: int
 
 
-def choose_tile(sizes: Sequence[tuple[int, int]], device: torch.device, itemsize: int, widest: int = 256) -> Tile:
+def choose_tile(
+    sizes: Sequence[tuple[int, int]], device: torch.device, itemsize: int, out_itemsize: int, widest: int = 256
+) -> Tile:
     """For products of `sizes` (M, N): the largest tile of which there is one for each multiprocessor, that fits it.
 
-    `widest` bounds its columns.
+    Items of the operands and of the result have so many bytes; `widest` bounds the columns.
     """
     rows = max(M for M, _ in sizes)
     if itemsize == 4:  # without matrix units, which would round to 10 bits
@@ -200,15 +202,17 @@ def choose_tile(sizes: Sequence[tuple[int, int]], device: torch.device, itemsize
     room, wanted = shared_memory(device), multiprocessor_count(device)
     table = [Tile(128, 256, 64, 4, 8), Tile(128, 128, 64, 4, 8), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)]
     for tile in table:
-        stages = min(tile.stages, (room - 2 * tile.m * min(tile.n, 128)) // (2 * tile.k * (tile.m + tile.n)))
+        stages = min(tile.stages, (room - out_itemsize * tile.m * min(tile.n, 128)) // (2 * tile.k * (tile.m + tile.n)))
         tiles = sum(triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n) for M, N in sizes)
         if tile.n <= widest and stages >= 2 and tiles >= wanted:
             return tile._replace(stages=stages)
     return Tile(16, 64, 64, 4, 4) if rows <= 16 else Tile(64, 64, 64, 4, 4)
 
 
-def product(a: Tensor, b: Tensor, epilogue: Epilogue, save: bool = False) -> tuple[Tensor, Tensor | None]:
-    """a @ b after its epilogue and, with `save`, what its activation was applied to, in the dtype of a.
+def product(
+    a: Tensor, b: Tensor, epilogue: Epilogue, save: bool = False, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """a @ b after its epilogue and, with `save`, what its activation was applied to, in the dtype of a or `out_dtype`.
 
     a [M, K] has dense rows; b [K, N] dense rows or dense columns. Hopper GPUs have kernels of their own for large ones.
     """
@@ -216,18 +220,20 @@ def product(a: Tensor, b: Tensor, epilogue: Epilogue, save: bool = False) -> tup
     if hopper.why_not(a.device) is None and a.shape[1] and b.shape[1] % 8 == 0 and all(map(describable, (a, stored))):
         from hrm.kernels.ops.hopper import linear, matmul
 
-        bare = all(part is None for part in epilogue) and not save
+        bare = all(part is None for part in epilogue) and not save and out_dtype in (None, a.dtype)
         if bare and a.is_contiguous() and b.T.is_contiguous() and linear.pays_for_linear(a, b.T):
             return linear.linear(a, b.T), None  # a tile's rows of a stay in shared memory, and are read once
-        if matmul.pays(a, b):
-            return matmul.multiply(a, b, epilogue, save)
-    return multiply(a, b, epilogue, save)
+        if matmul.pays(a, b) and (out_dtype or a.dtype).itemsize == 2:
+            return matmul.multiply(a, b, epilogue, save, out_dtype)
+    return multiply(a, b, epilogue, save, out_dtype)
 
 
-def multiply(a: Tensor, b: Tensor, epilogue: Epilogue, save: bool = False) -> tuple[Tensor, Tensor | None]:
+def multiply(
+    a: Tensor, b: Tensor, epilogue: Epilogue, save: bool = False, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
     """As `product`, in Triton."""
     (M, K), N = a.shape, b.shape[1]
-    out = a.new_empty(M, N)
+    out = a.new_empty(M, N, dtype=out_dtype)
     before = torch.empty_like(out) if save else None
     if M == 0 or N == 0:
         return out, before
@@ -236,7 +242,7 @@ def multiply(a: Tensor, b: Tensor, epilogue: Epilogue, save: bool = False) -> tu
     stored = dense_side(b)
     transposed = stored is not b
     described = a.dtype.itemsize == 2 and all(map(describable, (a, stored, out)))
-    tile = choose_tile([(M, N)], a.device, a.dtype.itemsize)
+    tile = choose_tile([(M, N)], a.device, a.itemsize, out.itemsize)
     halves = described and tile.n == 256
     operands: list[Tensor | TensorDescriptor | None] = [a, stored, out, before]
     if described:
