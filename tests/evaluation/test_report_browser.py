@@ -4,7 +4,9 @@ Chromium prints the page after a script of ours has used it, so no driver is nee
 (Debian and Ubuntu: `apt-get install chromium`).
 """
 
+import base64
 import html
+import io
 import json
 import re
 import shutil
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from hrm.batch import IGNORE_LABEL_ID
 from hrm.evaluation.breakdown import Rating
@@ -112,6 +115,8 @@ addEventListener("load", async () => {
     const room = panel.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
     const unused = room - panel.querySelector(".chart > svg").clientWidth;
     seen[frame.id] = { cut, unused, puzzles, widest, keys: [before, right, left], playing, played, filters, unnamed,
+      inside: $("inside").hidden ? null : $("inside").textContent,
+      pictures: [...page.querySelectorAll("#pictures img")].map((picture) => [picture.alt, picture.naturalWidth]),
       title: page.title, heading: $("title").textContent, totals: $("totals").textContent };
   }
   document.getElementById("seen").textContent = JSON.stringify(seen).replaceAll("<", "\\\\u003c");
@@ -146,10 +151,25 @@ def arc_report(folder: Path) -> Recording:
     return result
 
 
+def a_picture(width: int) -> str:
+    content = io.BytesIO()
+    Image.new("RGB", (width, 4)).save(content, "png")
+    return base64.b64encode(content.getvalue()).decode()
+
+
+INSIDE = {
+    "pictures": [{"title": "Paths & <b>", "text": "Where.", "png": a_picture(2000), "width": 1012}],
+    "fates": [
+        {"name": "7", "right": False, "settled": True, "qHalt": 0.98, "starts": [3, 4], "symmetric": [4, 4]},
+        {"name": "8", "right": False, "settled": False, "qHalt": 0.01, "starts": [0, 4], "symmetric": None},
+    ],
+}
+
+
 def sudoku_report(folder: Path, box: BoxShape) -> Recording:
     result = sudoku(box)
     rating = Rating("rating <1>", np.arange(40))
-    write_report(folder, result, sudoku_view(box), title="Sudoku & <b>", rating=rating, per_kind=4)
+    write_report(folder, result, sudoku_view(box), title="Sudoku & <b>", rating=rating, per_kind=4, inside=INSIDE)
     return result
 
 
@@ -239,3 +259,8 @@ def test_a_report_in_the_browser(tmp_path: Path, kind: str) -> None:
         filters = {kind: sorted(columns.tolist()) for kind, columns in kinds(scores, 4).items() if len(columns)}
         assert seen["filters"] == {"all": list(range(len(shown.inputs))), **filters}
         assert ("rating <1>" in seen["totals"]) == ("sudoku" in kind)
+        assert seen["pictures"] == ([["Paths & <b>. Where.", 2000]] if "sudoku" in kind else [])
+        assert (seen["inside"] is None) == ("sudoku" not in kind)
+        if seen["inside"]:
+            for words in ("rests at a wrong answer0.983 of 44 of 4", "wrong, and keeps changing0.010 of 4–"):
+                assert words in seen["inside"]
