@@ -199,7 +199,7 @@ def test_help_says_what_goes_in_and_comes_out(capsys: pytest.CaptureFixture[str]
 
 
 def test_one_puzzle_that_is_no_board(tmp_path: Path) -> None:
-    """`puzzle=` for ARC and for symbols of one's own prints the answer that `input=` writes."""
+    """`puzzle=` for ARC and for symbols of one's own prints the answer that `input=` writes, ARC's beside the input."""
     arc = untrained(tmp_path / "arc", PuzzleForm("arc", 900, 12, 2, identifiers=("<blank>", "rule")), halt_max_steps=1)
     own = untrained(tmp_path / "own", PuzzleForm("tokens", 4, 5, symbols=("a", "go", 1, 2), answers_cover_inputs=True))
     for run, typed, value in (
@@ -209,8 +209,13 @@ def test_one_puzzle_that_is_no_board(tmp_path: Path) -> None:
         outcome = run_script("evaluate.py", f"checkpoint={run}", "device=cpu", f"puzzle={typed}")
         assert outcome.status == 0, outcome.err
         (record,) = answered(tmp_path, run, written(tmp_path / "a.jsonl", json.dumps(value)), "act=full")
-        rows = record["answer"] if run is arc else [record["answer"]]
-        assert outcome.out.splitlines()[:-1] == [" ".join(map(str, row)) for row in rows]
+        if run is arc:
+            rows = record["answer"]
+            assert f"input 1x2   answer {len(rows)}x{len(rows[0]) if rows else 0}" in outcome.out
+            assert all("".join(f" {color}" for color in row) in outcome.out for row in rows)
+            assert "\n 1 2 " in outcome.out
+        else:
+            assert outcome.out.splitlines()[:-1] == [" ".join(map(str, record["answer"]))]
         assert outcome.out.splitlines()[-1].startswith(f"q_halt {record['q_halt']:.2f} after ")
     outcome = run_script("evaluate.py", f"checkpoint={own}", "device=cpu", "puzzle=a went")
     assert outcome.status == 2
