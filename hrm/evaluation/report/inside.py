@@ -209,7 +209,8 @@ class Insight:
         self._add(
             "From other starts",
             f"Puzzles begun again from the model's own start with noise of {_NOISE} on it. A path that ends elsewhere "
-            "has found another place to rest: where that is a wrong answer, a spurious attractor.",
+            "has found another place to rest: where that is a wrong answer, a spurious attractor. (ensemble.paths has "
+            "several starts answer.)",
             draw_starts(paths, ends, state),
         )
         return fates
