@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hrm.batch import Batch
+from hrm.errors import UserError
 from hrm.kernels import naive
 from hrm.kernels.context import KernelContext, RotaryTables
 from hrm.kernels.schedule import Summed, looped
@@ -94,6 +95,7 @@ def by_definition(model: ACTLossHead) -> Iterator[None]:
     own, module = inner.kernels, naive.reasoning_module
     inner.kernels = replace(
         own,
+        config=replace(own.config, backend="naive", compile=False, cuda_graphs=False, fused_step=False, fp8="none"),
         module=module,
         run=looped(module),
         first_token_block=naive.first_token_block,
@@ -217,8 +219,17 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def updates(model: ACTLossHead, batch: Batch, start: Mapping[str, Tensor]) -> Iterator[Step]:
-    """The updates of one ACT step that begins with the states `start`."""
+    """The updates of one ACT step that begins with the states `start`.
+
+    Raises:
+        UserError: an ACT step of this model is more than its updates.
+    """
     inner = model.model.inner
+    if not inner.is_its_schedule:
+        raise UserError(
+            f"an ACT step of this model ({inner.config.name}) is more than updates of its states: they "
+            "cannot be looked at one by one."
+        )
     prepared = inner.prepare(batch)
     known = Summed({**start, "embeddings": prepared.embeddings})
     for name, inputs, module in inner.plan.schedule:

@@ -303,6 +303,11 @@ class RecurrentModel(nn.Module):
         return tuple(dict.fromkeys(block.WEIGHTS for stack in self.stacks.values() for block in stack.blocks))
 
     @property
+    def is_its_schedule(self) -> bool:
+        """Whether an ACT step is the updates of its schedule one after the other, and nothing besides."""
+        return type(self).recur is RecurrentModel.recur
+
+    @property
     def plan(self) -> StepPlan:
         """An ACT step as it is now, in training or in evaluation."""
         return self._plans[self.training]

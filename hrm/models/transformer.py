@@ -89,6 +89,10 @@ class Transformer(RecurrentModel):
         self.add_state("z", "z_init", torch.zeros(config.hidden_size))
         self.add_heads(generator)
 
+    @property
+    def is_its_schedule(self) -> bool:
+        return not self.config.segment
+
     def recur(self, states: dict[str, Tensor], prepared: Prepared) -> dict[str, Tensor]:
         length = self.config.segment
         if not length:

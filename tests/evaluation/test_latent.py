@@ -378,6 +378,32 @@ def test_the_section_of_a_report(model: ACTLossHead, batch: Batch, kind: str) ->
     assert fates["1"]["starts"][0] == fates["1"]["symmetric"][0] == 0
 
 
+def test_a_step_that_is_more_than_updates_is_not_taken_apart(batch: Batch) -> None:
+    pytest.importorskip("matplotlib")
+    arch = {"name": "transformer", "num_layers": 1, "segment_len": 8, "halt_max_steps": 2, "hidden_size": 16}
+    built = hrm.build_model(
+        arch | {"num_heads": 2, "forward_dtype": "float32"},
+        batch_size=3,
+        seq_len=16,
+        vocab_size=6,
+        num_puzzle_identifiers=1,
+    ).eval()
+    with pytest.raises(UserError, match="more than updates of its states"):
+        token_mixing(built, batch, initial_states(built, batch))
+    labelled = batch | {"labels": batch["inputs"]}
+    _, _, steps = record_act_steps(built, labelled)
+    recorder = Recorder(1)
+    recorder.add(labelled, steps, np.arange(3))
+    task = all_tasks()["sudoku"]
+    content = Insight(built, recorder.recording().shown, task, SIZE, task.view(SIZE)).content()
+    assert [picture["title"] for picture in content["pictures"]] == [
+        "Where the states go",
+        "Do they come to rest?",
+        "Which cells change when",
+        "From other starts",
+    ]
+
+
 def test_a_model_that_diverged_has_no_section(batch: Batch) -> None:
     arch = {"hidden_size": 16, "num_heads": 2, "halt_max_steps": 2, "forward_dtype": "float32", "name": "transformer"}
     built = hrm.build_model(arch, batch_size=3, seq_len=16, vocab_size=6, num_puzzle_identifiers=1).eval()

@@ -100,7 +100,8 @@ class Insight:
             if not all(np.isfinite(states).all() for states in own.states.values()):  # a model that diverged
                 return {"pictures": [], "fates": []}
             self._draw_states(own, right)
-            self._draw_mixing(own)
+            if self._model.model.inner.is_its_schedule:
+                self._draw_mixing(own)
             fates = self._try_again(right) if self._steps > 1 else []
         return {"pictures": self._pictures, "fates": fates}
 
@@ -143,8 +144,9 @@ class Insight:
             "rest, on the right answer or on a wrong one; one that stays high keeps searching.",
             draw_changes(own.states, right),
         )
-        changed = update_changes(self._model, self._few.batch(), own.states)
-        if max(each.shape[2] for each in changed.values()) > 1:
+        schedule = self._model.model.inner.plan.schedule
+        if len(schedule) > len(own.states) and self._model.model.inner.is_its_schedule:
+            changed = update_changes(self._model, self._few.batch(), own.states)
             self._add(
                 "Within the steps",
                 "The same for each update of a state. The teeth of a saw: a fast state settles between the updates of "

@@ -78,5 +78,7 @@ def png(figure: Figure) -> bytes:
 
     whole, content = io.BytesIO(), io.BytesIO()
     figure.savefig(whole, format="png", dpi=_DPI)
-    Image.open(whole).convert("RGB").quantize(_COLORS, dither=Image.Dither.NONE).save(content, "png", optimize=True)
+    # The most different colours, not the most frequent: a few marks keep theirs.
+    few = Image.open(whole).convert("RGB").quantize(_COLORS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(content, "png", optimize=True)
     return content.getvalue()
