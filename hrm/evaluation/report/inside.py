@@ -45,6 +45,7 @@ _MOST_TRIED_AGAIN = 3  # from other starts, and as symmetric puzzles
 _STARTS = 5  # the own one among them
 _SYMMETRIES = 4  # beside the puzzle itself
 _NOISE = 0.3
+_MOST_MAPS = 24  # of blocks and heads in a picture
 _PIXELS_AN_INCH = 110  # of the page, which is wide enough for 9 inches
 _MOST_BYTES = 1 << 28  # of the states that are kept
 
@@ -168,6 +169,8 @@ class Insight:
         mixing = token_mixing(self._model, batch, states_after(self._model, batch, step - 1))
         if not mixing:
             return
+        if sum(len(part.maps) for part in mixing) > _MOST_MAPS:
+            mixing = list({part.module: part for part in mixing}.values())  # the last block of each module
         prefix_len = self._model.model.inner.prefix_len
         of_what = f"in puzzle {self._few.names[puzzle]}, in the last update of each module in ACT step {step}"
         if mixing[0].kind == "attention":

@@ -263,8 +263,8 @@ def draw_mixing(mixing: Sequence[Mixing], prefix_len: int, *, columns: int = 4) 
         prefix_len: P, tokens before those of the input.
         columns: maps in a row.
     """
-    maps, columns, figure, axes = _panels(mixing, columns)
-    for axis, (_, title, values) in zip(axes.flat, maps, strict=False):
+    maps, figure, axes = _panels(mixing, columns)
+    for axis, (title, values) in zip(axes.flat, maps, strict=False):
         size = -(-len(values) // _MOST_TOKENS)
         side = len(values) // size
         small = values[: side * size, : side * size].reshape(side, size, side, size).mean((1, 3))
@@ -287,8 +287,8 @@ def draw_reading(mixing: Sequence[Mixing], prefix_len: int, view: View, cell: in
     """
     from matplotlib.patches import Rectangle
 
-    maps, columns, figure, axes = _panels(mixing, columns)
-    for axis, (_, title, values) in zip(axes.flat, maps, strict=False):
+    maps, figure, axes = _panels(mixing, columns)
+    for axis, (title, values) in zip(axes.flat, maps, strict=False):
         weights = values[prefix_len + cell, prefix_len:]
         board = _as_board(view, weights)
         others = np.delete(weights, cell)
@@ -300,24 +300,19 @@ def draw_reading(mixing: Sequence[Mixing], prefix_len: int, view: View, cell: in
         _add_bar(figure, axis, drawn)
     row, column = divmod(cell, view.columns) if view.columns else (0, cell)
     where = f"row {row + 1}, column {column + 1}" if view.columns else f"token {cell + 1}"
-    figure.supxlabel(
-        f"cells that are read by the boxed one, {where}"
-        if view.columns
-        else f"tokens that are read by the boxed one, {where}",
-        fontsize=9,
-    )
+    figure.supxlabel(f"what is read by the boxed cell, {where}", fontsize=9)
     return figure
 
 
 def _panels(
     mixing: Sequence[Mixing], columns: int
-) -> tuple[list[tuple[Mixing, str, NDArray[np.float32]]], int, Figure, NDArray[Any]]:
+) -> tuple[list[tuple[str, NDArray[np.float32]]], Figure, NDArray[Any]]:
     """The maps with a title each, and a figure with an axis for each, `columns` in a row."""
     maps = []
     for part in mixing:
         for head, values in enumerate(part.maps):
             of_head = f", head {head + 1}" if part.kind == "attention" else ""
-            maps.append((part, f"{part.module}, block {part.block + 1}{of_head}", values))
+            maps.append((f"{part.module}, block {part.block + 1}{of_head}", values))
     columns = min(columns, len(maps))
     rows = -(-len(maps) // columns)
     figure, axes = new_picture(rows, columns, size=(2.7 * columns + 0.6, 2.5 * rows + 0.7))
@@ -325,7 +320,7 @@ def _panels(
         axis.set_axis_off()
     title = " and ".join(dict.fromkeys(_KINDS[part.kind] for part in mixing))
     figure.suptitle(title[:1].upper() + title[1:], fontsize=10)
-    return maps, columns, figure, axes
+    return maps, figure, axes
 
 
 def _brightest(values: NDArray[np.float32]) -> float:
