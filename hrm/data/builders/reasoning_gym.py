@@ -110,27 +110,26 @@ def draw(name: str, generator: Generator, size: int, wanted: int, max_length: in
     """
     found: dict[str, Question] = {}
     drawn, unanswered, long = 0, 0, 0
-    progress = tqdm(total=wanted, desc=f"Puzzles of {name}", unit=" puzzles", delay=2, leave=False)
-    for drawn in range(size):
-        entry = generator.puzzle(drawn)
-        question = entry["question"]
-        if not isinstance(question, str):
-            raise Misfit(f"its questions are no texts, but of type {type(question).__name__}")
-        if question in found:
-            continue
-        answer = answer_of(name, generator, entry)
-        if answer is None:
-            unanswered += 1
-        elif len(answer) >= max_length:
-            long += 1
-        else:
-            found[question] = Question(drawn, question, answer)
-            progress.update()
-        if len(found) == wanted:
-            progress.close()
-            return list(found.values())
-        if drawn == _PATIENCE and not found:
-            break  # nothing will come
+    with tqdm(total=wanted, desc=f"Puzzles of {name}", unit=" puzzles", delay=2, leave=False) as progress:
+        for drawn in range(size):
+            entry = generator.puzzle(drawn)
+            question = entry["question"]
+            if not isinstance(question, str):
+                raise Misfit(f"its questions are no texts, but of type {type(question).__name__}")
+            if question in found:
+                continue
+            answer = answer_of(name, generator, entry)
+            if answer is None:
+                unanswered += 1
+            elif len(answer) >= max_length:
+                long += 1
+            else:
+                found[question] = Question(drawn, question, answer)
+                progress.update()
+            if len(found) == wanted:
+                return list(found.values())
+            if drawn == _PATIENCE and not found:
+                break  # nothing will come
     if unanswered and not found:
         raise Misfit("it gives no answers, only verifies them, so there is nothing to learn from")
     if long and not found:
