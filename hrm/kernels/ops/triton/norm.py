@@ -1,6 +1,6 @@
 """Kernels of `hrm.kernels.ops.layer_norm` and `rms_norm`, forward and backward.
 
-Rows of at most `WHOLE` columns are read once and lie in registers, several in a program where they are short; longer
+Rows of at most `_WHOLE` columns are read once and lie in registers, several in a program where they are short; longer
 ones pass in tiles. Gradients of weights come about in two stages: each of a fixed number of programs adds up those of
 its rows, which a second kernel adds up in order. So they are the same in every run on a device.
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hrm.kernels.ops.triton.common import multiprocessor_count
 
-WHOLE = 16384
+_WHOLE = 16384
 _LONG = 4096  # columns of a tile of a longer row
 
 
@@ -304,7 +304,7 @@ def forward(
         return y, mean, rstd
     weight, bias = _contiguous(weight), _contiguous(bias)
     columns = triton.next_power_of_2(D)
-    if columns > WHOLE:
+    if columns > _WHOLE:
         _long_forward_kernel[(M,)](
             rows, rows.stride(0), weight, bias, y, mean, rstd, eps, D, COLUMNS=_LONG, num_warps=8
         )
@@ -348,7 +348,7 @@ def backward(
         return dx, sums.zero_()
     weight = _contiguous(weight)
     columns = triton.next_power_of_2(D)
-    is_long = columns > WHOLE
+    is_long = columns > _WHOLE
     tile = Tile(16, 8, 1) if is_long else backward_tile(columns)
     programs = min(tile.programs * multiprocessor_count(x.device), triton.cdiv(M, tile.rows))
     parts = x.new_empty(asked, programs, D, dtype=torch.float32)
