@@ -11,25 +11,22 @@ from hrm.kernels import ops
 
 
 def rows(toy: bool) -> Iterator[Row]:
-    for name, outputs in {"toy": 48}.items() if toy else {"qkv": 1536, "gate_up": 3072}.items():
-        M, K = (24, 32) if toy else HRM_STATES
+    M, K = (24, 32) if toy else HRM_STATES
+    qkv, gate_up = (48, 96) if toy else (1536, 3072)
+    for outputs, kind, weighted in (
+        (qkv, "rms", False),
+        (qkv, "rms", True),
+        (qkv, "layer", True),
+        (gate_up, "rms", True),
+    ):
         cost = {"bytes": 2 * (M * K + K * outputs + M * outputs), "flops": 2 * M * K * outputs}
-        for kind in ("rms", "layer"):
-            for weighted in (False, True):
-                shape = f"{name} {M}x{K}x{outputs} {kind}{', weights' * weighted}"
-                inputs = partial(_inputs, M, K, outputs, weighted)
-                rivals = {"compile": compiled(_naive(kind)), "eager": plain(_naive(kind))}
-                bar = Bar(times_rival=1.1, rivals=("compile",))
-                yield forward(shape, inputs, partial(ops.norm_linear, kind=kind), rivals, bar, **cost)
+        shape = f"{M}x{K}x{outputs} {kind}{', weights' * weighted}"
+        inputs, ours = partial(_inputs, M, K, outputs, weighted), partial(ops.norm_linear, kind=kind)
+        rivals = {"compile": compiled(_naive(kind)), "eager": plain(_naive(kind))}
+        yield forward(shape, inputs, ours, rivals, Bar(times_rival=1.1, rivals=("compile",)), **cost)
+        if weighted and outputs == qkv:
             twice = {"bytes": 2 * cost["bytes"], "flops": 2 * cost["flops"]}
-            yield backward(
-                shape,
-                inputs,
-                partial(ops.norm_linear, kind=kind),
-                rivals,
-                Bar(times_rival=1.0, rivals=("compile",)),
-                **twice,
-            )
+            yield backward(shape, inputs, ours, rivals, Bar(times_rival=1.0, rivals=("compile",)), **twice)
 
 
 def _inputs(M: int, K: int, outputs: int, weighted: bool, device: torch.device) -> list[Tensor]:
