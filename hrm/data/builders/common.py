@@ -33,9 +33,10 @@ def run_command(work: Callable[[argparse.Namespace], str], parse: Callable[[], a
 
     Signals to end it let `work` remove what it had begun.
     """
-    for name in ("SIGTERM", "SIGHUP"):
-        if (number := getattr(signal, name, None)) and signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _end)
+    signals = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
+    handled = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
+    for number in handled:
+        signal.signal(number, _end)
     try:
         arguments = parse()
         with output_that_counts():
@@ -49,6 +50,10 @@ def run_command(work: Callable[[argparse.Namespace], str], parse: Callable[[], a
     except Exception as error:
         tell(unforeseen(error))
         return EXIT_UNFORESEEN
+    finally:
+        for number in handled:
+            if signal.getsignal(number) is _end:  # none came, and what runs next in this process has its own way to end
+                signal.signal(number, signal.SIG_DFL)
     return 0
 
 
