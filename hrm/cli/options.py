@@ -11,8 +11,9 @@ HEAD = """\
 # Options
 
 All that can be set on the command lines of `pretrain.py` and `evaluate.py` (`hrm train` and `hrm evaluate` in a package
-that was installed), as `option=value`, and in YAML files of your own, in a folder given by `--config-dir`. A group is a
-choice among YAML files, `group=choice`, each of which sets options; what is typed wins over what a file sets.
+that was installed) and of `hrm serve`, as `option=value`, and in YAML files of your own, in a folder given by
+`--config-dir`. A group is a choice among YAML files, `group=choice`, each of which sets options; what is typed wins
+over what a file sets.
 
 Made by `hrm options > docs/options.md` from the comments beside the options in the source.
 """
@@ -30,8 +31,12 @@ def page() -> str:
     """The whole page."""
     lines = [HEAD]
     described: set[str] = set()
-    for title, config_name in (("Training", "pretrain"), ("Evaluation", "evaluate")):
-        lines += [f"## {title}: `{config_name}.py`", "", *_entry_point(config_name, described)]
+    for title, command, config_name in (
+        ("Training", "pretrain.py", "pretrain"),
+        ("Evaluation", "evaluate.py", "evaluate"),
+        ("Service", "hrm serve", "serve"),
+    ):
+        lines += [f"## {title}: `{command}`", "", *_entry_point(config_name, described)]
     return "\n".join(lines).rstrip()
 
 

@@ -13,6 +13,7 @@ from hrm.config.kernels import KernelsConfig, kernels_config
 from hrm.config.optim import OPTIMIZERS, OptimConfig
 from hrm.config.parallel import ParallelConfig
 from hrm.config.paths import CONFIG_DIR, PROJECT_DIR
+from hrm.config.service import ServeConfig
 from hrm.config.store import register_schemas
 from hrm.config.training import PretrainConfig
 from hrm.config.typed import option_names, to_typed
@@ -30,6 +31,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "PretrainConfig",
+    "ServeConfig",
     "kernels_config",
     "neighbours",
     "option_names",

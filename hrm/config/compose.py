@@ -26,6 +26,7 @@ from hrm.config.evaluation import EvaluateConfig
 from hrm.config.help import help_page
 from hrm.config.paths import CONFIG_DIR, choices_of, groups_of
 from hrm.config.renamed import Combined, Dropped, find_renamed, is_option, new_name, tell, tell_dropped
+from hrm.config.service import ServeConfig
 from hrm.config.store import register_schemas
 from hrm.config.submitted import is_job, join_tasks, launches_jobs
 from hrm.config.training import PretrainConfig
@@ -286,7 +287,7 @@ def _quote_literal(argument: str) -> str:
 # Composing and checking
 
 
-_SCHEMAS: dict[str, type] = {"pretrain": PretrainConfig, "evaluate": EvaluateConfig}
+_SCHEMAS: dict[str, type] = {"pretrain": PretrainConfig, "evaluate": EvaluateConfig, "serve": ServeConfig}
 
 
 def _register() -> None:

@@ -5,6 +5,7 @@ import importlib
 from hydra.core.config_store import ConfigStore
 
 from hrm.config.evaluation import EvaluateConfig
+from hrm.config.service import ServeConfig
 from hrm.config.training import PretrainConfig
 
 # Packages above this one with schemas of their own, which they put into Hydra's store when they are imported.
@@ -16,5 +17,6 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(name="pretrain_schema", node=PretrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
+    store.store(name="serve_schema", node=ServeConfig)
     for package in _WITH_SCHEMAS:
         importlib.import_module(package)

@@ -189,7 +189,7 @@ class Predictor:
                 steps[number] += rows.steps[row]
                 if keeps[row]:
                     chosen.setdefault(number, answer)
-        voted = [chosen.get(number) or _vote(given[number]) for number in range(len(puzzles))]
+        voted = [chosen.get(number) or vote_of(given[number]) for number in range(len(puzzles))]
         return _Rows(np.stack([tokens for tokens, _ in voted]), np.array([q for _, q in voted]), steps)
 
     def _asked_at_once(self, puzzles: int, options: PredictOptions) -> int:
@@ -327,7 +327,7 @@ def as_batch(puzzles: Sequence[Puzzle], size: int | None = None) -> Batch:
     }
 
 
-def _vote(answers: Sequence[tuple[NDArray[np.int64], float]]) -> tuple[NDArray[np.int64], float]:
+def vote_of(answers: Sequence[tuple[NDArray[np.int64], float]]) -> tuple[NDArray[np.int64], float]:
     """The answer that most gave, and the mean q_halt, a logit, of those."""
     tokens = np.stack([answer for answer, _ in answers])
     q_halt = torch.tensor([q for _, q in answers], dtype=torch.float64)

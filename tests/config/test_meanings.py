@@ -57,13 +57,13 @@ def test_comments_are_meanings() -> None:
 
 def options_of(config_name: str) -> list[Option]:
     """All options, with those of every architecture."""
-    if config_name == "evaluate":
-        return [option for section in sections(compose_untyped("evaluate")) for option in section.options]
+    if config_name != "pretrain":
+        return [option for section in sections(compose_untyped(config_name)) for option in section.options]
     composed = [compose_untyped("pretrain", [f"arch={arch}"]) for arch in choices_of("arch")]
     return [option for config in composed for section in sections(config) for option in section.options]
 
 
-@pytest.mark.parametrize("config_name", ["pretrain", "evaluate"])
+@pytest.mark.parametrize("config_name", ["pretrain", "evaluate", "serve"])
 def test_every_option_has_a_meaning(config_name: str) -> None:
     assert [option.name for option in options_of(config_name) if not option.meaning] == []
 

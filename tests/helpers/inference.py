@@ -10,8 +10,9 @@ from hrm.checkpoint.run_folder import save_config
 from hrm.checkpoint.weights import save_weights
 from hrm.config import PretrainConfig
 from hrm.inference.model import TrainedModel
+from hrm.inference.predictor import as_batch
 from hrm.models.hrm import HRMConfig
-from hrm.tasks.form import PuzzleForm
+from hrm.tasks.form import Puzzle, PuzzleForm
 
 TINY = {
     "hidden_size": 16,
@@ -48,3 +49,22 @@ def untrained(folder: Path, form: PuzzleForm, **arch: Any) -> Path:
 
 def tiny(folder: Path, form: PuzzleForm, **arch: Any) -> TrainedModel:
     return hrm.from_pretrained(untrained(folder, form, **arch), device="cpu")
+
+
+def untrained_halting_apart(folder: Path, form: PuzzleForm, puzzles: Any, **arch: Any) -> Path:
+    """A run folder as `untrained` makes one, whose sequences halt at different steps: half of the first two go on.
+
+    Args:
+        puzzles: tokens [N, S].
+    """
+    untrained(folder, form, **arch)
+    model = hrm.from_pretrained(folder, device="cpu").model
+    batch = as_batch([Puzzle(tokens) for tokens in puzzles])
+    with torch.no_grad():
+        carry, values = model.initial_carry(batch), []
+        for _ in range(2):
+            carry, outputs = model.model(carry, batch)
+            values.append(outputs["q_halt_logits"] - outputs["q_continue_logits"])
+        model.model.inner.q_head.bias[1] += torch.stack(values).median()
+    save_weights(model.state_dict(), folder, "step_7")
+    return folder

@@ -24,7 +24,7 @@ from hrm.tasks.arc import Augmentation, encode
 from hrm.tasks.base import PuzzleSize
 from hrm.tasks.form import PuzzleForm, read_form
 from tests.helpers.evaluation import load_model, raw_split, think_alone
-from tests.helpers.inference import tiny, untrained
+from tests.helpers.inference import tiny, untrained, untrained_halting_apart
 
 EASY = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 EASY_SOLVED = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
@@ -52,16 +52,8 @@ def as_batch(boards: Any) -> Batch:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory, boards: Any) -> TrainedModel:
     """An untrained model of 4x4 boards, whose sequences halt at different steps."""
-    model = tiny(tmp_path_factory.mktemp("small"), PuzzleForm("sudoku", 16, 6))
-    batch = as_batch(boards)
-    with torch.no_grad():
-        carry, values = model.model.initial_carry(batch), []
-        for _ in range(2):
-            carry, outputs = model.model.model(carry, batch)
-            values.append(outputs["q_halt_logits"] - outputs["q_continue_logits"])
-        inner = model.model.model.inner
-        inner.q_head.bias[1] += torch.stack(values).median()
-    return model
+    folder = untrained_halting_apart(tmp_path_factory.mktemp("small"), PuzzleForm("sudoku", 16, 6), boards)
+    return hrm.from_pretrained(folder, device="cpu")
 
 
 # --- what is answered ---

@@ -1,0 +1,51 @@
+"""Options of `hrm serve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from hrm.config.checks import at_least, at_most, choice
+from hrm.config.entry import DEVICES, DTYPES
+from hrm.config.kernels import KernelsConfig
+
+
+@dataclass
+class ServeConfig:
+    """Options of `hrm serve`."""
+
+    # The model: a run folder, a weights file, a hub id such as owner/name, or sudoku, which comes with the package.
+    checkpoint: str = MISSING
+    data_path: str | None = None  # the pack it was trained on, for checkpoints that do not say what their tokens mean
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all of this machine's
+    port: int = 8000  # 0: any that is free
+    slots: int | None = None  # puzzles computed at a time; null: what suits the device
+    act_max_steps: int | None = None  # ACT steps at most, where a request does not say; null: as in training
+    most_act_steps: int = 256  # that a request may ask for
+    most_inputs: int = 256  # in one request
+    most_augmentations: int = 64  # of each input
+    most_body_bytes: int = 1 << 20  # of a request
+    most_waiting: int = 4096  # puzzles that wait for a slot; beyond, requests are refused with status 429
+    seconds_per_request: float = 60.0  # after which a request is given up, with status 504
+    seconds_to_drain: float = 30.0  # for requests at hand to end after SIGTERM or Ctrl-C
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    # What to compute in: bfloat16, float32, float16 or float64; auto: as in training, but float32 where a CPU has no
+    # instructions for bfloat16.
+    dtype: str = "auto"
+    device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is available
+
+    def __post_init__(self) -> None:
+        choice("device", self.device, DEVICES)
+        choice("dtype", self.dtype, DTYPES)
+        at_least("port", self.port, 0)
+        at_most("port", self.port, 65535)
+        for name in ("slots", "act_max_steps"):
+            if (value := getattr(self, name)) is not None:
+                at_least(name, value, 1)
+        for name in ("most_act_steps", "most_inputs", "most_augmentations", "most_body_bytes", "most_waiting"):
+            at_least(name, getattr(self, name), 1)
+        if self.act_max_steps is not None:
+            at_most("act_max_steps", self.act_max_steps, self.most_act_steps)
+        at_least("seconds_per_request", self.seconds_per_request, 0.001)
+        at_least("seconds_to_drain", self.seconds_to_drain, 0)

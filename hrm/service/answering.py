@@ -1,0 +1,102 @@
+"""From what a request holds to answers: inputs are read and checked, given to the engine, and written as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hrm.inference.inputs import read_item
+from hrm.inference.predictor import vote_of
+from hrm.service.engine import Engine, Solved, Step
+from hrm.tasks.base import PuzzleSize
+from hrm.tasks.form import Puzzle
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a service gives for one puzzle."""
+
+    value: Any  # as JSON would have it
+    text: str  # on one line
+    q_halt: float  # the probability that it is right, as the model estimates it
+    steps: int  # ACT steps, over all augmentations
+    trajectory: list[dict[str, Any]] | None = None  # value and q_halt after every ACT step
+
+
+def read_inputs(inputs: Sequence[Any], engine: Engine) -> tuple[list[Puzzle], list[int]]:
+    """The puzzles of a request, and which input each is of.
+
+    Raises:
+        UserError: an input is no puzzle; the sentence begins with its number.
+    """
+    puzzles: list[Puzzle] = []
+    index: list[int] = []
+    for number, item in enumerate(inputs):
+        found = read_item(item, number, engine.model.task, engine.model.form)
+        puzzles += found
+        index += [number] * len(found)
+    return puzzles, index
+
+
+async def answer(
+    puzzle: Puzzle, engine: Engine, max_steps: int | None, *, augmentations: int = 1, trajectory: bool = False
+) -> Answer:
+    """Answer one puzzle, as `TrainedModel.predict` does on a CPU: augmentations are tried one after the other.
+
+    Raises:
+        UserError: the task has fewer augmentations.
+        Closed: the service ends.
+    """
+    task, form = engine.model.task, engine.model.form
+    if augmentations == 1:
+        solved = await _solved(engine, puzzle, max_steps, trajectory)
+        return _written(engine, puzzle, solved.last, solved.steps, solved.trajectory if trajectory else None)
+    copies = task.augmented(puzzle, augmentations, form)
+    rules = task.rules(PuzzleSize(form.seq_len, form.vocab_size))
+    given: list[Step] = []
+    steps = 0
+    if rules is None:  # nothing tells a right answer, so all are wanted
+        all_solved = await asyncio.gather(*(_solved(engine, copy, max_steps) for copy, _ in copies))
+        for (_, undo), solved in zip(copies, all_solved, strict=True):
+            given.append(Step(undo(solved.last.tokens).astype(np.int64), solved.last.q_halt))
+            steps += solved.steps
+    else:
+        for copy, undo in copies:
+            solved = await _solved(engine, copy, max_steps)
+            steps += solved.steps
+            given.append(Step(undo(solved.last.tokens).astype(np.int64), solved.last.q_halt))
+            if rules.keeps(puzzle.tokens[None], given[-1].tokens[None])[0]:
+                return _written(engine, puzzle, given[-1], steps)
+    return _written(engine, puzzle, Step(*vote_of([(step.tokens, step.q_halt) for step in given])), steps)
+
+
+async def _solved(engine: Engine, puzzle: Puzzle, max_steps: int | None, keeps_steps: bool = False) -> Solved:
+    return await asyncio.wrap_future(engine.submit(puzzle, max_steps, keeps_steps=keeps_steps))
+
+
+def _written(
+    engine: Engine, puzzle: Puzzle, last: Step, steps: int, trajectory: Sequence[Step] | None = None
+) -> Answer:
+    task, form = engine.model.task, engine.model.form
+    shown = None
+    if trajectory is not None:
+        shown = [
+            {"answer": task.answer_value(step.tokens, puzzle, form), "q_halt": _probability(step.q_halt)}
+            for step in trajectory
+        ]
+    return Answer(
+        task.answer_value(last.tokens, puzzle, form),
+        task.answer_text(last.tokens, puzzle, form),
+        _probability(last.q_halt),
+        steps,
+        shown,
+    )
+
+
+def _probability(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0

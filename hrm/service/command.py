@@ -1,0 +1,75 @@
+"""What `hrm serve` does: load a model, listen, and answer until a signal comes."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+import uvicorn
+
+from hrm.config import ServeConfig
+from hrm.errors import UserError, printable_lines
+from hrm.inference.model import from_pretrained
+from hrm.service.engine import Engine
+from hrm.service.http import make_app
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until SIGTERM or Ctrl-C, then answer what is at hand and end.
+
+    Raises:
+        UserError: there is no such model, or nothing can listen at the address.
+    """
+    with _listening(config.host, config.port) as listener:  # before the model is loaded: that takes longer
+        model = from_pretrained(
+            config.checkpoint,
+            device=config.device,
+            dtype=config.dtype,
+            kernels=config.kernels,
+            data_path=config.data_path,
+        )
+        engine = Engine(model, config.slots)
+        engine.warm_up()
+        name = Path(config.checkpoint).name or config.checkpoint
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(
+            printable_lines(f"{model!r}\nServing {name} at http://{shown}:{port} with {engine.slots} slots."),
+            flush=True,
+        )
+        settings = uvicorn.Config(
+            make_app(engine, config, name),
+            log_level="warning",
+            access_log=False,
+            lifespan="on",
+            timeout_graceful_shutdown=round(config.seconds_to_drain),
+        )
+        for number in (
+            signal.SIGTERM,
+            signal.SIGINT,
+        ):  # uvicorn passes a signal on when all is answered: it has been heard
+            signal.signal(number, lambda *_: None)
+        uvicorn.Server(settings).run(sockets=[listener])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(2048)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"cannot listen at host={host} port={port} ({reason}); port=0 takes any that is free."
+        ) from error
+    return listener

@@ -1,0 +1,233 @@
+"""One model, one thread, and slots that are refilled as sequences halt: puzzles of all callers share a batch."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hrm.batch import Batch
+from hrm.cuda_graphs import GraphedWork
+from hrm.inference.model import TrainedModel
+from hrm.tasks.form import Puzzle
+
+_SLOTS_ON_CPU = 16  # more would not stay in the cache
+_SLOTS_ON_GPU = 256
+
+
+class Closed(Exception):
+    """The engine takes no more puzzles."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What the model answered after an ACT step."""
+
+    tokens: NDArray[np.int64]  # [S]
+    q_halt: float  # a logit
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """The answer to a puzzle."""
+
+    last: Step
+    steps: int  # ACT steps spent
+    trajectory: list[Step]  # after each of them, where it was asked for
+
+
+@dataclass(eq=False)
+class _Job:
+    puzzle: Puzzle
+    max_steps: int
+    keeps_steps: bool
+    future: Future[Solved] = field(default_factory=Future)
+    steps: int = 0
+    trajectory: list[Step] = field(default_factory=list)
+
+
+@dataclass
+class Work:
+    """What was done so far, and what is at hand."""
+
+    answered: int = 0  # puzzles
+    act_steps: int = 0  # of all puzzles
+    in_slots: int = 0
+    waiting: int = 0
+
+
+class Engine:
+    """Answers puzzles of many callers at once, each as many ACT steps as the model asks for.
+
+    A puzzle takes a free slot before the next ACT step and gives it up after the one in which it halts. Answers are
+    those of `TrainedModel.predict`, up to how a batch of another size rounds.
+
+    Args:
+        model: used by this engine alone from now on.
+        slots: puzzles computed at a time; None: what suits the device.
+    """
+
+    def __init__(self, model: TrainedModel, slots: int | None = None) -> None:
+        self.model = model
+        on_cpu = model.device.type == "cpu"
+        self.slots = slots or (_SLOTS_ON_CPU if on_cpu else _SLOTS_ON_GPU)
+        self._inner = model.model
+        # Compiled code and recorded graphs are for one shape; else only slots that are in use are computed.
+        self._is_one_shape = not on_cpu or model.model.kernels.compile
+        self._jobs: dict[int, _Job] = {}  # by slot
+        self._fresh: set[int] = set()  # slots whose job begins with the next step
+        self._inputs = np.zeros((self.slots, model.form.seq_len), dtype=np.int32)
+        self._identifiers = np.zeros(self.slots, dtype=np.int32)
+        self._carry = self._inner.initial_carry(self._batch(range(self.slots)))
+        graphed = model.model.kernels.cuda_graphs
+        self._step = GraphedWork(self._all_slots, model.device, eager_calls=2) if graphed else self._all_slots
+        self._waiting: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._work = Work()
+        self._thread = threading.Thread(target=self._run, name="hrm-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, puzzle: Puzzle, max_steps: int | None = None, *, keeps_steps: bool = False) -> Future[Solved]:
+        """Put a puzzle in line. Cancelling the future takes it out of the line or out of its slot.
+
+        Args:
+            max_steps: ACT steps at most; None: as in training.
+            keeps_steps: give what was answered after every ACT step too.
+
+        Raises:
+            Closed: it takes no more.
+        """
+        job = _Job(puzzle, max_steps or self.model.act_max_steps, keeps_steps)
+        with self._changed:
+            if self._closed:
+                raise Closed("the service is ending")
+            self._waiting.append(job)
+            self._changed.notify()
+        return job.future
+
+    @property
+    def work(self) -> Work:
+        """Counts as they are now."""
+        with self._changed:
+            return Work(self._work.answered, self._work.act_steps, len(self._jobs), len(self._waiting))
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine by itself, if something did."""
+        return self._failure
+
+    def warm_up(self) -> None:
+        """Answer an empty puzzle, so that what is compiled and recorded is ready for the first request."""
+        puzzle = Puzzle(np.zeros(self.model.form.seq_len, dtype=np.int64))
+        self.submit(puzzle, max_steps=3).result()
+
+    def close(self) -> None:
+        """Take no more puzzles, answer those that there are, and end."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    # ---- its thread
+
+    def _run(self) -> None:
+        try:
+            with torch.no_grad(), self._inner.weights_at_hand():
+                while self._admit():
+                    self._advance()
+        except BaseException as error:
+            with self._changed:
+                self._closed, self._failure = True, error
+                jobs = [*self._jobs.values(), *self._waiting]
+                self._jobs.clear()
+                self._waiting.clear()
+            for job in jobs:
+                _give(job, error)
+
+    def _admit(self) -> bool:
+        """Give free slots to those in line, and wait while there is no work; False when closed and all is done."""
+        with self._changed:
+            for slot in [slot for slot, job in self._jobs.items() if job.future.cancelled()]:
+                del self._jobs[slot]
+            while True:
+                free = (slot for slot in range(self.slots) if slot not in self._jobs)
+                while self._waiting and len(self._jobs) < self.slots:
+                    job = self._waiting.popleft()
+                    if job.future.cancelled():
+                        continue
+                    slot = next(free)
+                    self._jobs[slot] = job
+                    self._fresh.add(slot)
+                    self._inputs[slot] = job.puzzle.tokens
+                    self._identifiers[slot] = job.puzzle.identifier
+                if self._jobs:
+                    return True
+                if self._closed:
+                    return False
+                self._changed.wait()
+
+    def _advance(self) -> None:
+        """One ACT step of the slots in use."""
+        slots = list(range(self.slots)) if self._is_one_shape else sorted(self._jobs)
+        batch = self._batch(slots)
+        batch["fresh"] = torch.tensor([slot in self._fresh for slot in slots])
+        found = self._step(batch) if self._is_one_shape else self._computed(batch, torch.tensor(slots))
+        self._fresh.clear()
+        tokens, q = (each.cpu().numpy() for each in found)
+        with self._changed:
+            for row, slot in enumerate(slots):
+                if (job := self._jobs.get(slot)) is None:
+                    continue
+                job.steps += 1
+                self._work.act_steps += 1
+                step = Step(tokens[row].astype(np.int64), float(q[row, 0]))
+                if job.keeps_steps:
+                    job.trajectory.append(step)
+                if q[row, 0] > q[row, 1] or job.steps >= job.max_steps:
+                    del self._jobs[slot]
+                    self._work.answered += not job.future.cancelled()
+                    _give(job, Solved(step, job.steps, job.trajectory))
+
+    def _batch(self, slots: range | list[int]) -> Batch:
+        rows = list(slots)
+        batch = {
+            "inputs": torch.from_numpy(self._inputs[rows]),
+            "puzzle_identifiers": torch.from_numpy(self._identifiers[rows]),
+        }
+        return {name: values.to(self.model.device) for name, values in batch.items()}
+
+    def _all_slots(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self._computed(batch, None)
+
+    def _computed(self, batch: Batch, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """An ACT step of some slots (None: all): answers [N, S] int32, q_halt and q_continue [N, 2] float32."""
+        kept = self._carry
+        puzzles = {name: values for name, values in batch.items() if name != "fresh"}
+        before = kept if rows is None else kept.rows(rows)
+        before.halted.copy_(batch["fresh"])
+        after, outputs = self._inner.model(before, puzzles)
+        for whole, new in zip(kept.tensors(), after.tensors(), strict=True):
+            if rows is None:
+                whole.copy_(new)
+            else:
+                whole[rows] = new
+        q = [outputs["q_halt_logits"].float(), outputs["q_continue_logits"].float()]
+        return outputs["logits"].argmax(-1).int(), torch.stack(q, 1)
+
+
+def _give(job: _Job, outcome: Solved | BaseException) -> None:
+    """Hand out an answer, unless nobody waits for it any more."""
+    with suppress(InvalidStateError):
+        if isinstance(outcome, BaseException):
+            job.future.set_exception(outcome)
+        else:
+            job.future.set_result(outcome)

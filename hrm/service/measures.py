@@ -1,0 +1,60 @@
+"""What the service counts, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from hrm.service.engine import Engine
+
+_PATHS = ("/infer", "/healthz", "/readyz", "/models", "/metrics", "/openapi.json")  # others count as one
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Measures:
+    """Requests, their times, and the engine's work."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "hrm_requests", "Requests by path and status", ["path", "status"], registry=self.registry
+        )
+        self._seconds = Histogram(
+            "hrm_request_seconds",
+            "From a request's arrival to its answer",
+            ["path"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._errors = Counter("hrm_errors", "Requests that failed in the service itself", registry=self.registry)
+        gauges = {
+            "hrm_slots": ("Puzzles that can be computed at a time", lambda: engine.slots),
+            "hrm_slots_in_use": ("Puzzles being computed", lambda: engine.work.in_slots),
+            "hrm_queue": ("Puzzles that wait for a slot", lambda: engine.work.waiting),
+        }
+        for name, (meaning, value) in gauges.items():
+            Gauge(name, meaning, registry=self.registry).set_function(value)
+        self.registry.register(_Work(engine))
+
+    def count(self, path: str, status: int, seconds: float) -> None:
+        """A request that has come to its end."""
+        named = path if path in _PATHS else "other"
+        self._requests.labels(named, str(status)).inc()
+        self._seconds.labels(named).observe(seconds)
+        if status == 500:
+            self._errors.inc()
+
+
+class _Work(Collector):
+    """What the engine counts itself."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> list[CounterMetricFamily]:
+        work = self._engine.work
+        return [
+            CounterMetricFamily("hrm_puzzles", "Puzzles answered, augmentations included", work.answered),
+            CounterMetricFamily("hrm_act_steps", "ACT steps spent on them", work.act_steps),
+        ]

@@ -1,0 +1,314 @@
+"""The service as its clients see it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+import hrm
+from hrm import cli
+from hrm.config import ServeConfig
+from hrm.inference.model import TrainedModel
+from hrm.service.engine import Engine
+from hrm.service.http import make_app
+from hrm.tasks.form import PuzzleForm
+from tests.helpers.entry_points import ROOT
+from tests.helpers.inference import tiny, untrained, untrained_halting_apart
+
+FORM = PuzzleForm("sudoku", 16, 6)
+SOLUTION = np.array([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1])
+
+
+def drawn(seed: int) -> Any:
+    """A board: the solution with digits renamed, half of it blank."""
+    generator = np.random.default_rng(seed)
+    return (generator.permutation(4) + 1)[SOLUTION - 1] * (generator.random(16) < 0.5)
+
+
+DIGITS = np.stack([drawn(seed) for seed in range(20)])
+BOARDS = ["".join(str(cell) for cell in row) for row in DIGITS]
+
+
+def halting_apart(folder: Path) -> Path:
+    return untrained_halting_apart(folder, FORM, DIGITS + 1, halt_max_steps=5)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    return hrm.from_pretrained(halting_apart(tmp_path_factory.mktemp("model")), device="cpu")
+
+
+def client_of(model: TrainedModel, **options: Any) -> TestClient:
+    return TestClient(make_app(Engine(model, 4), ServeConfig(checkpoint="none", **options), "small"))
+
+
+@pytest.fixture
+def client(model: TrainedModel) -> Iterator[TestClient]:
+    with client_of(model) as client:
+        yield client
+
+
+def infer(client: TestClient, **request: Any) -> dict[str, Any]:
+    response = client.post("/infer", json=request)
+    assert response.status_code == 200, response.text
+    content: dict[str, Any] = response.json()
+    return content
+
+
+@pytest.mark.parametrize("augmentations", [1, 4])
+def test_answers_are_those_of_predict(model: TrainedModel, client: TestClient, augmentations: int) -> None:
+    expected = model.predict(BOARDS, augmentations=augmentations)
+    found = infer(client, inputs=BOARDS, augmentations=augmentations)
+    assert found["answers"] == expected.values
+    assert found["texts"] == expected.texts
+    assert found["steps"] == expected.steps.tolist()
+    assert found["q_halt"] == pytest.approx(expected.q_halt.tolist(), abs=1e-5)
+    assert found["index"] == list(range(20))
+    assert found["model"] == "small"
+    assert found["ms"] > 0
+    assert "trajectory" not in found
+
+
+def test_every_step_is_shown(model: TrainedModel, client: TestClient) -> None:
+    found = infer(client, inputs=BOARDS[:3], trajectory=True, act_max_steps=2)
+    expected = model.predict(BOARDS[:3], act_max_steps=2)
+    assert [len(steps) for steps in found["trajectory"]] == found["steps"] == expected.steps.tolist()
+    assert [steps[-1]["answer"] for steps in found["trajectory"]] == found["answers"] == expected.values
+
+
+def test_a_task_of_arc_holds_several_puzzles(tmp_path: Path) -> None:
+    form = PuzzleForm("arc", 900, 12, 2, identifiers=("<blank>", "ab12cd34"))
+    model = tiny(tmp_path, form, halt_max_steps=1)
+    task = {"test": [{"input": [[1]]}, {"input": [[2, 3]]}], "puzzle": "ab12cd34"}
+    expected = model.predict([task])
+    with client_of(model) as client:
+        found = infer(client, inputs=[task])
+    assert found["index"] == [0, 0]
+    assert found["answers"] == expected.values
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"inputs": ["12"]}, "input 0: No Sudoku board has 2 cells"),
+        ({"inputs": [BOARDS[0], 7]}, "input 1:"),
+        ({"inputs": []}, "inputs is empty"),
+        ({"inputs": [BOARDS[0]] * 300}, "inputs: 300 are asked for, and this service gives at most 256"),
+        ({"inputs": [BOARDS[0]], "augmentations": 65}, "augmentations: 65 are asked for"),
+        ({"inputs": [BOARDS[0]], "act_max_steps": 1000}, "act_max_steps: 1000 are asked for"),
+        ({"inputs": [BOARDS[0]], "act_max_steps": 0}, "act_max_steps: Input should be greater than or equal to 1"),
+        ({"inputs": [BOARDS[0]], "augmentations": 2, "trajectory": True}, "trajectory cannot be combined"),
+        ({"inputs": BOARDS[0]}, "inputs: Input should be a valid list"),
+        ({"input": [BOARDS[0]]}, "inputs: Field required"),
+        ({"inputs": [BOARDS[0]], "steps": 3}, "steps: Extra inputs are not permitted"),
+        ([1], "the body: Input should be a valid dictionary"),
+    ],
+)
+def test_what_is_wrong_is_named(client: TestClient, request_: Any, words: str) -> None:
+    response = client.post("/infer", json=request_)
+    assert response.status_code == 422
+    assert response.json().keys() == {"error"}
+    assert response.json()["error"].startswith(words)
+    assert infer(client, inputs=BOARDS[:1])["steps"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[" * 50_000, b'{"inputs":[' + b"9" * 6_000 + b"]}"])
+def test_what_is_no_json_is_refused(client: TestClient, body: bytes) -> None:
+    response = client.post("/infer", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code in (400, 422)
+    assert response.json().keys() == {"error"}
+
+
+def test_long_bodies_are_refused(model: TrainedModel) -> None:
+    with client_of(model, most_body_bytes=100) as client:
+        declared = client.post("/infer", content=b"x" * 101)
+        parts = client.post("/infer", content=iter([b"x" * 60, b"x" * 60]))
+        assert [declared.status_code, parts.status_code] == [413, 413]
+        assert declared.json() == parts.json() == {"error": "a request has at most 100 bytes."}
+        assert infer(client, inputs=BOARDS[:1])["steps"]
+
+
+def test_more_than_can_wait_is_refused(model: TrainedModel) -> None:
+    with client_of(model, most_waiting=2) as client:
+        response = client.post("/infer", json={"inputs": BOARDS[:7]})  # 4 slots and 2 that wait
+        assert response.status_code == 429
+        assert response.headers["Retry-After"] == "1"
+        assert len(infer(client, inputs=BOARDS[:6])["steps"]) == 6
+
+
+def test_a_request_has_its_time(model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    advance = Engine._advance
+
+    def slow(self: Engine) -> None:
+        time.sleep(0.2)
+        advance(self)
+
+    monkeypatch.setattr(Engine, "_advance", slow)
+    with client_of(model, seconds_per_request=0.1) as client:
+        response = client.post("/infer", json={"inputs": BOARDS})
+        assert response.status_code == 504
+        assert response.json() == {"error": "no answer within 0.1 s; ask for fewer inputs or ACT steps."}
+        monkeypatch.setattr(Engine, "_advance", advance)
+        time.sleep(0.3)
+        assert infer(client, inputs=BOARDS[:1])["steps"], "what was given up holds no slots"
+
+
+def test_a_model_that_fails_is_not_ready(model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model, 4)
+    with TestClient(make_app(engine, ServeConfig(checkpoint="none"), "small")) as client:
+        assert client.get("/readyz").json() == {"status": "ready"}
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(engine, "_computed", broken)
+        failed = client.post("/infer", json={"inputs": BOARDS[:2]})
+        assert failed.status_code == 500
+        assert failed.json() == {"error": "the service failed (RuntimeError: out of memory)."}
+        assert client.post("/infer", json={"inputs": BOARDS[:2]}).status_code == 503
+        assert client.get("/readyz").status_code == 503
+        assert client.get("/healthz").json() == {"status": "ok"}
+        assert "hrm_errors_total 1.0" in client.get("/metrics").text
+
+
+def test_what_is_counted(model: TrainedModel) -> None:
+    steps = int(model.predict(BOARDS).steps.sum())
+    with client_of(model) as client:
+        infer(client, inputs=BOARDS)
+        client.post("/infer", json={})
+        client.get("/nothing")
+        lines = client.get("/metrics").text.splitlines()
+    for line in (
+        'hrm_requests_total{path="/infer",status="200"} 1.0',
+        'hrm_requests_total{path="/infer",status="422"} 1.0',
+        'hrm_requests_total{path="other",status="404"} 1.0',
+        'hrm_request_seconds_count{path="/infer"} 2.0',
+        "hrm_puzzles_total 20.0",
+        f"hrm_act_steps_total {float(steps)}",
+        "hrm_slots 4.0",
+        "hrm_slots_in_use 0.0",
+        "hrm_queue 0.0",
+        "hrm_errors_total 0.0",
+    ):
+        assert line in lines
+
+
+def test_it_says_what_there_is(client: TestClient) -> None:
+    (shown,) = client.get("/models").json()["models"]
+    assert (shown["name"], shown["task"], shown["seq_len"], shown["act_max_steps"]) == ("small", "sudoku", 16, 5)
+    described = client.get("/openapi.json").json()
+    assert set(described["paths"]) == {"/infer", "/healthz", "/readyz", "/models", "/metrics"}
+    assert set(described["paths"]["/infer"]["post"]["responses"]) >= {"200", "413", "422", "429", "503", "504"}
+    assert described["components"]["schemas"]["InferRequest"]["examples"][0]["inputs"]
+    missing = client.get("/docs")
+    assert (missing.status_code, missing.json()["error"]) == (404, "Not Found; GET /openapi.json says what there is.")
+
+
+# ---- the process
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    folder = halting_apart(tmp_path_factory.mktemp("served"))
+    argv = [sys.executable, "-m", "hrm", "serve", f"checkpoint={folder}", "port=0", "device=cpu", "slots=8"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(argv, stdout=-1, stderr=-1, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("Serving "):
+                break
+        else:
+            assert process.stderr is not None
+            pytest.fail(process.stderr.read())
+        yield process, line.split()[3]
+        process.kill()
+
+
+@pytest.mark.slow
+def test_many_clients_and_a_signal(served: tuple[subprocess.Popen[str], str]) -> None:
+    """Broken requests do no harm; what is at hand when SIGTERM comes is answered, and the process ends well."""
+    process, url = served
+    expected: dict[str, str] = {}
+    broken = [b"", b"{", b'{"inputs": [1]}', b'{"inputs": ["x"]}', b'{"inputs": 5}', b"\x00" * 1000]
+
+    with httpx.Client(timeout=60) as one:
+        for board in BOARDS:
+            expected[board] = one.post(f"{url}/infer", json={"inputs": [board]}).json()["texts"][0]
+
+    def client(number: int) -> int:
+        answered = 0
+        with httpx.Client(timeout=60) as http:
+            for turn in range(10):
+                bad = http.post(f"{url}/infer", content=broken[(number + turn) % len(broken)])
+                assert bad.status_code in (400, 422)
+                asked = [BOARDS[(number + turn) % 20], BOARDS[(3 * number + turn) % 20]]
+                found = http.post(f"{url}/infer", json={"inputs": asked}).json()
+                assert found["texts"] == [expected[board] for board in asked]
+                answered += 2
+        return answered
+
+    with ThreadPoolExecutor(16) as pool:
+        assert sum(pool.map(client, range(16))) == 320
+    assert f"hrm_puzzles_total {20 + 320 + 1}.0" in httpx.get(f"{url}/metrics").text  # and the one it warmed up with
+
+    answered_at: list[float] = []
+    wrong: list[object] = []
+
+    def asks_until_the_end(_: int) -> None:
+        while True:
+            try:
+                found = httpx.post(f"{url}/infer", json={"inputs": BOARDS * 12}, timeout=60).json()
+            except httpx.TransportError:  # nobody listens any more, or what had waited for that was sent away
+                return
+            if found.get("texts") != [expected[board] for board in BOARDS] * 12:
+                wrong.append(found)
+            answered_at.append(time.monotonic())
+
+    threads = [threading.Thread(target=asks_until_the_end, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    while len(answered_at) < 4:
+        time.sleep(0.01)
+    ended_at = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join(60)
+    assert wrong == []
+    assert max(answered_at) > ended_at, "what was at hand is answered"
+    assert process.wait(60) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["port=99999"], "port=99999"),
+        (["host=256.0.0.1"], "cannot listen at host=256.0.0.1"),
+        (["slots=0"], "slots=0 is too small"),
+        (["checkpoint=nowhere", "port=0"], "nowhere"),
+        (["prot=0"], "did you mean port"),
+    ],
+)
+def test_the_command_line(
+    options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["hrm"])
+    folder = untrained(tmp_path / "run", FORM)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["serve", f"checkpoint={folder}", "device=cpu", *options])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert len(said.strip().splitlines()) == 1
