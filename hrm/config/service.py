@@ -27,7 +27,8 @@ class ServeConfig:
     most_augmentations: int = 64  # of each input
     most_body_bytes: int = 1 << 20  # of a request
     most_waiting: int = 4096  # puzzles that wait for a slot; beyond, requests are refused with status 429
-    seconds_per_request: float = 60.0  # after which a request is given up, with status 504
+    most_trajectory_tokens: int = 1 << 20  # puzzles x ACT steps x tokens of each, where every ACT step is to be shown
+    seconds_per_request: float = 60.0  # for a request to arrive, and then to be answered, else status 408 or 504
     seconds_to_drain: float = 30.0  # for requests at hand to end after SIGTERM or Ctrl-C
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     # What to compute in: bfloat16, float32, float16 or float64; auto: as in training, but float32 where a CPU has no
@@ -43,7 +44,14 @@ class ServeConfig:
         for name in ("slots", "act_max_steps"):
             if (value := getattr(self, name)) is not None:
                 at_least(name, value, 1)
-        for name in ("most_act_steps", "most_inputs", "most_augmentations", "most_body_bytes", "most_waiting"):
+        for name in (
+            "most_act_steps",
+            "most_inputs",
+            "most_augmentations",
+            "most_body_bytes",
+            "most_waiting",
+            "most_trajectory_tokens",
+        ):
             at_least(name, getattr(self, name), 1)
         if self.act_max_steps is not None:
             at_most("act_max_steps", self.act_max_steps, self.most_act_steps)

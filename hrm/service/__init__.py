@@ -1,4 +1,5 @@
 """A trained model behind HTTP.
 
-`engine` computes, `answering` reads inputs and writes answers, `http` speaks, `measures` counts, `command` runs it all.
+`engine` computes, `answering` reads inputs and writes answers, `http` speaks, `connection` bounds what clients hold
+open, `measures` counts, `command` runs it all.
 """

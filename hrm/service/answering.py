@@ -13,7 +13,7 @@ import numpy as np
 from hrm.inference.inputs import read_item
 from hrm.inference.predictor import vote_of
 from hrm.service.engine import Engine, Solved, Step
-from hrm.tasks.base import PuzzleSize
+from hrm.tasks.base import PuzzleSize, Rules
 from hrm.tasks.form import Puzzle
 
 
@@ -44,30 +44,46 @@ def read_inputs(inputs: Sequence[Any], engine: Engine) -> tuple[list[Puzzle], li
 
 
 async def answer(
-    puzzle: Puzzle, engine: Engine, max_steps: int | None, *, augmentations: int = 1, trajectory: bool = False
+    puzzle: Puzzle,
+    engine: Engine,
+    max_steps: int | None,
+    *,
+    augmentations: int = 1,
+    trajectory: bool = False,
+    request: object = None,
 ) -> Answer:
     """Answer one puzzle, as `TrainedModel.predict` does on a CPU: augmentations are tried one after the other.
 
+    Args:
+        request: what the puzzle is of, as for `Engine.submit`.
+
     Raises:
         UserError: the task has fewer augmentations.
-        Closed: the service ends.
+        Closed: the engine takes no more.
     """
     task, form = engine.model.task, engine.model.form
+
+    async def solve(copy: Puzzle) -> Solved:
+        return await asyncio.wrap_future(
+            engine.submit(copy, max_steps, keeps_steps=trajectory and augmentations == 1, request=request)
+        )
+
     if augmentations == 1:
-        solved = await _solved(engine, puzzle, max_steps, trajectory)
+        solved = await solve(puzzle)
         return _written(engine, puzzle, solved.last, solved.steps, solved.trajectory if trajectory else None)
-    copies = task.augmented(puzzle, augmentations, form)
-    rules = task.rules(PuzzleSize(form.seq_len, form.vocab_size))
+    # In a thread: those of many puzzles would hold up the event loop.
+    copies = await asyncio.to_thread(task.augmented, puzzle, augmentations, form)
+    rules = _rules(engine)
     given: list[Step] = []
     steps = 0
     if rules is None:  # nothing tells a right answer, so all are wanted
-        all_solved = await asyncio.gather(*(_solved(engine, copy, max_steps) for copy, _ in copies))
+        all_solved = await asyncio.gather(*(solve(copy) for copy, _ in copies))
         for (_, undo), solved in zip(copies, all_solved, strict=True):
             given.append(Step(undo(solved.last.tokens).astype(np.int64), solved.last.q_halt))
             steps += solved.steps
     else:
         for copy, undo in copies:
-            solved = await _solved(engine, copy, max_steps)
+            solved = await solve(copy)
             steps += solved.steps
             given.append(Step(undo(solved.last.tokens).astype(np.int64), solved.last.q_halt))
             if rules.keeps(puzzle.tokens[None], given[-1].tokens[None])[0]:
@@ -75,8 +91,14 @@ async def answer(
     return _written(engine, puzzle, Step(*vote_of([(step.tokens, step.q_halt) for step in given])), steps)
 
 
-async def _solved(engine: Engine, puzzle: Puzzle, max_steps: int | None, keeps_steps: bool = False) -> Solved:
-    return await asyncio.wrap_future(engine.submit(puzzle, max_steps, keeps_steps=keeps_steps))
+def places(engine: Engine, augmentations: int) -> int:
+    """Slots, or places in line for them, that a puzzle takes at once."""
+    return 1 if _rules(engine) else augmentations
+
+
+def _rules(engine: Engine) -> Rules | None:
+    form = engine.model.form
+    return engine.model.task.rules(PuzzleSize(form.seq_len, form.vocab_size))
 
 
 def _written(
@@ -99,4 +121,5 @@ def _written(
 
 
 def _probability(logit: float) -> float:
+    """Its sigmoid, 0 for what is no number: JSON has none for that."""
     return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0

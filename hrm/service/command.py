@@ -7,10 +7,12 @@ import socket
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from hrm.config import ServeConfig
 from hrm.errors import UserError, printable_lines
 from hrm.inference.model import from_pretrained
+from hrm.service.connection import connection_class
 from hrm.service.engine import Engine
 from hrm.service.http import make_app
 
@@ -38,19 +40,26 @@ def serve(config: ServeConfig) -> None:
             printable_lines(f"{model!r}\nServing {name} at http://{shown}:{port} with {engine.slots} slots."),
             flush=True,
         )
-        settings = uvicorn.Config(
-            make_app(engine, config, name),
-            log_level="warning",
-            access_log=False,
-            lifespan="on",
-            timeout_graceful_shutdown=round(config.seconds_to_drain),
-        )
+        settings = settings_of(make_app(engine, config, name), config)
         for number in (
             signal.SIGTERM,
             signal.SIGINT,
         ):  # uvicorn passes a signal on when all is answered: it has been heard
             signal.signal(number, lambda *_: None)
         uvicorn.Server(settings).run(sockets=[listener])
+
+
+def settings_of(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
+    """How uvicorn runs an application."""
+    return uvicorn.Config(
+        app,
+        http=connection_class(config.seconds_per_request),
+        ws="none",
+        log_level="error",  # a warning for every request that is no HTTP would fill the disk
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=round(config.seconds_to_drain),
+    )
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import OrderedDict
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,9 +48,46 @@ class _Job:
     puzzle: Puzzle
     max_steps: int
     keeps_steps: bool
+    request: object
     future: Future[Solved] = field(default_factory=Future)
     steps: int = 0
     trajectory: list[Step] = field(default_factory=list)
+
+
+class _Lines:
+    """Puzzles that wait: those of a request stand in a line of their own, and the lines take turns."""
+
+    def __init__(self) -> None:
+        self._lines: OrderedDict[object, OrderedDict[_Job, None]] = OrderedDict()  # by request
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def add(self, job: _Job) -> None:
+        self._lines.setdefault(job.request, OrderedDict())[job] = None
+
+    def remove(self, job: _Job) -> None:
+        """Take a puzzle out, if it is there."""
+        if (line := self._lines.get(job.request)) is not None:
+            line.pop(job, None)
+            if not line:
+                del self._lines[job.request]
+
+    def take(self) -> _Job:
+        """The next puzzle."""
+        request, line = self._lines.popitem(last=False)
+        job, _ = line.popitem(last=False)
+        if line:
+            self._lines[request] = line  # behind the others
+        return job
+
+    def take_all(self) -> list[_Job]:
+        jobs = [job for line in self._lines.values() for job in line]
+        self._lines.clear()
+        return jobs
 
 
 @dataclass
@@ -88,7 +125,7 @@ class Engine:
         self._carry = self._inner.initial_carry(self._batch(range(self.slots)))
         graphed = model.model.kernels.cuda_graphs
         self._step = GraphedWork(self._all_slots, model.device, eager_calls=2) if graphed else self._all_slots
-        self._waiting: deque[_Job] = deque()
+        self._waiting = _Lines()
         self._changed = threading.Condition()
         self._closed = False
         self._failure: BaseException | None = None
@@ -96,23 +133,35 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="hrm-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, puzzle: Puzzle, max_steps: int | None = None, *, keeps_steps: bool = False) -> Future[Solved]:
+    def submit(
+        self, puzzle: Puzzle, max_steps: int | None = None, *, keeps_steps: bool = False, request: object = None
+    ) -> Future[Solved]:
         """Put a puzzle in line. Cancelling the future takes it out of the line or out of its slot.
 
         Args:
             max_steps: ACT steps at most; None: as in training.
             keeps_steps: give what was answered after every ACT step too.
+            request: what it is of; where puzzles wait, requests take turns, so that one of many does not delay others.
 
         Raises:
             Closed: it takes no more.
         """
-        job = _Job(puzzle, max_steps or self.model.act_max_steps, keeps_steps)
+        job = _Job(puzzle, max_steps or self.model.act_max_steps, keeps_steps, request)
         with self._changed:
+            if self._failure is not None:
+                raise Closed("the model cannot compute any more; restart the service")
             if self._closed:
                 raise Closed("the service is ending")
-            self._waiting.append(job)
+            self._waiting.add(job)
             self._changed.notify()
+        job.future.add_done_callback(partial(self._withdrawn, job))
         return job.future
+
+    def _withdrawn(self, job: _Job, future: Future[Solved]) -> None:
+        """Forget a puzzle that nobody waits for any more; one that has a slot gives it up before the next ACT step."""
+        if future.cancelled():
+            with self._changed:
+                self._waiting.remove(job)
 
     @property
     def work(self) -> Work:
@@ -147,9 +196,8 @@ class Engine:
         except BaseException as error:
             with self._changed:
                 self._closed, self._failure = True, error
-                jobs = [*self._jobs.values(), *self._waiting]
+                jobs = [*self._jobs.values(), *self._waiting.take_all()]
                 self._jobs.clear()
-                self._waiting.clear()
             for job in jobs:
                 _give(job, error)
 
@@ -161,8 +209,8 @@ class Engine:
             while True:
                 free = (slot for slot in range(self.slots) if slot not in self._jobs)
                 while self._waiting and len(self._jobs) < self.slots:
-                    job = self._waiting.popleft()
-                    if job.future.cancelled():
+                    job = self._waiting.take()
+                    if job.future.cancelled():  # but not taken out yet
                         continue
                     slot = next(free)
                     self._jobs[slot] = job
@@ -194,8 +242,7 @@ class Engine:
                     job.trajectory.append(step)
                 if q[row, 0] > q[row, 1] or job.steps >= job.max_steps:
                     del self._jobs[slot]
-                    self._work.answered += not job.future.cancelled()
-                    _give(job, Solved(step, job.steps, job.trajectory))
+                    self._work.answered += _give(job, Solved(step, job.steps, job.trajectory))
 
     def _batch(self, slots: range | list[int]) -> Batch:
         rows = list(slots)
@@ -224,10 +271,13 @@ class Engine:
         return outputs["logits"].argmax(-1).int(), torch.stack(q, 1)
 
 
-def _give(job: _Job, outcome: Solved | BaseException) -> None:
-    """Hand out an answer, unless nobody waits for it any more."""
-    with suppress(InvalidStateError):
+def _give(job: _Job, outcome: Solved | BaseException) -> bool:
+    """Hand out an answer; False where nobody waits for it any more."""
+    try:
         if isinstance(outcome, BaseException):
             job.future.set_exception(outcome)
         else:
             job.future.set_result(outcome)
+    except InvalidStateError:
+        return False
+    return True

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -17,8 +18,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hrm.config import ServeConfig
-from hrm.errors import UserError, shortened
-from hrm.service.answering import answer, read_inputs
+from hrm.errors import UserError, printable, shortened
+from hrm.service.answering import Answer, answer, places, read_inputs
 from hrm.service.engine import Closed, Engine
 from hrm.service.measures import Measures
 from hrm.version import __version__
@@ -63,6 +64,15 @@ class Refused(Exception):
         super().__init__(sentence)
         self.status, self.sentence, self.headers = status, sentence, headers
 
+    def response(self, **headers: str) -> JSONResponse:
+        # Printable: half of a surrogate pair in what a request holds could not be written in UTF-8.
+        return JSONResponse({"error": printable(self.sentence)}, self.status, {**headers, **(self.headers or {})})
+
+
+def _gone() -> Refused:
+    """For a client that does not wait for its answer: only the counts will tell of this status."""
+    return Refused(499, "the client has gone.")
+
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     413: {"model": Problem, "description": "the request is too long"},
@@ -96,57 +106,53 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
         redoc_url=None,
     )
     app.add_middleware(_Guard, config=config, measures=measures)
-    at_hand = 0  # puzzles of requests that were taken and are not answered yet
+    room = engine.slots + config.most_waiting
+    taken = 0  # of it, by requests that are not answered yet
 
     @app.exception_handler(Refused)
     async def refused(_: Request, problem: Refused) -> Response:
-        return JSONResponse({"error": problem.sentence}, problem.status, problem.headers)
+        return problem.response()
 
     @app.exception_handler(HTTPException)
     async def by_the_framework(_: Request, problem: HTTPException) -> Response:
         said = str(problem.detail).rstrip(".")
-        return JSONResponse({"error": f"{said}; GET /openapi.json says what there is."}, problem.status_code)
+        headers = dict(problem.headers or {})
+        return Refused(problem.status_code, f"{said}; GET /openapi.json says what there is.", headers).response()
 
     @app.exception_handler(RequestValidationError)
     async def not_valid(_: Request, problem: RequestValidationError) -> Response:
         first = problem.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
         said = shortened(str(first["msg"]))
-        return JSONResponse({"error": f"{where}: {said}; GET /openapi.json says what a request holds."}, 422)
+        return Refused(422, f"{where}: {said}; GET /openapi.json says what a request holds.").response()
 
-    @app.post("/infer", response_model_exclude_none=True, responses=_PROBLEMS)
-    async def infer(request: InferRequest) -> InferResponse:
-        nonlocal at_hand
+    @app.post("/infer", response_model=InferResponse, responses=_PROBLEMS)
+    async def infer(request: InferRequest, http: Request) -> Response:
+        nonlocal taken
         began = time.perf_counter()
         try:
             _check(request, config)
-            puzzles, index = read_inputs(request.inputs, engine)
+            # In a thread: many inputs would hold up the event loop.
+            puzzles, index = await asyncio.to_thread(read_inputs, request.inputs, engine)
+            wanted = len(puzzles) * places(engine, request.augmentations)
+            max_steps = request.act_max_steps or config.act_max_steps
+            _check_puzzles(request, len(puzzles), wanted, max_steps)
         except UserError as error:
             raise Refused(422, str(error)) from error
-        if at_hand + len(puzzles) > engine.slots + config.most_waiting:
-            raise Refused(429, f"{at_hand} puzzles wait already; come again later.", {"Retry-After": "1"})
-        at_hand += len(puzzles)
-        max_steps = request.act_max_steps or config.act_max_steps
-        tasks = [
-            asyncio.ensure_future(
-                answer(puzzle, engine, max_steps, augmentations=request.augmentations, trajectory=request.trajectory)
-            )
-            for puzzle in puzzles
-        ]
+        if taken + wanted > room:
+            raise Refused(429, f"{taken} puzzles wait already; come again later.", {"Retry-After": "1"})
+        taken += wanted
+        asked = partial(answer, augmentations=request.augmentations, trajectory=request.trajectory, request=http)
+        tasks = [asyncio.ensure_future(asked(puzzle, engine, max_steps)) for puzzle in puzzles]
         try:
-            answers = await asyncio.wait_for(asyncio.gather(*tasks), config.seconds_per_request)
-        except TimeoutError as error:
-            seconds = config.seconds_per_request
-            raise Refused(504, f"no answer within {seconds:g} s; ask for fewer inputs or ACT steps.") from error
+            answers = await _all(tasks, http, config.seconds_per_request)
         except Closed as error:
             raise Refused(503, f"{error}.") from error
         except UserError as error:
             raise Refused(422, str(error)) from error
         finally:
-            at_hand -= len(puzzles)
-            for task in tasks:
-                task.cancel()
-        return InferResponse(
+            taken -= wanted
+        content = InferResponse(
             answers=[each.value for each in answers],
             texts=[each.text for each in answers],
             q_halt=[each.q_halt for each in answers],
@@ -156,6 +162,20 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
             model=name,
             ms=round(1000 * (time.perf_counter() - began), 3),
         )
+        return Response(content.model_dump_json(exclude_none=True), media_type="application/json")
+
+    def _check_puzzles(request: InferRequest, count: int, wanted: int, max_steps: int | None) -> None:
+        """UserError where the service could never answer."""
+        if wanted > room:
+            raise UserError(
+                f"{wanted} puzzles and augmentations are asked for at once, and {room} can be: ask in parts."
+            )
+        tokens = count * (max_steps or engine.model.act_max_steps) * engine.model.form.seq_len
+        if request.trajectory and tokens > config.most_trajectory_tokens:
+            raise UserError(
+                f"trajectory: {tokens} tokens may be to show, and this service gives at most "
+                f"{config.most_trajectory_tokens}: ask for fewer inputs or ACT steps."
+            )
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -192,6 +212,34 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
         return Response(generate_latest(measures.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+async def _all(tasks: Sequence[asyncio.Task[Answer]], http: Request, seconds: float) -> list[Answer]:
+    """What all tasks answer; whatever happens, none goes on after this.
+
+    Raises:
+        Refused: the client has gone, or the time is up.
+    """
+
+    async def leaves() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    async def answer_all() -> list[Answer]:
+        return await asyncio.gather(*tasks)
+
+    answers, gone = asyncio.create_task(answer_all()), asyncio.create_task(leaves())
+    try:
+        both: set[asyncio.Task[Any]] = {answers, gone}
+        await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if answers.done():
+            return answers.result()
+        if gone.done():
+            raise _gone()
+        raise Refused(504, f"no answer within {seconds:g} s; ask for fewer inputs or ACT steps.")
+    finally:
+        for task in (*tasks, answers, gone):
+            task.cancel()
 
 
 def _check(request: InferRequest, config: ServeConfig) -> None:
@@ -235,6 +283,9 @@ class _Guard:
             left = deadline - time.perf_counter()
             try:
                 message = await asyncio.wait_for(receive(), max(left, 0))
+                if message["type"] == "http.disconnect":
+                    broken = _gone()
+                    raise broken
             except TimeoutError as error:
                 broken = Refused(408, "the request did not arrive in time.")
                 raise broken from error
@@ -262,15 +313,16 @@ class _Guard:
             if declared.isdigit() and int(declared) > self._config.most_body_bytes:
                 raise too_long
             await self._app(scope, receive_some, send_some)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:  # cancelled: what is left when the time to drain is up
             problem = broken or (error if isinstance(error, Refused) else _failed(error))
             if not has_begun:
-                headers_out = {"Connection": "close", **(problem.headers or {})}
-                await JSONResponse({"error": problem.sentence}, problem.status, headers_out)(scope, receive, send_noted)
+                await problem.response(Connection="close")(scope, receive, send_noted)
         finally:
             self._measures.count(scope["path"], status, time.perf_counter() - began)
 
 
-def _failed(error: Exception) -> Refused:
-    """For an error that nobody foresaw."""
+def _failed(error: BaseException) -> Refused:
+    """For an error that nobody foresaw, and for a request whose task is cancelled."""
+    if isinstance(error, asyncio.CancelledError):
+        return Refused(503, "the service is ending.")
     return Refused(500, f"the service failed ({shortened(f'{type(error).__name__}: {error}')}).")

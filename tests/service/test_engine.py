@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import CancelledError
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,7 @@ def test_what_nobody_waits_for_gives_up_its_place(model: TrainedModel, monkeypat
     assert engine.work.waiting == 2
     assert in_slot.cancel()
     assert in_line.cancel()
+    assert engine.work.waiting == 1, "what is taken out of the line takes no memory until its turn comes"
     hold.set()
     expected = model.predict(BOARDS[2:3], tokens=True)
     assert (last.result(60).last.tokens == expected.answers[0]).all()
@@ -94,6 +96,35 @@ def test_what_nobody_waits_for_gives_up_its_place(model: TrainedModel, monkeypat
         in_line.result()
     assert engine.work.answered == 1
     engine.close()
+
+
+def test_requests_take_turns(model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two requests that wait, the second and small one does not wait for all of the first."""
+    engine = Engine(model, 1)
+    hold = threading.Event()
+    advance = Engine._advance
+
+    def slow(self: Engine) -> None:
+        hold.wait(60)
+        advance(self)
+
+    monkeypatch.setattr(Engine, "_advance", slow)
+    order: list[str] = []
+
+    def note(request: str, _: object) -> None:
+        order.append(request)
+
+    for request, numbers in (("large", range(6)), ("small", range(6, 8))):
+        for number in numbers:
+            future = engine.submit(puzzles()[number], request=request)
+            future.add_done_callback(partial(note, request))
+    hold.set()
+    engine.close()
+    # The first was in its slot, or not yet, when the second request came.
+    assert order in (
+        ["large", "large", "small", "large", "small", *["large"] * 3],
+        ["large", "small", "large", "small", *["large"] * 4],
+    )
 
 
 def test_it_answers_all_before_it_ends(model: TrainedModel) -> None:
@@ -118,7 +149,7 @@ def test_a_failure_reaches_all_who_wait(model: TrainedModel, monkeypatch: pytest
         with pytest.raises(RuntimeError, match="out of memory"):
             future.result(60)
     assert isinstance(engine.failure, RuntimeError)
-    with pytest.raises(Closed):
+    with pytest.raises(Closed, match="the model cannot compute any more"):
         engine.submit(puzzles()[0])
 
 

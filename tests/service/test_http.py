@@ -1,25 +1,32 @@
 """The service as its clients see it."""
 
+import json
+import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
 import hrm
 from hrm import cli
 from hrm.config import ServeConfig
 from hrm.inference.model import TrainedModel
+from hrm.service.answering import _probability
+from hrm.service.command import settings_of
 from hrm.service.engine import Engine
 from hrm.service.http import make_app
 from hrm.tasks.form import PuzzleForm
@@ -57,6 +64,54 @@ def client_of(model: TrainedModel, **options: Any) -> TestClient:
 def client(model: TrainedModel) -> Iterator[TestClient]:
     with client_of(model) as client:
         yield client
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Engines compute nothing until it is set."""
+    event, advance = threading.Event(), Engine._advance
+
+    def after_it(self: Engine) -> None:
+        event.wait(60)
+        advance(self)
+
+    monkeypatch.setattr(Engine, "_advance", after_it)
+    yield event
+    event.set()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until, "it never came to be"
+        time.sleep(0.005)
+
+
+@contextmanager
+def listening(model: TrainedModel, **options: Any) -> Iterator[tuple[uvicorn.Server, Engine, tuple[str, int]]]:
+    """The service in a thread, with real connections."""
+    engine, config = Engine(model, 4), ServeConfig(checkpoint="none", **options)
+    server = uvicorn.Server(settings_of(make_app(engine, config, "small"), config))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            wait_for(lambda: server.started)
+            yield server, engine, address
+        finally:
+            server.should_exit = True
+            thread.join(60)
+
+
+def written(body: bytes, length: int | None = None) -> bytes:
+    """A request as it goes over the wire."""
+    head = f"POST /infer HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: {length or len(body)}"
+    return head.encode() + b"\r\n\r\n" + body
+
+
+def counted(address: tuple[str, int], status: int) -> bool:
+    return f'path="/infer",status="{status}"' in httpx.get(f"http://127.0.0.1:{address[1]}/metrics").text
 
 
 def infer(client: TestClient, **request: Any) -> dict[str, Any]:
@@ -123,7 +178,21 @@ def test_what_is_wrong_is_named(client: TestClient, request_: Any, words: str) -
     assert infer(client, inputs=BOARDS[:1])["steps"]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[" * 50_000, b'{"inputs":[' + b"9" * 6_000 + b"]}"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 50_000,
+        b'{"inputs":[' + b"9" * 6_000 + b"]}",
+        b'{"inputs": ["' + rb"\ud800" * 16 + b'"]}',
+        b'{"inputs": [[' + b"NaN," * 15 + b"1e999]]}",
+        b'{"inputs": [' + b"[" * 900 + b"]" * 900 + b"]}",
+        rb'{"\ud800": 1, "inputs": []}',
+        b'{"inputs": ["1"], "act_max_steps": NaN}',
+    ],
+)
 def test_what_is_no_json_is_refused(client: TestClient, body: bytes) -> None:
     response = client.post("/infer", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code in (400, 422)
@@ -139,12 +208,47 @@ def test_long_bodies_are_refused(model: TrainedModel) -> None:
         assert infer(client, inputs=BOARDS[:1])["steps"]
 
 
-def test_more_than_can_wait_is_refused(model: TrainedModel) -> None:
-    with client_of(model, most_waiting=2) as client:
-        response = client.post("/infer", json={"inputs": BOARDS[:7]})  # 4 slots and 2 that wait
-        assert response.status_code == 429
-        assert response.headers["Retry-After"] == "1"
+def test_more_than_can_wait_is_refused(model: TrainedModel, held: threading.Event) -> None:
+    with client_of(model, most_waiting=2) as client:  # room for 4 slots and 2 that wait
+        response = client.post("/infer", json={"inputs": BOARDS[:7]})
+        assert response.status_code == 422
+        assert response.json() == {
+            "error": "7 puzzles and augmentations are asked for at once, and 6 can be: ask in parts."
+        }
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(infer, client, inputs=BOARDS[:6])
+            wait_for(lambda: "hrm_queue 2.0" in client.get("/metrics").text)
+            response = client.post("/infer", json={"inputs": BOARDS[:1]})
+            assert response.status_code == 429
+            assert response.headers["Retry-After"] == "1"
+            assert response.json() == {"error": "6 puzzles wait already; come again later."}
+            held.set()
+            assert len(first.result(60)["steps"]) == 6
         assert len(infer(client, inputs=BOARDS[:6])["steps"]) == 6
+
+
+def test_augmentations_that_are_answered_at_once_count_as_such(tmp_path: Path) -> None:
+    """Where no rules tell a right answer, all are wanted."""
+    model = tiny(tmp_path, PuzzleForm("arc", 900, 12, 2, identifiers=("<blank>", "ab12cd34")), halt_max_steps=1)
+    task = {"input": [[1]], "puzzle": "ab12cd34"}
+    with client_of(model, most_waiting=2) as client:
+        response = client.post("/infer", json={"inputs": [task, task], "augmentations": 4})
+        assert response.status_code == 422
+        assert response.json()["error"].startswith("8 puzzles and augmentations are asked for at once, and 6 can be")
+        assert len(infer(client, inputs=[task], augmentations=4)["steps"]) == 1
+
+
+def test_a_huge_trajectory_is_refused(model: TrainedModel) -> None:
+    with client_of(model, most_trajectory_tokens=96) as client:
+        response = client.post("/infer", json={"inputs": BOARDS[:3], "trajectory": True, "act_max_steps": 3})
+        assert response.status_code == 422
+        assert response.json()["error"].startswith("trajectory: 144 tokens may be to show")
+        assert infer(client, inputs=BOARDS[:3], trajectory=True, act_max_steps=2)["trajectory"]
+
+
+@pytest.mark.parametrize(("logit", "probability"), [(0, 0.5), (1e9, 1), (-1e9, 0), (math.inf, 1), (math.nan, 0)])
+def test_probabilities_are_numbers(logit: float, probability: float) -> None:
+    assert _probability(logit) == probability
 
 
 def test_a_request_has_its_time(model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +317,77 @@ def test_it_says_what_there_is(client: TestClient) -> None:
     assert described["components"]["schemas"]["InferRequest"]["examples"][0]["inputs"]
     missing = client.get("/docs")
     assert (missing.status_code, missing.json()["error"]) == (404, "Not Found; GET /openapi.json says what there is.")
+
+
+# ---- its connections
+
+
+def test_who_leaves_gives_up_the_slots(model: TrainedModel, held: threading.Event) -> None:
+    with listening(model) as (_, engine, address):
+        with socket.create_connection(address) as client:
+            client.sendall(written(json.dumps({"inputs": BOARDS}).encode()))
+            wait_for(lambda: (engine.work.in_slots, engine.work.waiting) == (4, 16))
+        wait_for(lambda: engine.work.waiting == 0)
+        assert counted(address, 499)
+        held.set()
+        wait_for(lambda: engine.work.in_slots == 0)
+        assert engine.work.answered == 0
+
+
+def test_who_leaves_before_all_is_sent_is_no_failure(model: TrainedModel) -> None:
+    with listening(model) as (_, _, address):
+        with socket.create_connection(address) as client:
+            client.sendall(written(b"{", length=100))
+        wait_for(lambda: counted(address, 499))
+        assert "hrm_errors_total 0.0" in httpx.get(f"http://127.0.0.1:{address[1]}/metrics").text
+
+
+@pytest.mark.parametrize("sent", [[], [b"POST /infer HT"], [b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n", b"GET"]])
+def test_requests_that_do_not_arrive_hold_no_connection(model: TrainedModel, sent: list[bytes]) -> None:
+    with listening(model, seconds_per_request=0.2) as (server, _, address), socket.create_connection(address) as client:
+        client.settimeout(30)
+        for part in sent:
+            client.sendall(part)
+            if part.endswith(b"\r\n"):
+                assert client.recv(4096).startswith(b"HTTP/1.1 200")
+        try:
+            while client.recv(4096):
+                pass
+        except ConnectionResetError:
+            pass
+        wait_for(lambda: not server.server_state.connections)
+
+
+def test_a_body_that_does_not_arrive_is_refused(model: TrainedModel) -> None:
+    with listening(model, seconds_per_request=0.2) as (_, _, address), socket.create_connection(address) as client:
+        client.settimeout(30)
+        client.sendall(written(b"{", length=100))
+        assert client.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_answers_that_are_not_read_hold_no_connection(model: TrainedModel) -> None:
+    with listening(model, seconds_per_request=0.5) as (server, _, address), socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(address)
+        asked = b"GET /openapi.json HTTP/1.1\r\nHost: h\r\n\r\n"
+        client.settimeout(30)
+        with pytest.raises(ConnectionError):  # it is ended from the other side
+            client.sendall(asked * 1_000_000)
+        wait_for(lambda: not server.server_state.connections)
+
+
+def test_what_is_not_answered_when_the_time_to_drain_is_up_gets_a_sentence(
+    model: TrainedModel, held: threading.Event
+) -> None:
+    with listening(model, seconds_to_drain=0) as (server, engine, address), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(
+            httpx.post, f"http://127.0.0.1:{address[1]}/infer", json={"inputs": BOARDS[:2]}, timeout=60
+        )
+        wait_for(lambda: engine.work.in_slots == 2)
+        server.should_exit = True
+        response = waiting.result(60)
+        assert (response.status_code, response.json()) == (503, {"error": "the service is ending."})
+        held.set()
 
 
 # ---- the process
