@@ -115,13 +115,17 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def by_the_framework(_: Request, problem: HTTPException) -> Response:
-        said = str(problem.detail).rstrip(".")
+        said = "the body cannot be read as JSON" if problem.status_code == 400 else str(problem.detail).rstrip(".")
         headers = dict(problem.headers or {})
         return Refused(problem.status_code, f"{said}; GET /openapi.json says what there is.", headers).response()
 
     @app.exception_handler(RequestValidationError)
     async def not_valid(_: Request, problem: RequestValidationError) -> Response:
         first = problem.errors()[0]
+        if first["type"] == "json_invalid":
+            return Refused(422, f"the body is no JSON: {shortened(str(first['ctx']['error']))}.").response()
+        if first["loc"] == ("body",) and isinstance(first["input"], bytes | str):  # it was not even read as JSON
+            return Refused(422, "the header Content-Type: application/json is missing.").response()
         where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
         said = shortened(str(first["msg"]))
         return Refused(422, f"{where}: {said}; GET /openapi.json says what a request holds.").response()
