@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import hrm
 from benchmarks import (
     cpu,
     ensembles,
@@ -26,6 +28,7 @@ from benchmarks import (
     published_side,
     run_curves,
     scaling,
+    serve,
     suite,
     train_step,
 )
@@ -37,7 +40,10 @@ from hrm.evaluation.report.plots import Metric, figure_of, run_panel
 from hrm.models.hrm import HRMConfig
 from hrm.models.transformer import TransformerConfig
 from hrm.optim import AdamATan2
+from hrm.service.engine import Engine
+from hrm.tasks.form import Puzzle, PuzzleForm
 from tests.helpers.entry_points import evaluated, make_pack
+from tests.helpers.inference import untrained, untrained_halting_apart
 from tests.helpers.ranks import environment, on_ranks
 
 pytestmark = pytest.mark.slow
@@ -104,6 +110,54 @@ def test_on_a_cpu_a_process_that_ends_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(cpu._MODELS, "wrong", ["arch=hrm_small", "arch.num_heads=3"])
     with pytest.raises(UserError, match="'ours' ended"):
         cpu.main(["--ways", "ours", "--sizes", "wrong@2x16", "--output-dir", str(tmp_path)])
+
+
+BOARDS = PuzzleForm("sudoku", 16, 6)
+
+
+def test_services_under_load(tmp_path: Path) -> None:
+    make_pack(tmp_path / "pack")
+    folder = untrained(tmp_path / "run", BOARDS)
+    service = [str(tmp_path / "pack"), "--checkpoint", str(folder), "--boards", "5", "--device", "cpu"]
+    load = ["--services", "refilled,one at a time", "--clients", "3", "--shares", "0.5,1", "--seconds", "0.3"]
+    serve.main([*service, *load, "--output-dir", str(tmp_path / "load"), "--picture", str(tmp_path / "load.svg")])
+    (file,) = (tmp_path / "load").glob("*-serve.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["slots"] for row in rows] == ["refilled"] * 3 + ["one at a time"] * 3
+    assert [row["asked/s"] == "saturated" for row in rows] == [True, False, False] * 2
+    for row in rows:
+        assert row["errors"] == 0
+        assert 0 < row["p50 ms"] <= row["p95 ms"] <= row["p99 ms"]
+        assert row.get("unlike predict", 0) == 0
+    assert [row["answered"] for row in rows if "unlike predict" in row] == [5, 5]
+    assert (tmp_path / "load.svg").stat().st_size > 1000
+
+    serve.main([*service, "--abuse", "24", "--output-dir", str(tmp_path / "abuse")])
+    (file,) = (tmp_path / "abuse").glob("*-serve-abuse.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["requests"] for row in rows] == [0, 24, 24, 24]
+    assert all((row["boards after it"], row["unlike predict"], row["errors"]) == (5, 0, 0) for row in rows)
+    for end in ("no puzzle: 422 2", "too long: 413 2", "slow body: 408 2", "slow head: closed 2", "gone: left 2"):
+        assert end in rows[-1]["ended in"]
+
+
+def test_a_static_batch_ends_before_the_next_one_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boards = np.random.default_rng(0).integers(1, 6, (20, 16))
+    folder = untrained_halting_apart(tmp_path, BOARDS, boards, halt_max_steps=5)
+    engine = serve.SERVICES["static batches"](hrm.from_pretrained(folder, device="cpu"), 4)
+    at_work: list[set[int]] = [set()]
+    advance = Engine._advance
+
+    def noted(self: Engine) -> None:
+        at_work.append({id(job) for job in self._jobs.values()})
+        advance(self)
+
+    monkeypatch.setattr(Engine, "_advance", noted)
+    futures = [engine.submit(Puzzle(board)) for board in boards]
+    engine.close()
+    assert all(future.done() for future in futures)
+    assert all(now <= before or not now & before for before, now in pairwise(at_work))
+    assert any(now < before for before, now in pairwise(at_work)), "some halt before others"
 
 
 def test_batches_last_as_long_as_asked_for(tmp_path: Path) -> None:

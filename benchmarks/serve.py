@@ -1,0 +1,416 @@
+"""Load `hrm serve`: puzzles a second and waiting times, with slots refilled, static batches, and one puzzle at a time.
+
+hrm data sudoku --generate 3x3 --givens 30 --test-size 2000 --output-dir data/easy
+python -m benchmarks.serve data/easy --checkpoint sudoku_small --picture serve.svg
+
+Each of the services is a process of its own, asked over HTTP, a puzzle a request. First a number of clients ask for
+every board, each as soon as it has its last answer: `saturated`, with the answers held against those of `predict`. Then
+requests arrive at random, at shares of the rate of the first service, whether or not others are answered (an open loop
+with Poisson arrivals); a request's time counts from when it was due. More than --in-flight at a time are left out.
+
+python -m benchmarks.serve data/easy --checkpoint sudoku_small --abuse 1000
+
+sends rounds of requests that are malformed, too long, too slow or given up, to a service that is at work all the while.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle, islice
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvicorn
+
+from benchmarks.common import machine, make_parser, picture_file, run_command, write_results
+from hrm.config import ServeConfig
+from hrm.data.pack import open_pack
+from hrm.errors import UserError
+from hrm.evaluation.report.picture import PALETTE, new_picture, save_picture
+from hrm.inference.model import TrainedModel, from_pretrained
+from hrm.service.command import settings_of
+from hrm.service.engine import Engine
+from hrm.service.http import make_app
+
+_MOST_BYTES = 1 << 16  # of a request, where services are abused
+_SECONDS_TO_ARRIVE = 2.0  # of a request, there
+_ROUNDS = 3
+
+
+class _StaticBatches(Engine):
+    """Answers as many puzzles as it has slots, and takes the next ones when all of them have halted.
+
+    Those that have halted are not computed any more on a CPU, and each is answered as soon as it has halted: static
+    batches at their best.
+    """
+
+    def _admit(self) -> bool:
+        return bool(self._jobs) or super()._admit()
+
+
+SERVICES: dict[str, Callable[[TrainedModel, int | None], Engine]] = {
+    "refilled": Engine,
+    "static batches": _StaticBatches,
+    "one at a time": lambda model, _: Engine(model, 1),
+}
+
+
+@dataclass
+class _Load:
+    """What requests met with."""
+
+    ms: list[float] = field(default_factory=list)  # of those that were answered
+    texts: dict[int, str] = field(default_factory=dict)  # answers by board
+    errors: Counter[str] = field(default_factory=Counter)
+    left_out: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = math.nan  # of the service, where the system tells
+
+    def row(self) -> dict[str, Any]:
+        times = np.percentile(self.ms or [np.nan], [50, 95, 99]).tolist()
+        return {
+            "puzzles/s": len(self.ms) / self.seconds,
+            **dict(zip(("p50 ms", "p95 ms", "p99 ms"), times, strict=True)),
+            "CPU ms a puzzle": 1000 * self.cpu_seconds / max(len(self.ms), 1),
+            "answered": len(self.ms),
+            "left out": self.left_out,
+            "errors": " ".join(f"{error}: {count}" for error, count in self.errors.items()) or 0,
+        }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("data_path", help="a pack whose test split holds the puzzles")
+    parser.add_argument("--checkpoint", default="sudoku", help="as for hrm serve")
+    parser.add_argument("--slots", type=int, help="of the services that have several; default: what suits the device")
+    parser.add_argument("--services", default=",".join(SERVICES), help=f"several of: {', '.join(SERVICES)}")
+    parser.add_argument("--boards", type=int, default=2000, help="requests of the saturated service")
+    parser.add_argument("--clients", type=int, default=64, help="that ask in parallel there")
+    parser.add_argument("--shares", default="0.25,0.5,0.75,0.9,1.1", help="of its rate, at which requests arrive")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of arrivals at each rate")
+    parser.add_argument("--in-flight", type=int, default=512, help="requests at a time at most")
+    parser.add_argument("--seed", type=int, default=0, help="of the times of arrival")
+    parser.add_argument("--abuse", type=int, metavar="N", help="send N requests of no use instead, in each of 3 rounds")
+    parser.add_argument("--picture", type=picture_file, help="draw times and rates to this .svg or .png")
+    arguments = parser.parse_args(argv)
+    names = arguments.services.split(",")
+    if unknown := [name for name in names if name not in SERVICES]:
+        parser.error(f"--services {','.join(unknown)}: there are {', '.join(SERVICES)}")
+
+    tokens = _tokens(arguments.data_path, arguments.boards)
+    model = from_pretrained(arguments.checkpoint, device=arguments.device)
+    about = machine(model.device) | {
+        "model": f"{arguments.checkpoint}, {model.dtype}",
+        "load": f"from the same machine, of {os.cpu_count()} cores, {os.getloadavg()[0]:.2g} busy before",
+    }
+    model.predict(tokens[:16], tokens=True)  # what is compiled and recorded
+    began = time.perf_counter()
+    expected = model.predict(tokens, tokens=True)
+    offline = len(tokens) / (time.perf_counter() - began)
+    about["predict"] = f"{offline:.4g} puzzles/s, {expected.steps.mean():.3g} ACT steps a puzzle"
+    del model
+    rows: list[dict[str, Any]] = []
+    if arguments.abuse:
+        rows = _abused(arguments, tokens, expected.texts)
+        print(write_results("serve-abuse", about, rows, arguments.output_dir))
+        return
+    rates: list[float] = []
+    for name in names:
+        with _service(name, arguments, ServeConfig(arguments.checkpoint)) as (address, process):
+            load = _measured(process.pid, _saturate(address, tokens, arguments.clients))
+            rates = rates or [
+                float(share) * len(load.ms) / load.seconds for share in arguments.shares.split(",") if share
+            ]
+            differ = sum(text != expected.texts[number] for number, text in load.texts.items())
+            rows.append({"slots": name, "asked/s": "saturated", **load.row(), "unlike predict": differ})
+            print(rows[-1], flush=True)
+            for rate in rates:
+                load = _measured(process.pid, _arrive(address, tokens, rate, arguments))
+                rows.append({"slots": name, "asked/s": rate, **load.row()})
+                print(rows[-1], flush=True)
+    print(write_results("serve", about, rows, arguments.output_dir))
+    if arguments.picture:
+        _draw(rows, about, arguments.picture)
+
+
+def _tokens(data_path: str, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The first puzzles [N, S] of a pack's test split."""
+    pack = open_pack(data_path, "test")
+    inputs = np.concatenate([each.inputs for each in pack.sets.values()])
+    if len(inputs) < count:
+        raise UserError(f"{data_path} has {len(inputs)} puzzles to test with, and --boards asks for {count}.")
+    return inputs[:count].astype(np.int64)
+
+
+# ---- the services
+
+
+def _serve(name: str, arguments: argparse.Namespace, config: ServeConfig, ready: Connection) -> None:
+    """Run a service, in a process of its own."""
+    model = from_pretrained(arguments.checkpoint, device=arguments.device)
+    engine = SERVICES[name](model, arguments.slots)
+    engine.warm_up()
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    ready.send(listener.getsockname())
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn passes it on when all is answered
+    uvicorn.Server(settings_of(make_app(engine, config, arguments.checkpoint), config)).run(sockets=[listener])
+
+
+@contextmanager
+def _service(
+    name: str, arguments: argparse.Namespace, config: ServeConfig
+) -> Iterator[tuple[tuple[str, int], multiprocessing.process.BaseProcess]]:
+    """A service that listens: its address and its process."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(name, arguments, config, there))
+    process.start()
+    there.close()
+    try:
+        address = here.recv()
+    except EOFError as error:
+        raise UserError(f"the service '{name}' ended before it listened; it says why above.") from error
+    try:
+        yield address, process
+    finally:
+        process.terminate()
+        process.join()
+
+
+# ---- requests
+
+
+class _Clients:
+    """Connections to one address, as many as there are requests at a time, kept open."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self._address = address
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def infer(self, tokens: np.ndarray[Any, Any]) -> str:
+        """The answer to a puzzle, on one line.
+
+        Raises:
+            RuntimeError: it is refused.
+            OSError, asyncio.IncompleteReadError: the connection breaks.
+        """
+        body = json.dumps({"inputs": [{"tokens": tokens.tolist()}]}).encode()
+        status, content = await self.ask(_request(body))
+        if status != 200:
+            raise RuntimeError(str(status))
+        text: str = json.loads(content)["texts"][0]
+        return text
+
+    async def ask(self, request: bytes) -> tuple[int, bytes]:
+        """Status and body of an answer."""
+        while self._idle and self._idle[-1][0].at_eof():  # the service closes what was idle for long
+            self._idle.pop()[1].close()
+        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
+        try:
+            writer.write(request)
+            await writer.drain()
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            length = head.partition(b"content-length:")[2].split(b"\r\n")[0]
+            body = await reader.readexactly(int(length)) if length else await reader.read()
+        except BaseException:
+            writer.close()
+            raise
+        if b"connection: close" in head or not length:
+            writer.close()
+        else:
+            self._idle.append((reader, writer))
+        return int(head.split()[1]), body
+
+    def close(self) -> None:
+        for _, writer in self._idle:
+            writer.close()
+
+
+def _request(body: bytes, path: str = "/infer", length: int | None = None) -> bytes:
+    declared = len(body) if length is None else length
+    head = f"POST {path} HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: {declared}\r\n\r\n"
+    return head.encode() + body
+
+
+def _measured(process: int | None, work: Coroutine[Any, Any, _Load]) -> _Load:
+    """Run it, and note how long the processors work for the service meanwhile."""
+    before = _cpu_seconds(process)
+    load = asyncio.run(work)
+    load.cpu_seconds = _cpu_seconds(process) - before
+    return load
+
+
+async def _asked(clients: _Clients, tokens: np.ndarray[Any, Any], number: int, load: _Load, due: float) -> None:
+    try:
+        load.texts[number] = await clients.infer(tokens[number])
+        load.ms.append(1000 * (time.perf_counter() - due))
+    except RuntimeError as error:
+        load.errors[str(error)] += 1
+    except (OSError, asyncio.IncompleteReadError) as error:
+        load.errors[type(error).__name__] += 1
+
+
+async def _saturate(address: tuple[str, int], tokens: np.ndarray[Any, Any], count: int) -> _Load:
+    """Every puzzle once, by so many clients that are never idle."""
+    load, clients, numbers = _Load(), _Clients(address), iter(range(len(tokens)))
+
+    async def client() -> None:
+        for number in numbers:
+            await _asked(clients, tokens, number, load, time.perf_counter())
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(count)))
+    load.seconds = time.perf_counter() - began
+    clients.close()
+    return load
+
+
+async def _arrive(
+    address: tuple[str, int], tokens: np.ndarray[Any, Any], rate: float, arguments: argparse.Namespace
+) -> _Load:
+    """Puzzles that arrive at random, `rate` a second."""
+    load, clients = _Load(), _Clients(address)
+    generator = np.random.default_rng(arguments.seed)
+    times = np.cumsum(generator.exponential(1 / rate, round(rate * arguments.seconds)))
+    flying: set[asyncio.Task[None]] = set()
+    began = time.perf_counter()
+    for number, at in enumerate(times):
+        due = began + float(at)
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        if len(flying) >= arguments.in_flight:
+            load.left_out += 1
+            continue
+        task = asyncio.create_task(_asked(clients, tokens, number % len(tokens), load, due))
+        flying.add(task)
+        task.add_done_callback(flying.discard)
+    if flying:
+        await asyncio.wait(flying)
+    load.seconds = time.perf_counter() - began
+    clients.close()
+    return load
+
+
+# ---- requests of no use
+
+
+def _abused(arguments: argparse.Namespace, tokens: np.ndarray[Any, Any], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of what a service answered, and of the memory that it takes."""
+    config = ServeConfig(
+        arguments.checkpoint, most_body_bytes=_MOST_BYTES, seconds_per_request=_SECONDS_TO_ARRIVE, most_inputs=8
+    )
+    with _service("refilled", arguments, config) as (address, process):
+        rows: list[dict[str, Any]] = []
+        for round_ in range(_ROUNDS + 1):
+            counts: Counter[str] = Counter()
+            if round_:
+                counts = asyncio.run(_abuse(address, tokens, arguments.abuse))
+            load = asyncio.run(_saturate(address, tokens, 8))
+            unlike = sum(text != texts[number] for number, text in load.texts.items())
+            after = {"boards after it": len(load.texts), "unlike predict": unlike, "errors": sum(load.errors.values())}
+            rows.append({"round": round_, "requests": sum(counts.values()), **after, "MB": _resident_mb(process.pid)})
+            rows[-1]["ended in"] = ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()))
+            print(rows[-1], flush=True)
+    return rows
+
+
+async def _abuse(address: tuple[str, int], tokens: np.ndarray[Any, Any], count: int) -> Counter[str]:
+    """How so many requests of no use end, by kind; 64 at a time."""
+    puzzle = {"tokens": tokens[0].tolist()}
+    many = json.dumps({"inputs": [puzzle] * 8, "act_max_steps": 64}).encode()
+    kinds: dict[str, Callable[[], Awaitable[str]]] = {
+        "no JSON": partial(_sent, address, _request(b'{"inputs": [')),
+        "no puzzle": partial(_sent, address, _request(b'{"inputs": ["12", null]}')),
+        "no number": partial(_sent, address, _request(b'{"inputs": [[NaN, 1e999]]}')),
+        "nested": partial(_sent, address, _request(b"[" * 50_000)),
+        "no HTTP": partial(_sent, address, b"\x16\x03\x01\x02\x00 hello\r\n\r\n"),
+        "too many": partial(_sent, address, _request(json.dumps({"inputs": [puzzle] * 9}).encode())),
+        "too long": partial(_sent, address, _request(b" " * (_MOST_BYTES + 1))),
+        "declared too long": partial(_sent, address, _request(b"", length=10**12)),
+        "slow head": partial(_sent, address, b"POST /infer HTTP/1.1\r\nHost"),
+        "slow body": partial(_sent, address, _request(b'{"inputs"', length=1000)),
+        "silent": partial(_sent, address, b""),
+        "gone": partial(_sent, address, _request(many), wait=False),
+    }
+    ends: Counter[str] = Counter()
+    todo = islice(cycle(kinds.items()), count)
+
+    async def client() -> None:
+        for kind, send in todo:
+            ends[f"{kind}: {await send()}"] += 1
+
+    await asyncio.gather(*(client() for _ in range(64)))
+    return ends
+
+
+async def _sent(address: tuple[str, int], request: bytes, wait: bool = True) -> str:
+    """The status that it ends with."""
+    reader, writer = await asyncio.open_connection(*address)
+    try:
+        writer.write(request)
+        if not wait:
+            await asyncio.sleep(0.05)
+            return "left"
+        head = await reader.read(1 << 16)
+        return head.split()[1].decode() if head else "closed"
+    except OSError:
+        return "closed"
+    finally:
+        writer.close()
+
+
+def _resident_mb(process: int | None) -> float:
+    """Memory of a process, where the system tells."""
+    file = Path(f"/proc/{process}/status")
+    if not file.exists():
+        return math.nan
+    (line,) = (line for line in file.read_text().splitlines() if line.startswith("VmRSS:"))
+    return round(int(line.split()[1]) / 1024, 1)
+
+
+def _cpu_seconds(process: int | None) -> float:
+    """What a process has spent on processors, where the system tells."""
+    file = Path(f"/proc/{process}/stat")
+    if not file.exists():
+        return math.nan
+    user, system = file.read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def _draw(rows: Sequence[Mapping[str, Any]], about: Mapping[str, str], picture: Path) -> None:
+    """Of each service: waiting times, and puzzles answered, by the rate of arrival."""
+    figure, ((times, rates),) = new_picture(1, 2, size=(8, 3.2))
+    open_loop = [row for row in rows if row["asked/s"] != "saturated"]
+    for name, color in zip(dict.fromkeys(row["slots"] for row in rows), PALETTE, strict=False):
+        of_service = [row for row in open_loop if row["slots"] == name]
+        asked = [row["asked/s"] for row in of_service]
+        times.plot(asked, [row["p50 ms"] for row in of_service], "--", color=color)
+        times.plot(asked, [row["p99 ms"] for row in of_service], "o-", color=color, markersize=3, label=name)
+        rates.plot(asked, [row["puzzles/s"] for row in of_service], "o-", color=color, markersize=3, label=name)
+    times.set_yscale("log")
+    times.set_ylabel("ms from when a request was due; p99, dashed p50", fontsize=8)
+    rates.set_ylabel("puzzles answered a second", fontsize=8)
+    times.legend(fontsize=7, frameon=False)
+    for axes in (times, rates):
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(f"puzzles asked for a second; {about['model']}, {about['device']}", fontsize=8)
+    save_picture(figure, picture)
+
+
+if __name__ == "__main__":
+    run_command(main)
