@@ -180,7 +180,11 @@ def run_command(main: Callable[[], None]) -> None:
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A command line of which a benchmark's device and the folder of its results can be chosen."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{Path(sys.argv[0]).stem}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output-dir", "--out", type=Path, default=Path("benchmarks/results/tables"))
     return parser

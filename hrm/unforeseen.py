@@ -37,8 +37,8 @@ def unforeseen(error: Exception) -> str:
     kind, reason = type(error).__name__, first_sentence(error)
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return (
-            f"there is too little memory ({reason}): make the batch (global_batch_size) or the model smaller, or split "
-            "the batch (accumulate)."
+            f"there is too little memory ({reason}): make the batch (global_batch_size, or slots of hrm serve) or the "
+            "model smaller, or split the batch (accumulate)."
         )
     text = "".join(traceback.format_exception(error))
     name = f"traceback_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}.txt"

@@ -178,6 +178,14 @@ def test_what_is_wrong_is_named(client: TestClient, request_: Any, words: str) -
     assert infer(client, inputs=BOARDS[:1])["steps"]
 
 
+def test_what_is_not_called_json_is_told_so(client: TestClient) -> None:
+    response = client.post("/infer", content=json.dumps({"inputs": BOARDS[:1]}))
+    assert response.status_code == 422
+    assert response.json() == {"error": "the header Content-Type: application/json is missing."}
+    broken = client.post("/infer", content=b"{", headers={"Content-Type": "application/json"})
+    assert broken.json()["error"].startswith("the body is no JSON: Expecting property name")
+
+
 @pytest.mark.parametrize(
     "body",
     [
