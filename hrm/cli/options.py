@@ -11,9 +11,9 @@ HEAD = """\
 # Options
 
 All that can be set on the command lines of `pretrain.py` and `evaluate.py` (`hrm train` and `hrm evaluate` in a package
-that was installed) and of `hrm serve`, as `option=value`, and in YAML files of your own, in a folder given by
-`--config-dir`. A group is a choice among YAML files, `group=choice`, each of which sets options; what is typed wins
-over what a file sets.
+that was installed), of `hrm serve` and of `hrm export`, as `option=value`, and in YAML files of your own, in a folder
+given by `--config-dir`. A group is a choice among YAML files, `group=choice`, each of which sets options; what is typed
+wins over what a file sets.
 
 Made by `hrm options > docs/options.md` from the comments beside the options in the source.
 """
@@ -35,6 +35,7 @@ def page() -> str:
         ("Training", "pretrain.py", "pretrain"),
         ("Evaluation", "evaluate.py", "evaluate"),
         ("Service", "hrm serve", "serve"),
+        ("Export", "hrm export", "export"),
     ):
         lines += [f"## {title}: `{command}`", "", *_entry_point(config_name, described)]
     return "\n".join(lines).rstrip()

@@ -9,6 +9,7 @@ from hrm.config.checks import neighbours
 from hrm.config.data import DataConfig
 from hrm.config.entry import DEVICES, SAVEABLE_OUTPUTS
 from hrm.config.evaluation import EnsembleConfig, EvaluateConfig
+from hrm.config.export import ExportConfig
 from hrm.config.kernels import KernelsConfig, kernels_config
 from hrm.config.optim import OPTIMIZERS, OptimConfig
 from hrm.config.parallel import ParallelConfig
@@ -27,6 +28,7 @@ __all__ = [
     "DataConfig",
     "EnsembleConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "KernelsConfig",
     "OptimConfig",
     "ParallelConfig",

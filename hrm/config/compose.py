@@ -23,6 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from hrm.config.checks import neighbours
 from hrm.config.evaluation import EvaluateConfig
+from hrm.config.export import ExportConfig
 from hrm.config.help import help_page
 from hrm.config.paths import CONFIG_DIR, choices_of, groups_of
 from hrm.config.renamed import Combined, Dropped, find_renamed, is_option, new_name, tell, tell_dropped
@@ -287,7 +288,12 @@ def _quote_literal(argument: str) -> str:
 # Composing and checking
 
 
-_SCHEMAS: dict[str, type] = {"pretrain": PretrainConfig, "evaluate": EvaluateConfig, "serve": ServeConfig}
+_SCHEMAS: dict[str, type] = {
+    "pretrain": PretrainConfig,
+    "evaluate": EvaluateConfig,
+    "serve": ServeConfig,
+    "export": ExportConfig,
+}
 
 
 def _register() -> None:

@@ -5,6 +5,7 @@ import importlib
 from hydra.core.config_store import ConfigStore
 
 from hrm.config.evaluation import EvaluateConfig
+from hrm.config.export import ExportConfig
 from hrm.config.service import ServeConfig
 from hrm.config.training import PretrainConfig
 
@@ -18,5 +19,6 @@ def register_schemas() -> None:
     store.store(name="pretrain_schema", node=PretrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="serve_schema", node=ServeConfig)
+    store.store(name="export_schema", node=ExportConfig)
     for package in _WITH_SCHEMAS:
         importlib.import_module(package)

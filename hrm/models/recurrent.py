@@ -323,7 +323,7 @@ class RecurrentModel(nn.Module):
 
     def empty_states(self, batch: Batch) -> dict[str, Tensor]:
         """States of zeros for a batch, to be given values when its sequences begin."""
-        shape = (len(batch["inputs"]), self.num_tokens, self.config.hidden_size)
+        shape = (batch["inputs"].shape[0], self.num_tokens, self.config.hidden_size)
         return {name: torch.zeros(shape, dtype=self.dtype, device=batch["inputs"].device) for name in self._initial}
 
     # ---- one ACT step
@@ -353,7 +353,7 @@ class RecurrentModel(nn.Module):
             prefix.append(puzzle.view(-1, puzzle_len, width))
         if self.config.register_tokens:
             registers = (self.registers / math.sqrt(width)).to(self.dtype)  # by which all are multiplied below
-            prefix.append(registers.expand(len(embeddings), -1, -1))
+            prefix.append(registers.expand(embeddings.shape[0], -1, -1))
         if prefix:
             embeddings = torch.cat((*prefix, embeddings), dim=1)
         if self._learns_positions:

@@ -98,7 +98,7 @@ class Transformer(RecurrentModel):
         if not length:
             return super().recur(states, prepared)
         tokens = states["z"] + prepared.embeddings
-        memory = self._fresh_memory(len(tokens)) if self.config.memory == "mac" else None
+        memory = self._fresh_memory(tokens.shape[0]) if self.config.memory == "mac" else None
         answers = []
         for segment in torch.split(tokens, length, dim=1):
             if memory is None:
@@ -126,7 +126,7 @@ class Transformer(RecurrentModel):
         """A segment's answer, and the memory after it (equations 21 to 25)."""
         persistent, gain = in_dtype([self.persistent, self.recall_gain], segment.dtype)
         recalled = rms_norm(self.memory.read(memory, segment), prepared.context.eps)
-        tokens = torch.cat([persistent.expand(len(segment), -1, -1), recalled, segment], dim=1)
+        tokens = torch.cat([persistent.expand(segment.shape[0], -1, -1), recalled, segment], dim=1)
         answer = self._attend(tokens, prepared)[:, -segment.shape[1] :]
         if torch.is_grad_enabled():
             memory = self.memory.write(memory, answer)

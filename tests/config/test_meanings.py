@@ -63,7 +63,7 @@ def options_of(config_name: str) -> list[Option]:
     return [option for config in composed for section in sections(config) for option in section.options]
 
 
-@pytest.mark.parametrize("config_name", ["pretrain", "evaluate", "serve"])
+@pytest.mark.parametrize("config_name", ["pretrain", "evaluate", "serve", "export"])
 def test_every_option_has_a_meaning(config_name: str) -> None:
     assert [option.name for option in options_of(config_name) if not option.meaning] == []
 
