@@ -49,7 +49,6 @@ from hrm.service.http import make_app
 
 _MOST_BYTES = 1 << 16  # of a request, where services are abused
 _SECONDS_TO_ARRIVE = 2.0  # of a request, there
-_ROUNDS = 3
 
 
 class _StaticBatches(Engine):
@@ -105,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of arrivals at each rate")
     parser.add_argument("--in-flight", type=int, default=512, help="requests at a time at most")
     parser.add_argument("--seed", type=int, default=0, help="of the times of arrival")
-    parser.add_argument("--abuse", type=int, metavar="N", help="send N requests of no use instead, in each of 3 rounds")
+    parser.add_argument("--abuse", type=int, metavar="N", help="send N requests of no use instead, in each round")
+    parser.add_argument("--rounds", type=int, default=3, help="of them")
     parser.add_argument("--picture", type=picture_file, help="draw times and rates to this .svg or .png")
     arguments = parser.parse_args(argv)
     names = arguments.services.split(",")
@@ -315,7 +315,7 @@ def _abused(arguments: argparse.Namespace, tokens: np.ndarray[Any, Any], texts: 
     )
     with _service("refilled", arguments, config) as (address, process):
         rows: list[dict[str, Any]] = []
-        for round_ in range(_ROUNDS + 1):
+        for round_ in range(arguments.rounds + 1):
             counts: Counter[str] = Counter()
             if round_:
                 counts = asyncio.run(_abuse(address, tokens, arguments.abuse))

@@ -71,7 +71,7 @@ async def answer(
     if augmentations == 1:
         solved = await solve(puzzle)
         return _written(engine, puzzle, solved.last, solved.steps, solved.trajectory if trajectory else None)
-    # In a thread: those of many puzzles would hold up the event loop.
+    # In threads, here and below: those of many puzzles would hold up the event loop.
     copies = await asyncio.to_thread(task.augmented, puzzle, augmentations, form)
     rules = _rules(engine)
     given: list[Step] = []
@@ -88,7 +88,8 @@ async def answer(
             given.append(Step(undo(solved.last.tokens).astype(np.int64), solved.last.q_halt))
             if rules.keeps(puzzle.tokens[None], given[-1].tokens[None])[0]:
                 return _written(engine, puzzle, given[-1], steps)
-    return _written(engine, puzzle, Step(*vote_of([(step.tokens, step.q_halt) for step in given])), steps)
+    voted = await asyncio.to_thread(vote_of, [(step.tokens, step.q_halt) for step in given])
+    return _written(engine, puzzle, Step(*voted), steps)
 
 
 def places(engine: Engine, augmentations: int) -> int:

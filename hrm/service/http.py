@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -93,6 +94,8 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # One thread for `asyncio.to_thread`: with several, the event loop would wait for its turn as one of many.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1, "hrm-inputs"))
         yield
         await asyncio.get_running_loop().run_in_executor(None, engine.close)
 
