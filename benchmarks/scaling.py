@@ -114,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _launched(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """What each number of processes measured, in a launch of its own."""
+    if not all(count.isdecimal() for count in arguments.processes.split(",") if count):
+        raise UserError(f"--processes {arguments.processes} is no list of numbers; give such as 1,2,4.")
     counts = [int(count) for count in arguments.processes.split(",") if count] or [
         count for count in (1, 2, 4) if count <= max(1, torch.cuda.device_count())
     ]
