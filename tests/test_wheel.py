@@ -107,7 +107,7 @@ def test_yaml_files_of_ones_own(environment: Path, tmp_path: Path) -> None:
     (tmp_path / "my/experiment").mkdir(parents=True)
     (tmp_path / "my/experiment/mine.yaml").write_text("# @package _global_\nlr: 0.5\n")
     page = run([environment / "hrm", "train", "--config-dir", "my", "experiment=mine", "--help"], tmp_path)
-    assert "experiment: mine, sudoku_demo" in page
+    assert "experiment: maze_speedrun, mine, sudoku_demo" in page
     assert "lr=0.5 " in page
 
 

@@ -34,7 +34,7 @@ def test_recipes_and_architectures_of_ones_own(flag: str, folder: Path) -> None:
 def test_help_lists_them(folder: Path) -> None:
     outcome = run_script("pretrain.py", f"--config-dir={folder}", "experiment=mine", "--help")
     assert (outcome.status, outcome.err) == (0, "")
-    assert "experiment: mine, slip, sudoku_demo" in outcome.out
+    assert "experiment: maze_speedrun, mine, slip, sudoku_demo" in outcome.out
     assert "lr=0.5 " in outcome.out
     assert "arch.hidden_size=1024" in outcome.out
 
