@@ -170,7 +170,6 @@ BAD_EVALUATION = [
         "checkpoint=run data_path=pack6x6",
         ("vocabulary of 6 tokens", "has 8, 36 to a puzzle", "data_path="),
     ),
-    Bad("boards of what is no Sudoku", "checkpoint=sorter show=2", ("show", "8 cells")),
     # options
     Bad("unknown output", "checkpoint=run save_outputs=[logitz]", ("save_outputs=logitz", "logits")),
     Bad(

@@ -164,10 +164,13 @@ def counted_by_hand(pack: Path, answers: np.ndarray, said: dict[str, list[str]])
 
 def printed_tables(out: str) -> dict[str, list[str]]:
     tables: dict[str, list[str]] = {}
+    rows: list[str] | None = None
     for line in out.splitlines():
         if match := re.fullmatch("  Exact answers by (.*):", line):
             rows = tables.setdefault(match[1], [])
-        elif line.startswith("    "):
+        elif not line.startswith("    "):
+            rows = None  # other tables follow
+        elif rows is not None:
             rows.append(" ".join(line.split()))
     return tables
 
