@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,8 @@ LISTED_PUZZLES = 6
 # So many puzzles are drawn for each one that is wanted, at most: others are repetitions, or too long.
 _DRAWS = 4
 _PATIENCE = 12
-_PROBED = 32  # puzzles that another process must generate alike
+_PROBED = 32  # puzzles that other processes must generate alike
+_HASH_SEEDS = ("1", "2", "3")  # of those processes
 _PROBE = """
 import json, sys
 from hrm.tasks.reasoning_gym import Generator
@@ -200,8 +202,9 @@ class Job(NamedTuple):
 
 
 def check_reproducible(job: Job, generator: Generator) -> None:
-    """Misfit if another process generates other puzzles: then a seed says nothing, and none could be verified later."""
-    if texts_elsewhere([job]) != [_texts(generator, job.numbers)]:
+    """Misfit if other processes generate other puzzles: then a seed says nothing, and none could be verified later."""
+    here = _texts(generator, job.numbers)
+    if any(there != [here] for there in texts_elsewhere([job])):
         raise Misfit("it generates other puzzles each time, whatever its seed")
 
 
@@ -211,19 +214,28 @@ def _texts(generator: Generator, numbers: Sequence[int]) -> list[list[Any]]:
     return [[puzzle["question"], puzzle["answer"]] for puzzle in puzzles]
 
 
-def texts_elsewhere(jobs: Sequence[Job]) -> list[list[list[Any]]]:
-    """Questions and answers as another process generates them, the last first, where sets have another order."""
-    hash_seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+def texts_elsewhere(jobs: Sequence[Job]) -> list[list[list[list[Any]]]]:
+    """Questions and answers of all jobs as each of several other processes generates them, the last first.
+
+    In each of them sets have another order, the same ones every time: one process alone might agree by chance.
+    """
     path = os.pathsep.join(filter(None, sys.path))
-    process = subprocess.run(
-        [sys.executable, "-c", _PROBE, json.dumps(jobs)],
-        env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    found: list[list[list[Any]]] = json.loads(process.stdout)
-    return found
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", _PROBE, json.dumps(jobs)],
+                    env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path},
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for hash_seed in _HASH_SEEDS
+        ]
+        written = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise UserError("Reasoning Gym failed in another process; what it said stands above.")
+    return [json.loads(text) for text in written]
 
 
 def read_settings(values: Sequence[str]) -> dict[str, Any]:
@@ -264,8 +276,8 @@ def listing(arguments: argparse.Namespace) -> str:
         except UserError as error:
             misfits[name] = first_sentence(error)
     elsewhere = texts_elsewhere([Job(name, {}, arguments.seed, size, list(range(count))) for name in asked])
-    for (name, here), there in zip(asked.items(), elsewhere, strict=True):
-        if here != there:
+    for (name, here), *found in zip(asked.items(), *elsewhere, strict=True):
+        if any(there != here for there in found):
             del rows[name]
             misfits[name] = "it generates other puzzles each time, whatever its seed"
     head = f"{'--task':28}{'length':>7}{'answer':>8}{'symbols':>9}"
