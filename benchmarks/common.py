@@ -337,8 +337,8 @@ def write_table(
     """Write `<file>.{md,json}`, the JSON with fields `more`; returns the table in Markdown."""
     table = markdown(rows)
     file.parent.mkdir(parents=True, exist_ok=True)
-    facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
-    file.with_name(f"{file.name}.md").write_text(f"# {title}\n\n{facts}\n\n{table}\n")
+    listed = "\n".join(f"- {key}: {value}" for key, value in about.items())
+    file.with_name(f"{file.name}.md").write_text(f"# {title}\n\n{listed}\n\n{table}\n")
     content = json.dumps({"about": about, "rows": rows, **more}, indent=1)
     file.with_name(f"{file.name}.json").write_text(content + "\n")
     return table

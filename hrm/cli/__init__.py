@@ -50,6 +50,12 @@ def commands() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__))
 
 
+def need(command: str, extra: str, packages: Sequence[str]) -> None:
+    """UserError unless all packages of an extra are installed, which `command` cannot do without."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise UserError(f"{command} needs {', '.join(missing)}: pip install '{DISTRIBUTION}[{extra}]'.")
+
+
 def columns(rows: Mapping[str, str]) -> str:
     """Lines of a name and what it stands for, as help pages have them."""
     width = max(map(len, rows)) + 4

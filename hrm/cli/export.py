@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-_NEEDED = ("onnx", "onnxscript", "onnxruntime")
+from hrm.cli import need
+
+if TYPE_CHECKING:
+    from hrm.config import ExportConfig
 
 
 def main(argv: Sequence[str]) -> int:
@@ -17,13 +20,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _export(config: object) -> None:
-    from hrm.errors import UserError
-
-    if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise UserError(f"hrm export needs {', '.join(missing)}: pip install 'hrm-torch[export]'.")
-    from hrm.config import ExportConfig
+def _export(config: ExportConfig) -> None:
+    need("hrm export", "export", ("onnx", "onnxscript", "onnxruntime"))
     from hrm.export.command import export
 
-    assert isinstance(config, ExportConfig)
     export(config)

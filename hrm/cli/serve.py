@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+from hrm.cli import need
+
+if TYPE_CHECKING:
+    from hrm.config import ServeConfig
 
 
 def main(argv: Sequence[str]) -> int:
@@ -17,13 +20,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _serve(config: object) -> None:
-    from hrm.errors import UserError
-
-    if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise UserError(f"hrm serve needs {', '.join(missing)}: pip install 'hrm-torch[serve]'.")
-    from hrm.config import ServeConfig
+def _serve(config: ServeConfig) -> None:
+    need("hrm serve", "serve", ("fastapi", "uvicorn", "prometheus_client"))
     from hrm.service.command import serve
 
-    assert isinstance(config, ServeConfig)
     serve(config)

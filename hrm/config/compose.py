@@ -22,15 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from hrm.config.checks import neighbours
-from hrm.config.evaluation import EvaluateConfig
-from hrm.config.export import ExportConfig
 from hrm.config.help import help_page
 from hrm.config.paths import CONFIG_DIR, choices_of, groups_of
 from hrm.config.renamed import Combined, Dropped, find_renamed, is_option, new_name, tell, tell_dropped
-from hrm.config.service import ServeConfig
-from hrm.config.store import register_schemas
+from hrm.config.store import SCHEMAS, register_schemas
 from hrm.config.submitted import is_job, join_tasks, launches_jobs
-from hrm.config.training import PretrainConfig
 from hrm.config.typed import option_names
 from hrm.config.yaml_files import read_old_names
 from hrm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, first_sentence
@@ -207,7 +203,7 @@ class _Arguments:
                 result.all += [argument, *taken]
                 continue
             _check_form(argument, rest, config_name, result.folders)
-            result._add_override(argument, _SCHEMAS[config_name])
+            result._add_override(argument, SCHEMAS[config_name])
         for (group, combined), given in result._combined.items():
             value = new_name(combined, None, given)[1]
             override = f"{group}{combined.name}={json.dumps(value)}"
@@ -288,17 +284,9 @@ def _quote_literal(argument: str) -> str:
 # Composing and checking
 
 
-_SCHEMAS: dict[str, type] = {
-    "pretrain": PretrainConfig,
-    "evaluate": EvaluateConfig,
-    "serve": ServeConfig,
-    "export": ExportConfig,
-}
-
-
 def _register() -> None:
     register_schemas()
-    read_old_names(list(_SCHEMAS.values()))
+    read_old_names(list(SCHEMAS.values()))
 
 
 def compose_untyped(

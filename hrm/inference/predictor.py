@@ -122,8 +122,7 @@ class Predictor:
     def __init__(self, model: ACTLossHead, task: Task, form: PuzzleForm, device: torch.device) -> None:
         """`model` is in evaluation mode."""
         self._model, self._task, self._form, self._device = model, task, form, device
-        # Compiled code and recorded graphs are for one shape each.
-        self._is_one_shape = device.type != "cpu" or model.kernels.compile
+        self._is_one_shape = is_one_shape(model, device)
         self._engines: dict[tuple[int, float, int], EarlyHalting] = {}
         self._follower: tuple[tuple[Noise, int], Follower] | None = None
 
@@ -160,7 +159,7 @@ class Predictor:
         )
 
     def _batch_size(self, options: PredictOptions) -> int:
-        return options.batch_size or (_SEQUENCES_ON_CPU if self._device.type == "cpu" else _SEQUENCES_ON_GPU)
+        return options.batch_size or sequences_at_once(self._device)
 
     def _max_steps(self, options: PredictOptions) -> int:
         return options.act_max_steps or self._model.halt_max_steps
@@ -302,6 +301,16 @@ class Predictor:
             torch.stack(q_halts, 1)[:count].double().cpu().numpy(),
             {name: states[:count] for name, states in stacked(kept).items()} if kept else None,
         )
+
+
+def sequences_at_once(device: torch.device) -> int:
+    """How many to compute at a time where nobody says."""
+    return _SEQUENCES_ON_CPU if device.type == "cpu" else _SEQUENCES_ON_GPU
+
+
+def is_one_shape(model: ACTLossHead, device: torch.device) -> bool:
+    """Whether batches keep their size: compiled code and recorded graphs are for one shape each."""
+    return device.type != "cpu" or model.kernels.compile
 
 
 def _where(halted: Tensor, before: Tensor, now: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from hrm.inference.inputs import read_item
+from hrm.inference.inputs import in_chunks
 from hrm.inference.predictor import vote_of
 from hrm.service.engine import Engine, Solved, Step
 from hrm.tasks.base import PuzzleSize, Rules
@@ -34,13 +35,7 @@ def read_inputs(inputs: Sequence[Any], engine: Engine) -> tuple[list[Puzzle], li
     Raises:
         UserError: an input is no puzzle; the sentence begins with its number.
     """
-    puzzles: list[Puzzle] = []
-    index: list[int] = []
-    for number, item in enumerate(inputs):
-        found = read_item(item, number, engine.model.task, engine.model.form)
-        puzzles += found
-        index += [number] * len(found)
-    return puzzles, index
+    return next(in_chunks(inputs, sys.maxsize, engine.model.task, engine.model.form), ([], []))
 
 
 async def answer(
@@ -76,18 +71,14 @@ async def answer(
     rules = _rules(engine)
     given: list[Step] = []
     steps = 0
-    if rules is None:  # nothing tells a right answer, so all are wanted
-        all_solved = await asyncio.gather(*(solve(copy) for copy, _ in copies))
-        for (_, undo), solved in zip(copies, all_solved, strict=True):
+    # Where nothing tells a right answer all are wanted, so they are asked for at once.
+    for turn in [[each] for each in copies] if rules else [copies]:
+        all_solved = await asyncio.gather(*(solve(copy) for copy, _ in turn))
+        for (_, undo), solved in zip(turn, all_solved, strict=True):
             given.append(Step(undo(solved.last.tokens).astype(np.int64), solved.last.q_halt))
             steps += solved.steps
-    else:
-        for copy, undo in copies:
-            solved = await solve(copy)
-            steps += solved.steps
-            given.append(Step(undo(solved.last.tokens).astype(np.int64), solved.last.q_halt))
-            if rules.keeps(puzzle.tokens[None], given[-1].tokens[None])[0]:
-                return _written(engine, puzzle, given[-1], steps)
+        if rules and rules.keeps(puzzle.tokens[None], given[-1].tokens[None])[0]:
+            return _written(engine, puzzle, given[-1], steps)
     voted = await asyncio.to_thread(vote_of, [(step.tokens, step.q_halt) for step in given])
     return _written(engine, puzzle, Step(*voted), steps)
 

@@ -41,10 +41,8 @@ def serve(config: ServeConfig) -> None:
             flush=True,
         )
         settings = settings_of(make_app(engine, config, name), config)
-        for number in (
-            signal.SIGTERM,
-            signal.SIGINT,
-        ):  # uvicorn passes a signal on when all is answered: it has been heard
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # uvicorn passes a signal on when all is answered; it has been heard by then.
             signal.signal(number, lambda *_: None)
         uvicorn.Server(settings).run(sockets=[listener])
 

@@ -16,10 +16,8 @@ from torch import Tensor
 from hrm.batch import Batch
 from hrm.cuda_graphs import GraphedWork
 from hrm.inference.model import TrainedModel
+from hrm.inference.predictor import is_one_shape, sequences_at_once
 from hrm.tasks.form import Puzzle
-
-_SLOTS_ON_CPU = 16  # more would not stay in the cache
-_SLOTS_ON_GPU = 256
 
 
 class Closed(Exception):
@@ -113,18 +111,16 @@ class Engine:
 
     def __init__(self, model: TrainedModel, slots: int | None = None) -> None:
         self.model = model
-        on_cpu = model.device.type == "cpu"
-        self.slots = slots or (_SLOTS_ON_CPU if on_cpu else _SLOTS_ON_GPU)
+        self.slots = slots or sequences_at_once(model.device)
         self._inner = model.model
-        # Compiled code and recorded graphs are for one shape; else only slots that are in use are computed.
-        self._is_one_shape = not on_cpu or model.model.kernels.compile
+        self._is_one_shape = is_one_shape(model.model, model.device)  # else only slots in use are computed
         self._jobs: dict[int, _Job] = {}  # by slot
         self._fresh: set[int] = set()  # slots whose job begins with the next step
         self._inputs = np.zeros((self.slots, model.form.seq_len), dtype=np.int32)
         self._identifiers = np.zeros(self.slots, dtype=np.int32)
         self._carry = self._inner.initial_carry(self._batch(range(self.slots)))
         graphed = model.model.kernels.cuda_graphs
-        self._step = GraphedWork(self._all_slots, model.device, eager_calls=2) if graphed else self._all_slots
+        self._step = GraphedWork(self._computed, model.device, eager_calls=2) if graphed else self._computed
         self._waiting = _Lines()
         self._changed = threading.Condition()
         self._closed = False
@@ -252,10 +248,7 @@ class Engine:
         }
         return {name: values.to(self.model.device) for name, values in batch.items()}
 
-    def _all_slots(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self._computed(batch, None)
-
-    def _computed(self, batch: Batch, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _computed(self, batch: Batch, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """An ACT step of some slots (None: all): answers [N, S] int32, q_halt and q_continue [N, 2] float32."""
         kept = self._carry
         puzzles = {name: values for name, values in batch.items() if name != "fresh"}

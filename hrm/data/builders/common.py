@@ -34,8 +34,8 @@ def run_command(work: Callable[[argparse.Namespace], str], parse: Callable[[], a
     Signals to end it let `work` remove what it had begun.
     """
     signals = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
-    handled = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
-    for number in handled:
+    unset = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
+    for number in unset:
         signal.signal(number, _end)
     try:
         arguments = parse()
@@ -51,7 +51,7 @@ def run_command(work: Callable[[argparse.Namespace], str], parse: Callable[[], a
         tell(unforeseen(error))
         return EXIT_UNFORESEEN
     finally:
-        for number in handled:
+        for number in unset:
             if signal.getsignal(number) is _end:  # none came, and what runs next in this process has its own way to end
                 signal.signal(number, signal.SIG_DFL)
     return 0

@@ -45,6 +45,7 @@ _DRAWS = 4
 _PATIENCE = 12
 _PROBED = 32  # puzzles that other processes must generate alike
 _HASH_SEEDS = ("1", "2", "3")  # of those processes
+_NOT_ALIKE = "it generates other puzzles each time, whatever its seed"
 _PROBE = """
 import json, sys
 from hrm.tasks.reasoning_gym import Generator
@@ -205,7 +206,7 @@ def check_reproducible(job: Job, generator: Generator) -> None:
     """Misfit if other processes generate other puzzles: then a seed says nothing, and none could be verified later."""
     here = _texts(generator, job.numbers)
     if any(there != [here] for there in texts_elsewhere([job])):
-        raise Misfit("it generates other puzzles each time, whatever its seed")
+        raise Misfit(_NOT_ALIKE)
 
 
 def _texts(generator: Generator, numbers: Sequence[int]) -> list[list[Any]]:
@@ -279,7 +280,7 @@ def listing(arguments: argparse.Namespace) -> str:
     for (name, here), *found in zip(asked.items(), *elsewhere, strict=True):
         if any(there != here for there in found):
             del rows[name]
-            misfits[name] = "it generates other puzzles each time, whatever its seed"
+            misfits[name] = _NOT_ALIKE
     head = f"{'--task':28}{'length':>7}{'answer':>8}{'symbols':>9}"
     note = f"In characters, by {count} puzzles of each at default settings; a pack of many may need more."
     left_out = [f"{name:28}{why}" for name, why in sorted(misfits.items())]
