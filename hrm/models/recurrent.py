@@ -308,6 +308,18 @@ class RecurrentModel(nn.Module):
         return type(self).recur is RecurrentModel.recur
 
     @property
+    def levels(self) -> dict[str, Update]:
+        """The update of each level, lowest first: `L` and `H` for states `z_L` and `z_H`.
+
+        Empty where an ACT step is not made of such updates: one state alone, or one that is updated in several ways.
+        """
+        updates = list(dict.fromkeys(self.plan.schedule))
+        states = {update.state for update in updates}
+        if not self.is_its_schedule or not 1 < len(states) == len(updates):
+            return {}
+        return {update.state.removeprefix("z_"): update for update in updates}
+
+    @property
     def plan(self) -> StepPlan:
         """An ACT step as it is now, in training or in evaluation."""
         return self._plans[self.training]
@@ -374,6 +386,10 @@ class RecurrentModel(nn.Module):
             new = looped(self.kernels.module)(known, schedule[start:], prepared.blocks, prepared.context)
             states = {name: new[name] for name in states}
         return states
+
+    def update(self, states: dict[str, Tensor], prepared: Prepared, level: str) -> dict[str, Tensor]:
+        """One of the updates that an ACT step is made of, without gradient: `level` is one of `levels`."""
+        return self._run_without_gradient(states, prepared, [self.levels[level]])
 
     def recur_to_q_values(self, states: dict[str, Tensor], prepared: Prepared) -> tuple[Tensor, Tensor]:
         """`q_values` after one more ACT step, without gradient and without what only other tokens would need."""

@@ -106,6 +106,30 @@ def test_a_second_step_goes_on_from_the_first(config: RecurrentConfig, random_ba
     assert torch.equal(after_thinking["logits"], second["logits"])
 
 
+@torch.no_grad()
+def test_updates_of_levels_make_an_act_step(config: RecurrentConfig, random_batch: RandomBatch) -> None:
+    model, batch = build(config).eval(), random_batch()
+    inner = model.model.inner
+    if not inner.levels:
+        assert len({update.state for update in inner.plan.schedule}) == 1, "a state alone has no levels"
+        return
+    level_of = {update: level for level, update in inner.levels.items()}
+    states, _, _ = model.model.reset_carry(model.initial_carry(batch), batch)
+    prepared = inner.prepare(batch)
+    after = inner.recur(states, prepared)
+    for update in inner.plan.schedule:
+        states = inner.update(states, prepared, level_of[update])
+    assert states.keys() == after.keys()
+    assert all(torch.equal(state, after[name]) for name, state in states.items())
+
+
+@pytest.mark.parametrize("name", ["hrm", "trm"])
+def test_levels_have_the_names_of_their_states(name: str) -> None:
+    inner = build(architectures()[name].config(hidden_size=64, num_heads=2)).model.inner
+    assert {level: update.state for level, update in inner.levels.items()} == {"L": "z_L", "H": "z_H"}
+    assert list(inner.levels) == ["L", "H"]
+
+
 def test_weights_come_back_by_their_names(config: RecurrentConfig, random_batch: RandomBatch) -> None:
     one, other, batch = build(config, seed=1).eval(), build(config, seed=2).eval(), random_batch()
     assert all(name.startswith("model.inner.") for name in one.state_dict())
