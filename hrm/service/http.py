@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -12,17 +12,17 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hrm.config import ServeConfig
-from hrm.errors import UserError, printable, shortened
-from hrm.service.answering import Answer, answer, places, read_inputs
+from hrm.errors import UserError, shortened
+from hrm.service.answering import answer, places, read_inputs
 from hrm.service.engine import Closed, Engine
 from hrm.service.measures import Measures
+from hrm.service.problems import PROBLEMS, Problem, Refused, all_of, gone
 from hrm.version import __version__
 
 _EXAMPLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
@@ -50,38 +50,6 @@ class InferResponse(BaseModel):
     trajectory: list[list[dict[str, Any]]] | None = Field(None, description="answer and q_halt after every ACT step")
     model: str = Field(description="what answered")
     ms: float = Field(description="from the request's arrival on")
-
-
-class Problem(BaseModel):
-    """Why there is no answer."""
-
-    error: str = Field(description="one sentence, naming what is wrong and the way out")
-
-
-class Refused(Exception):
-    """A request that gets no answer."""
-
-    def __init__(self, status: int, sentence: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(sentence)
-        self.status, self.sentence, self.headers = status, sentence, headers
-
-    def response(self, **headers: str) -> JSONResponse:
-        # Printable: half of a surrogate pair in what a request holds could not be written in UTF-8.
-        return JSONResponse({"error": printable(self.sentence)}, self.status, {**headers, **(self.headers or {})})
-
-
-def _gone() -> Refused:
-    """For a client that does not wait for its answer: only the counts will tell of this status."""
-    return Refused(499, "the client has gone.")
-
-
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    413: {"model": Problem, "description": "the request is too long"},
-    422: {"model": Problem, "description": "an input is no puzzle, or an option is of no use"},
-    429: {"model": Problem, "description": "too many puzzles wait; Retry-After says when to come again"},
-    503: {"model": Problem, "description": "the service ends, or its model cannot compute"},
-    504: {"model": Problem, "description": "no answer within the time that a request has"},
-}
 
 
 def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
@@ -133,7 +101,7 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
         said = shortened(str(first["msg"]))
         return Refused(422, f"{where}: {said}; GET /openapi.json says what a request holds.").response()
 
-    @app.post("/infer", response_model=InferResponse, responses=_PROBLEMS)
+    @app.post("/infer", response_model=InferResponse, responses=PROBLEMS)
     async def infer(request: InferRequest, http: Request) -> Response:
         nonlocal taken
         began = time.perf_counter()
@@ -152,7 +120,7 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
         asked = partial(answer, augmentations=request.augmentations, trajectory=request.trajectory, request=http)
         tasks = [asyncio.ensure_future(asked(puzzle, engine, max_steps)) for puzzle in puzzles]
         try:
-            answers = await _all(tasks, http, config.seconds_per_request)
+            answers = await all_of(tasks, http, config.seconds_per_request)
         except Closed as error:
             raise Refused(503, f"{error}.") from error
         except UserError as error:
@@ -221,34 +189,6 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
     return app
 
 
-async def _all(tasks: Sequence[asyncio.Task[Answer]], http: Request, seconds: float) -> list[Answer]:
-    """What all tasks answer; whatever happens, none goes on after this.
-
-    Raises:
-        Refused: the client has gone, or the time is up.
-    """
-
-    async def leaves() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    async def answer_all() -> list[Answer]:
-        return await asyncio.gather(*tasks)
-
-    answers, gone = asyncio.create_task(answer_all()), asyncio.create_task(leaves())
-    try:
-        both: set[asyncio.Task[Any]] = {answers, gone}
-        await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if answers.done():
-            return answers.result()
-        if gone.done():
-            raise _gone()
-        raise Refused(504, f"no answer within {seconds:g} s; ask for fewer inputs or ACT steps.")
-    finally:
-        for task in (*tasks, answers, gone):
-            task.cancel()
-
-
 def _check(request: InferRequest, config: ServeConfig) -> None:
     """UserError for more than the service gives."""
     if not request.inputs:
@@ -291,7 +231,7 @@ class _Guard:
             try:
                 message = await asyncio.wait_for(receive(), max(left, 0))
                 if message["type"] == "http.disconnect":
-                    broken = _gone()
+                    broken = gone()
                     raise broken
             except TimeoutError as error:
                 broken = Refused(408, "the request did not arrive in time.")

@@ -1,0 +1,75 @@
+"""How a request ends that gets no answer: a status, and one sentence."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+
+from hrm.errors import printable
+
+Result = TypeVar("Result")
+
+
+class Problem(BaseModel):
+    """Why there is no answer."""
+
+    error: str = Field(description="one sentence, naming what is wrong and the way out")
+
+
+class Refused(Exception):
+    """A request that gets no answer."""
+
+    def __init__(self, status: int, sentence: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(sentence)
+        self.status, self.sentence, self.headers = status, sentence, headers
+
+    def response(self, **headers: str) -> JSONResponse:
+        # Printable: half of a surrogate pair in what a request holds could not be written in UTF-8.
+        return JSONResponse({"error": printable(self.sentence)}, self.status, {**headers, **(self.headers or {})})
+
+
+def gone() -> Refused:
+    """For a client that does not wait for its answer: only the counts will tell of this status."""
+    return Refused(499, "the client has gone.")
+
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    413: {"model": Problem, "description": "the request is too long"},
+    422: {"model": Problem, "description": "an input is no puzzle, or an option is of no use"},
+    429: {"model": Problem, "description": "too many puzzles wait; Retry-After says when to come again"},
+    503: {"model": Problem, "description": "the service ends, or its model cannot compute"},
+    504: {"model": Problem, "description": "no answer within the time that a request has"},
+}
+
+
+async def all_of(tasks: Sequence[asyncio.Task[Result]], http: Request, seconds: float) -> list[Result]:
+    """What all tasks of a request answer; whatever happens, none goes on after this.
+
+    Raises:
+        Refused: the client has gone, or the time is up.
+    """
+
+    async def leaves() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    async def answer_all() -> list[Result]:
+        return await asyncio.gather(*tasks)
+
+    answers, left = asyncio.create_task(answer_all()), asyncio.create_task(leaves())
+    try:
+        both: set[asyncio.Task[Any]] = {answers, left}
+        await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if answers.done():
+            return answers.result()
+        if left.done():
+            raise gone()
+        raise Refused(504, f"no answer within {seconds:g} s; ask for fewer inputs or ACT steps.")
+    finally:
+        for task in (*tasks, answers, left):
+            task.cancel()
