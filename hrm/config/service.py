@@ -27,6 +27,7 @@ class ServeConfig:
     most_augmentations: int = 64  # of each input
     most_body_bytes: int = 1 << 20  # of a request
     most_waiting: int = 4096  # puzzles that wait for a slot; beyond, requests are refused with status 429
+    most_connections: int = 4096  # open at a time; beyond, status 503
     most_trajectory_tokens: int = 1 << 20  # puzzles x ACT steps x tokens of each, where every ACT step is to be shown
     seconds_per_request: float = 60.0  # for a request to arrive, and then to be answered, else status 408 or 504
     seconds_to_drain: float = 30.0  # for requests at hand to end after SIGTERM or Ctrl-C
@@ -50,6 +51,7 @@ class ServeConfig:
             "most_augmentations",
             "most_body_bytes",
             "most_waiting",
+            "most_connections",
             "most_trajectory_tokens",
         ):
             at_least(name, getattr(self, name), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
@@ -12,7 +13,7 @@ from fastapi import FastAPI
 from hrm.config import ServeConfig
 from hrm.errors import UserError, printable_lines
 from hrm.inference.model import from_pretrained
-from hrm.service.connection import connection_class
+from hrm.service.connection import connection_class, connections_allowed
 from hrm.service.engine import Engine
 from hrm.service.http import make_app
 
@@ -23,6 +24,13 @@ def serve(config: ServeConfig) -> None:
     Raises:
         UserError: there is no such model, or nothing can listen at the address.
     """
+    config = replace(config, most_connections=connections_allowed(wanted := config.most_connections))
+    if config.most_connections < wanted:
+        print(
+            f"At most {config.most_connections} connections at a time, not {wanted}: this process may have no more "
+            "files open (ulimit -n).",
+            flush=True,
+        )
     with _listening(config.host, config.port) as listener:  # before the model is loaded: that takes longer
         model = from_pretrained(
             config.checkpoint,
@@ -51,9 +59,9 @@ def settings_of(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
     """How uvicorn runs an application."""
     return uvicorn.Config(
         app,
-        http=connection_class(config.seconds_per_request),
+        http=connection_class(config.seconds_per_request, config.most_connections),
         ws="none",
-        log_level="error",  # a warning for every request that is no HTTP would fill the disk
+        log_level="error",  # not a line for everything that clients send
         access_log=False,
         lifespan="on",
         timeout_graceful_shutdown=round(config.seconds_to_drain),

@@ -23,6 +23,7 @@ from hrm.service.answering import answer, places, read_inputs
 from hrm.service.engine import Closed, Engine
 from hrm.service.measures import Measures
 from hrm.service.problems import PROBLEMS, Problem, Refused, all_of, gone
+from hrm.service.room import Room
 from hrm.version import __version__
 
 _EXAMPLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
@@ -77,8 +78,7 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
         redoc_url=None,
     )
     app.add_middleware(_Guard, config=config, measures=measures)
-    room = engine.slots + config.most_waiting
-    taken = 0  # of it, by requests that are not answered yet
+    room = Room(engine.slots + config.most_waiting)
 
     @app.exception_handler(Refused)
     async def refused(_: Request, problem: Refused) -> Response:
@@ -103,7 +103,6 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
 
     @app.post("/infer", response_model=InferResponse, responses=PROBLEMS)
     async def infer(request: InferRequest, http: Request) -> Response:
-        nonlocal taken
         began = time.perf_counter()
         try:
             _check(request, config)
@@ -114,9 +113,11 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
             _check_puzzles(request, len(puzzles), wanted, max_steps)
         except UserError as error:
             raise Refused(422, str(error)) from error
-        if taken + wanted > room:
-            raise Refused(429, f"{taken} puzzles wait already; come again later.", {"Retry-After": "1"})
-        taken += wanted
+        if not room.has(wanted):
+            seconds = room.seconds_until(wanted)
+            sentence = f"{room.taken} puzzles wait already; come again in {seconds} s."
+            raise Refused(429, sentence, {"Retry-After": str(seconds)})
+        room.take(wanted)
         asked = partial(answer, augmentations=request.augmentations, trajectory=request.trajectory, request=http)
         tasks = [asyncio.ensure_future(asked(puzzle, engine, max_steps)) for puzzle in puzzles]
         try:
@@ -126,7 +127,7 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
         except UserError as error:
             raise Refused(422, str(error)) from error
         finally:
-            taken -= wanted
+            room.give_back(wanted)
         content = InferResponse(
             answers=[each.value for each in answers],
             texts=[each.text for each in answers],
@@ -141,9 +142,9 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
 
     def _check_puzzles(request: InferRequest, count: int, wanted: int, max_steps: int | None) -> None:
         """UserError where the service could never answer."""
-        if wanted > room:
+        if wanted > room.size:
             raise UserError(
-                f"{wanted} puzzles and augmentations are asked for at once, and {room} can be: ask in parts."
+                f"{wanted} puzzles and augmentations are asked for at once, and {room.size} can be: ask in parts."
             )
         tokens = count * (max_steps or engine.model.act_max_steps) * engine.model.form.seq_len
         if request.trajectory and tokens > config.most_trajectory_tokens:

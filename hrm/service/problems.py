@@ -39,10 +39,21 @@ def gone() -> Refused:
 
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "the body cannot be read as JSON"},
+    408: {"model": Problem, "description": "the request did not arrive within the time that it has"},
     413: {"model": Problem, "description": "the request is too long"},
     422: {"model": Problem, "description": "an input is no puzzle, or an option is of no use"},
-    429: {"model": Problem, "description": "too many puzzles wait; Retry-After says when to come again"},
-    503: {"model": Problem, "description": "the service ends, or its model cannot compute"},
+    429: {
+        "model": Problem,
+        "description": "too many puzzles wait",
+        "headers": {
+            "Retry-After": {
+                "description": "seconds after which there is likely to be room, as fast as it became free lately",
+                "schema": {"type": "integer", "minimum": 1, "maximum": 60},
+            }
+        },
+    },
+    503: {"model": Problem, "description": "the service ends, its model cannot compute, or there are too many clients"},
     504: {"model": Problem, "description": "no answer within the time that a request has"},
 }
 

@@ -24,7 +24,9 @@ from starlette.testclient import TestClient
 import hrm
 from hrm import cli
 from hrm.config import ServeConfig
+from hrm.errors import UserError
 from hrm.inference.model import TrainedModel
+from hrm.service import connection
 from hrm.service.answering import _probability
 from hrm.service.command import settings_of
 from hrm.service.engine import Engine
@@ -229,7 +231,7 @@ def test_more_than_can_wait_is_refused(model: TrainedModel, held: threading.Even
             response = client.post("/infer", json={"inputs": BOARDS[:1]})
             assert response.status_code == 429
             assert response.headers["Retry-After"] == "1"
-            assert response.json() == {"error": "6 puzzles wait already; come again later."}
+            assert response.json() == {"error": "6 puzzles wait already; come again in 1 s."}
             held.set()
             assert len(first.result(60)["steps"]) == 6
         assert len(infer(client, inputs=BOARDS[:6])["steps"]) == 6
@@ -321,7 +323,9 @@ def test_it_says_what_there_is(client: TestClient) -> None:
     assert (shown["name"], shown["task"], shown["seq_len"], shown["act_max_steps"]) == ("small", "sudoku", 16, 5)
     described = client.get("/openapi.json").json()
     assert set(described["paths"]) == {"/infer", "/healthz", "/readyz", "/models", "/metrics"}
-    assert set(described["paths"]["/infer"]["post"]["responses"]) >= {"200", "413", "422", "429", "503", "504"}
+    assert set(described["paths"]["/infer"]["post"]["responses"]) >= {
+        *("200", "400", "408", "413", "422", "429", "503", "504")
+    }
     assert described["components"]["schemas"]["InferRequest"]["examples"][0]["inputs"]
     missing = client.get("/docs")
     assert (missing.status_code, missing.json()["error"]) == (404, "Not Found; GET /openapi.json says what there is.")
@@ -396,6 +400,91 @@ def test_what_is_not_answered_when_the_time_to_drain_is_up_gets_a_sentence(
         response = waiting.result(60)
         assert (response.status_code, response.json()) == (503, {"error": "the service is ending."})
         held.set()
+
+
+def said_to(address: tuple[str, int], sent: bytes) -> bytes:
+    """All that comes back until the service closes the connection."""
+    with socket.create_connection(address) as client:
+        client.settimeout(30)
+        client.sendall(sent)
+        found = b""
+        while part := client.recv(4096):
+            found += part
+        return found
+
+
+NO_HTTP = [
+    b"GARBAGE\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01",  # a browser that tries https
+    b"GET / HTTP/9\r\n\r\n",
+    b"POST /infer HTTP/1.1\r\nHost: h\r\nContent-Length: -1\r\n\r\n",
+    b"POST /infer HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"POST /nothing HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n",  # answered before the rest comes
+]
+
+
+@pytest.mark.parametrize("sent", NO_HTTP[:-1])
+def test_what_is_no_http_is_told_so(model: TrainedModel, sent: bytes) -> None:
+    with listening(model) as (_, _, address):
+        found = said_to(address, sent)
+        assert found.startswith(b"HTTP/1.1 400 ")
+        assert found.endswith(b'{"error": "what was sent is no HTTP request."}')
+
+
+def test_what_is_no_http_leaves_no_trace(
+    model: TrainedModel, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who sends garbage could fill the disk that stderr goes to."""
+    with listening(model) as (server, _, address):
+        for sent in NO_HTTP[:-1]:
+            said_to(address, sent)
+        with socket.create_connection(address) as client:
+            client.settimeout(30)
+            client.sendall(NO_HTTP[-1])
+            assert client.recv(4096).startswith(b"HTTP/1.1 404")
+            client.sendall(b"zz\r\n")
+            while client.recv(4096):
+                pass
+        wait_for(lambda: not server.server_state.connections)
+    assert (*capfd.readouterr(), caplog.text) == ("", "", "")
+
+
+def test_there_are_no_more_connections_than_may_be(model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_TOLD_SO", 2)
+    monkeypatch.setattr(connection, "_SECONDS_FOR_THAT", 0.2)
+    asked = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
+    with listening(model, most_connections=3) as (server, _, address):
+        held = [socket.create_connection(address) for _ in range(3)]
+        wait_for(lambda: len(server.server_state.connections) == 3)
+        found = said_to(address, asked)
+        assert found.startswith(b"HTTP/1.1 503 ")
+        assert found.endswith(b'{"error": "3 connections are open already; come again later."}')
+        silent = [socket.create_connection(address) for _ in range(20)]
+        wait_for(lambda: len(server.server_state.connections) == 3)  # no more than five at any time
+        held[0].sendall(asked)  # those that came first have what they came for
+        held[0].settimeout(30)
+        assert held[0].recv(4096).startswith(b"HTTP/1.1 200")
+        held.pop().close()
+        wait_for(lambda: len(server.server_state.connections) == 2)
+        assert httpx.get(f"http://127.0.0.1:{address[1]}/healthz").status_code == 200
+        for client in [*held, *silent]:
+            client.close()
+
+
+def test_files_that_the_process_may_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    limits = [256, 1000]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.__setitem__(slice(None), new))
+    assert connection.connections_allowed(50) == 50
+    assert limits == [256, 1000], "enough as it is"
+    assert connection.connections_allowed(500) == 500
+    assert limits == [500 + 64 + 128, 1000]
+    assert connection.connections_allowed(4096) == 1000 - 64 - 128
+    assert limits == [1000, 1000]
+    limits[:] = [100, 100]
+    with pytest.raises(UserError, match="only 100 files open"):
+        connection.connections_allowed(4096)
 
 
 # ---- the process
