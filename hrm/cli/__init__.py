@@ -1,7 +1,8 @@
 """The console script `hrm`: a command is a module of this folder, found by its name.
 
 A command's module starts with a docstring, whose first line `hrm --help` prints, and has
-`main(argv: Sequence[str]) -> int`, which returns the exit status. Heavy imports stand within `main`.
+`main(argv: Sequence[str]) -> int`, which returns the exit status. Heavy imports stand within `main`, after
+`hrm.config.extras.need` where they are of an extra.
 """
 
 from __future__ import annotations
@@ -48,12 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def commands() -> list[str]:
     """The names of the commands that there are."""
     return sorted(module.name for module in iter_modules(__path__))
-
-
-def need(command: str, extra: str, packages: Sequence[str]) -> None:
-    """UserError unless all packages of an extra are installed, which `command` cannot do without."""
-    if missing := [name for name in packages if find_spec(name) is None]:
-        raise UserError(f"{command} needs {', '.join(missing)}: pip install '{DISTRIBUTION}[{extra}]'.")
 
 
 def columns(rows: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hrm.cli import need
+from hrm.config.extras import need
 
 if TYPE_CHECKING:
     from hrm.config import ExportConfig

@@ -225,7 +225,7 @@ def test_options_that_are_of_no_use(option: str, sentence: str) -> None:
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from hrm.cli import export
 
-    monkeypatch.setattr("hrm.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("hrm.config.extras.find_spec", lambda name: None)
     with pytest.raises(
         UserError, match=r"hrm export needs onnx, onnxscript, onnxruntime: pip install 'hrm-torch\[export\]'"
     ):

@@ -1,0 +1,62 @@
+"""URLs of databases: those that are known, and how they may be shown."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from hrm.errors import UserError, shortened
+
+_FORMS = "sqlite:///FILE (sqlite:////FILE for a path from the root) or postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+
+
+@dataclass(frozen=True)
+class DatabaseURL:
+    """Where a database is."""
+
+    scheme: str  # sqlite or postgresql
+    rest: str = field(repr=False)  # after `://`; may hold a password
+    option: str  # which gave it
+
+    @property
+    def shown(self) -> str:
+        """As it was given, without what may be secret."""
+        return f"{self.scheme}://{_without_secrets(self.rest)}"
+
+
+def parse_url(url: str, option: str = "results") -> DatabaseURL:
+    """Read a URL.
+
+    Raises:
+        UserError: it is none of a database that is known.
+    """
+    scheme, separator, rest = url.partition("://")
+    given = f"{option}={shortened(without_secrets(url))}"
+    if not separator:
+        raise UserError(f"{given} is not a URL: give {_FORMS}.")
+    if scheme == "sqlite":
+        if not rest.removeprefix("/") or not rest.startswith("/"):
+            raise UserError(f"{given} names no file: give sqlite:///FILE, or sqlite:////FILE for a path from the root.")
+    elif scheme in ("postgres", "postgresql", "postgresql+psycopg"):
+        scheme = "postgresql"
+        if not re.fullmatch(r"[^/?#]*(/[^/?#]*)?(\?[^#]*)?", rest):
+            raise UserError(f"{given} cannot be read: in a user's name or password write / as %2F, ? as %3F, # as %23.")
+    else:
+        raise UserError(f"{given}: this kind of database is not known; give {_FORMS}.")
+    return DatabaseURL(scheme, rest, option)
+
+
+def without_secrets(url: str) -> str:
+    """A URL as it may be shown: `***` for passwords."""
+    scheme, separator, rest = url.partition("://")
+    if separator:
+        return f"{scheme}://{_without_secrets(rest)}"
+    _, at, after = url.rpartition("@")
+    return f"***@{after}" if at else url
+
+
+def _without_secrets(rest: str) -> str:
+    before_at, at, after = rest.rpartition("@")
+    if at and ":" in before_at:
+        before_at = f"{before_at.partition(':')[0]}:***"
+    return re.sub(r"((?:^|[?&])(?:ssl)?password=)[^&]*", r"\1***", f"{before_at}{at}{after}")
