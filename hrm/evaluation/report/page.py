@@ -70,7 +70,10 @@ def write_report(
     data = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     parts = files("hrm.evaluation.report")
     page = (parts / "template.html").read_text(encoding="utf-8")
-    style, script = ((parts / f"template.{ending}").read_text(encoding="utf-8") for ending in ("css", "js"))
+    style, script = (
+        "\n".join((parts / f"{name}.{ending}").read_text(encoding="utf-8") for name in ("drawing", "template"))
+        for ending in ("css", "js")
+    )
     slots = {"title": html.escape(title), "style": style, "data": data, "script": script}
     page = re.sub(r"\{\{(\w+)\}\}", lambda slot: slots[slot[1]], page)
     file = folder / REPORT_FILE
