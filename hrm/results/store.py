@@ -212,7 +212,7 @@ class Store:
         """Errors of the database as sentences: without statements, for these hold what is private."""
         try:
             yield
-        except (UnicodeError, OverflowError) as error:  # of a driver
+        except (ValueError, OverflowError) as error:  # of a driver, and of what it calls
             raise RecordError(f"{self} cannot hold a record ({first_sentence(error)}).") from error
         except SQLAlchemyError as error:
             cause = error.orig if isinstance(error, StatementError) and error.orig is not None else error

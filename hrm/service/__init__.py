@@ -1,5 +1,5 @@
 """A trained model behind HTTP.
 
-`engine` computes, `answering` reads inputs and writes answers, `http` speaks, `problems` is how it refuses,
-`connection` bounds what clients hold open, `measures` counts, `command` runs it all.
+`engine` computes, `answering` reads inputs and writes answers, `http` speaks, `messages` is what it takes and gives,
+`problems` how it refuses, `connection` bounds what clients hold open, `measures` counts, `command` runs it all.
 """

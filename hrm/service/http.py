@@ -13,7 +13,6 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,35 +21,10 @@ from hrm.errors import UserError, shortened
 from hrm.service.answering import answer, places, read_inputs
 from hrm.service.engine import Closed, Engine
 from hrm.service.measures import Measures
+from hrm.service.messages import InferRequest, InferResponse
 from hrm.service.problems import PROBLEMS, Problem, Refused, all_of, gone
 from hrm.service.room import Room
 from hrm.version import __version__
-
-_EXAMPLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
-
-
-class InferRequest(BaseModel):
-    """Puzzles, written as `predict` takes them."""
-
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"inputs": [_EXAMPLE]}]})
-
-    inputs: list[Any] = Field(description="Sudoku and mazes: text or grids; ARC: {input, puzzle} or a task; lists.")
-    act_max_steps: int | None = Field(None, ge=1, description="ACT steps at most; null: the service's default")
-    augmentations: int = Field(1, ge=1, description="symmetric copies of each input to try")
-    trajectory: bool = Field(False, description="give what was answered after every ACT step too")
-
-
-class InferResponse(BaseModel):
-    """Answers, in the order of the inputs."""
-
-    answers: list[Any] = Field(description="as JSON: grids of digits, rows of a maze, lists of symbols")
-    texts: list[str] = Field(description="each answer on one line")
-    q_halt: list[float] = Field(description="the probability that an answer is right, as the model estimates it")
-    steps: list[int] = Field(description="ACT steps spent, over all augmentations")
-    index: list[int] = Field(description="which input each answer is to: a task of ARC may hold several puzzles")
-    trajectory: list[list[dict[str, Any]]] | None = Field(None, description="answer and q_halt after every ACT step")
-    model: str = Field(description="what answered")
-    ms: float = Field(description="from the request's arrival on")
 
 
 def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:

@@ -1,13 +1,16 @@
-"""A results store, in a file."""
+"""A results store, in a file and in PostgreSQL."""
 
-import sqlite3
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+from psycopg import sql
 
 from hrm.errors import UserError
 from hrm.results import open_store
@@ -19,9 +22,11 @@ from hrm.results.records import (
     PublishedPack,
     RecordError,
     StoreError,
+    new_id,
 )
 from hrm.results.store import Store
 from hrm.results.url import without_secrets
+from tests.helpers.servers import postgresql
 
 ANSWERS = [
     Answer(0, "a" * 64, [[1, 2], [3, 4]], "1234", 0.1 + 0.2, 3),
@@ -30,14 +35,29 @@ ANSWERS = [
 REQUEST = AnsweredRequest("sudoku", "w" * 64, "r" * 64, 12.345, ANSWERS, "0.2.0")
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return tmp_path / "results.sqlite"
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with postgresql() as (_, url):
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of a database with nothing in it."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'results.sqlite'}"
+    server: str = request.getfixturevalue("server")
+    name = f"of_{new_id()}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    return f"{server.rpartition('/')[0]}/{name}"
 
 
 @pytest.fixture
-def store(file: Path) -> Store:
-    return open_store(f"sqlite:///{file}")
+def store(url: str) -> Iterator[Store]:
+    store = open_store(url)
+    yield store
+    store.close()
 
 
 def another(**changes: Any) -> AnsweredRequest:
@@ -46,24 +66,24 @@ def another(**changes: Any) -> AnsweredRequest:
     return replace(fresh, **changes)
 
 
-def test_requests_are_read_as_they_were_written(store: Store, file: Path) -> None:
+def test_requests_are_read_as_they_were_written(store: Store, url: str) -> None:
     others = [another() for _ in range(300)]
     store.add_requests([REQUEST, *others])
     store.close()
-    again = open_store(f"sqlite:///{file}")
+    again = open_store(url)
     for record in (REQUEST, others[0], others[-1]):
         assert again.request(record.id) == record
     assert again.request("0" * 32) is None
 
 
-def test_nothing_is_recorded_twice(store: Store, file: Path) -> None:
+def test_nothing_is_recorded_twice(store: Store) -> None:
     records = [another() for _ in range(5)]
     store.add_requests(records[:3])
     store.add_requests([*records, records[4]])
     assert [store.request(record.id) for record in records] == records
-    with sqlite3.connect(file) as database:
-        assert database.execute("SELECT count(*) FROM hrm_requests").fetchone() == (5,)
-        assert database.execute("SELECT count(*) FROM hrm_answers").fetchone() == (10,)
+    with store._reading() as connection:
+        counts = [connection.exec_driver_sql(f"SELECT count(*) FROM hrm_{name}") for name in ("requests", "answers")]
+        assert [count.scalar() for count in counts] == [5, 10]
 
 
 def test_a_key_stands_for_one_request_of_a_model(store: Store) -> None:
@@ -76,7 +96,14 @@ def test_a_key_stands_for_one_request_of_a_model(store: Store) -> None:
     assert store.request_of_key("sudoku", "other") is None
 
 
-@pytest.mark.parametrize("answer", [Answer(0, "a", float("nan"), "", 0.5, 1), Answer(0, "a", 1, "\ud800", 0.5, 1)])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(0, "a", float("nan"), "", 0.5, 1),
+        Answer(0, "a", 1, "\ud800", 0.5, 1),
+        Answer(0, "a", 1, "", None, 1),  # type: ignore[arg-type]
+    ],
+)
 def test_what_cannot_be_kept_is_told_apart_from_a_store_that_fails(store: Store, answer: Answer) -> None:
     with pytest.raises(RecordError, match="cannot hold a record"):
         store.add_requests([REQUEST, another(answers=[answer])])
@@ -105,22 +132,24 @@ def test_packs(store: Store) -> None:
     assert store.packs() == [moved]
 
 
-def test_processes_make_the_tables_once(file: Path) -> None:
+def test_processes_make_the_tables_once(url: str) -> None:
     with ThreadPoolExecutor(8) as pool:
-        stores = list(pool.map(lambda _: open_store(f"sqlite:///{file}"), range(8)))
+        stores = list(pool.map(lambda _: open_store(url), range(8)))
     stores[0].add_requests([REQUEST])
     assert stores[7].request(REQUEST.id) == REQUEST
+    for store in stores:
+        store.close()
 
 
-def test_a_newer_store_is_refused(store: Store, file: Path) -> None:
-    with sqlite3.connect(file) as database:
-        database.execute("UPDATE hrm_schema SET version = 2")
+def test_a_newer_store_is_refused(store: Store, url: str) -> None:
+    with store._writing() as connection:
+        connection.exec_driver_sql("UPDATE hrm_schema SET version = 2")
     with pytest.raises(UserError, match=r"made by a newer version of HRM .*version 2, this one knows 1.*: update HRM"):
-        open_store(f"sqlite:///{file}")
+        open_store(url)
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("given", "words"),
     [
         ("results.sqlite", "results=results.sqlite is not a URL: give sqlite:///FILE"),
         ("postgresql:/me:secret@host/d", r"results=\*\*\*@host/d is not a URL"),
@@ -137,9 +166,9 @@ def test_a_newer_store_is_refused(store: Store, file: Path) -> None:
         ("postgres://127.0.0.1:1/d?user=me&password=secret", r"&password=\*\*\* cannot be used"),
     ],
 )
-def test_urls_of_no_use_end_in_a_sentence(url: str, words: str) -> None:
+def test_urls_of_no_use_end_in_a_sentence(given: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as refused:
-        open_store(url)
+        open_store(given)
     assert "secret" not in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -157,9 +186,51 @@ def test_files_that_cannot_be_used_end_in_a_sentence(tmp_path: Path) -> None:
             open_store(f"sqlite:///{tmp_path / name}")
 
 
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+def test_what_may_not_be_written_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "results.sqlite"
+    open_store(f"sqlite:///{file}").check_writable()
+    read_only = open_store(f"sqlite:///file:{file}?mode=ro&uri=true")
+    assert read_only.packs() == []
+    with pytest.raises(StoreError, match=r"attempt to write a readonly database\): see that it is there and may be"):
+        read_only.check_writable()
+
+
+def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
+    store = open_store(f"sqlite:///{tmp_path / 'results.sqlite'}")
+    with store._reading() as connection:  # the pool has this one, and gives it to the next
+        connection.exec_driver_sql("PRAGMA max_page_count=30")
+    with pytest.raises(StoreError, match="database or disk is full"):
+        store.add_requests([another() for _ in range(300)])
+    store.add_requests([REQUEST])
+    assert store.request(REQUEST.id) == REQUEST
+
+
+def test_a_server_that_was_killed_is_found_again() -> None:
+    with postgresql() as (server, url):
+        store = open_store(url)
+        store.add_requests([REQUEST])
+        server.kill()
+        with pytest.raises(StoreError, match="Connection refused"):
+            store.request(REQUEST.id)
+        server.start()
+        assert eventually(lambda: store.request(REQUEST.id)) == REQUEST
+        store.close()
+
+
+def eventually(read: Callable[[], AnsweredRequest | None]) -> AnsweredRequest | None:
+    """What it gives as soon as the database answers."""
+    until = time.monotonic() + 30
+    while True:
+        try:
+            return read()
+        except StoreError:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hrm.config.extras.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^results=sqlite: needs sqlalchemy: pip install 'hrm-torch\[results\]'\.$"):
-        open_store(f"sqlite:///{file}")
+        open_store("sqlite:///file")
     with pytest.raises(UserError, match="needs sqlalchemy, psycopg"):
         open_store("postgresql://host/d")
