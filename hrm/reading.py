@@ -15,12 +15,13 @@ import math
 import os
 import re
 import stat
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -199,16 +200,7 @@ def read_array(file: Path | str, kinds: str, wanted: str) -> NDArray[Any]:
             almost all holes.
     """
     with open_regular(file) as stream:
-        version = npy.read_magic(stream)
-        read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
-        if read_header is None:
-            raise ValueError(f"its format {version[0]}.{version[1]} is not that of arrays of numbers")
-        try:
-            shape, is_fortran, dtype = read_header(stream)
-        except (ValueError, OSError):
-            raise
-        except Exception as error:  # of a header that is a Python literal of another kind, or nested too deep
-            raise ValueError(f"its header is not that of an array ({type(error).__name__})") from error
+        shape, is_fortran, dtype = _read_header(stream)
         if dtype.kind not in kinds or dtype.names is not None:
             raise ValueError(f"it holds {str(dtype)[:40]}, not {wanted}")
         if not all(type(length) is int and length >= 0 for length in shape):
@@ -225,6 +217,49 @@ def read_array(file: Path | str, kinds: str, wanted: str) -> NDArray[Any]:
         # A plain view of the map: np.memmap's own indexing adds a cost to every gather.
         mapped = np.memmap(stream, dtype, "r", start, shape, order=order)  # type: ignore[call-overload]
     return np.asarray(mapped)
+
+
+def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """The shape, whether it is in Fortran's order, and the dtype of the array that follows in a .npy stream."""
+    version = npy.read_magic(stream)
+    read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+    if read_header is None:
+        raise ValueError(f"its format {version[0]}.{version[1]} is not that of arrays of numbers")
+    try:
+        return read_header(stream)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # of a header that is a Python literal of another kind, or nested too deep
+        raise ValueError(f"its header is not that of an array ({type(error).__name__})") from error
+
+
+def parse_npz(content: bytes, wanted: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> dict[str, NDArray[Any]]:
+    """The arrays in what `numpy.savez` wrote: just those of these names, dtypes and shapes.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    arrays = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            if members.keys() != wanted.keys() or len(members) != len(archive.infolist()):
+                raise ValueError(f"it holds {', '.join(sorted(members))[:80]}, not {', '.join(sorted(wanted))}")
+            for name, (dtype, shape) in wanted.items():
+                if members[name].compress_type != zipfile.ZIP_STORED:  # what is packed may be much larger
+                    raise ValueError(f"its {name} is compressed")
+                with archive.open(members[name]) as stream:
+                    found = _read_header(stream)
+                    if found != (shape, False, dtype):
+                        raise ValueError(f"its {name} is {found[2]} {found[0]}, not {dtype} {shape}")
+                    size = math.prod(shape) * dtype.itemsize
+                    numbers = stream.read(size + 1)
+                if len(numbers) != size:
+                    raise ValueError(f"its {name} does not have the {size:,} bytes that its header claims")
+                arrays[name] = np.frombuffer(numbers, dtype).reshape(shape)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise error if type(error) is ValueError else ValueError(f"it is no archive of arrays ({error})") from error
+    return arrays
 
 
 def sha256_of(file: Path | str) -> str:

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 from hrm.config.checks import at_least, at_most, choice
 from hrm.config.entry import DEVICES, DTYPES
 from hrm.config.kernels import KernelsConfig
+from hrm.errors import UserError
 
 
 @dataclass
@@ -29,6 +30,12 @@ class ServeConfig:
     most_waiting: int = 4096  # puzzles that wait for a slot; beyond, requests are refused with status 429
     most_connections: int = 4096  # open at a time; beyond, status 503
     most_trajectory_tokens: int = 1 << 20  # puzzles x ACT steps x tokens of each, where every ACT step is to be shown
+    # Where sessions of /infer/L and /infer/H live: local, in this process, or redis://USER:PASSWORD@HOST:PORT/NUMBER.
+    memory: str = "local"
+    most_sessions: int = 1024  # kept at a time; beyond, those that were not used for longest are forgotten
+    most_session_bytes: int = 1 << 30  # of all of them together
+    most_updates: int = 256  # of a level, that a request may ask for
+    seconds_per_session: float = 3600.0  # that a session is kept after its last use
     seconds_per_request: float = 60.0  # for a request to arrive, and then to be answered, else status 408 or 504
     seconds_to_drain: float = 30.0  # for requests at hand to end after SIGTERM or Ctrl-C
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
@@ -53,9 +60,15 @@ class ServeConfig:
             "most_waiting",
             "most_connections",
             "most_trajectory_tokens",
+            "most_sessions",
+            "most_session_bytes",
+            "most_updates",
         ):
             at_least(name, getattr(self, name), 1)
         if self.act_max_steps is not None:
             at_most("act_max_steps", self.act_max_steps, self.most_act_steps)
+        if self.memory != "local" and not self.memory.startswith(("redis://", "rediss://", "unix://")):
+            raise UserError("memory is neither local nor redis://USER:PASSWORD@HOST:PORT/NUMBER: give one of them.")
+        at_least("seconds_per_session", self.seconds_per_session, 0.001)
         at_least("seconds_per_request", self.seconds_per_request, 0.001)
         at_least("seconds_to_drain", self.seconds_to_drain, 0)

@@ -2,4 +2,5 @@
 
 `engine` computes, `answering` reads inputs and writes answers, `http` speaks, `messages` is what it takes and gives,
 `problems` how it refuses, `connection` bounds what clients hold open, `measures` counts, `command` runs it all.
+`modules` updates the states of `sessions`, which live in a `memory`.
 """

@@ -100,18 +100,18 @@ def _written(
     shown = None
     if trajectory is not None:
         shown = [
-            {"answer": task.answer_value(step.tokens, puzzle, form), "q_halt": _probability(step.q_halt)}
+            {"answer": task.answer_value(step.tokens, puzzle, form), "q_halt": probability(step.q_halt)}
             for step in trajectory
         ]
     return Answer(
         task.answer_value(last.tokens, puzzle, form),
         task.answer_text(last.tokens, puzzle, form),
-        _probability(last.q_halt),
+        probability(last.q_halt),
         steps,
         shown,
     )
 
 
-def _probability(logit: float) -> float:
-    """Its sigmoid, 0 for what is no number: JSON has none for that."""
+def probability(logit: float) -> float:
+    """The sigmoid of a logit, 0 for what is no number: JSON has none for that."""
     return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0

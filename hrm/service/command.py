@@ -16,6 +16,7 @@ from hrm.inference.model import from_pretrained
 from hrm.service.connection import connection_class, connections_allowed
 from hrm.service.engine import Engine
 from hrm.service.http import make_app
+from hrm.service.memory import check_memory
 
 
 def serve(config: ServeConfig) -> None:
@@ -31,6 +32,7 @@ def serve(config: ServeConfig) -> None:
             "files open (ulimit -n).",
             flush=True,
         )
+    check_memory(config.memory)
     with _listening(config.host, config.port) as listener:  # before the model is loaded: that takes longer
         model = from_pretrained(
             config.checkpoint,

@@ -1,12 +1,18 @@
-"""One model, one thread, and slots that are refilled as sequences halt: puzzles of all callers share a batch."""
+"""One model, one thread, and slots that are refilled as sequences halt: puzzles of all callers share a batch.
+
+Other work with the model is done in the same thread, between ACT steps.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+import time
+from collections import OrderedDict, deque
+from collections.abc import Generator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +23,14 @@ from hrm.batch import Batch
 from hrm.cuda_graphs import GraphedWork
 from hrm.inference.model import TrainedModel
 from hrm.inference.predictor import is_one_shape, sequences_at_once
+from hrm.service.sessions import begun, updated
 from hrm.tasks.form import Puzzle
+
+Result = TypeVar("Result")
 
 
 class Closed(Exception):
-    """The engine takes no more puzzles."""
+    """The engine takes no more work."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +131,7 @@ class Engine:
         graphed = model.model.kernels.cuda_graphs
         self._step = GraphedWork(self._computed, model.device, eager_calls=2) if graphed else self._computed
         self._waiting = _Lines()
+        self._besides: deque[tuple[Generator[None, None, Any], Future[Any]]] = deque()  # work other than puzzles
         self._changed = threading.Condition()
         self._closed = False
         self._failure: BaseException | None = None
@@ -144,14 +154,35 @@ class Engine:
         """
         job = _Job(puzzle, max_steps or self.model.act_max_steps, keeps_steps, request)
         with self._changed:
-            if self._failure is not None:
-                raise Closed("the model cannot compute any more; restart the service")
-            if self._closed:
-                raise Closed("the service is ending")
+            self._check_open()
             self._waiting.add(job)
             self._changed.notify()
         job.future.add_done_callback(partial(self._withdrawn, job))
         return job.future
+
+    def run(self, work: Generator[None, None, Result]) -> Future[Result]:
+        """Do other work with the model. Cancelling the future ends it where it yields next.
+
+        While puzzles are in slots, all such work together gets about as much time as they do, in turns.
+
+        Args:
+            work: yields often: the next ACT step waits for that.
+
+        Raises:
+            Closed: it takes no more.
+        """
+        future: Future[Result] = Future()
+        with self._changed:
+            self._check_open()
+            self._besides.append((work, future))
+            self._changed.notify()
+        return future
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise Closed("the model cannot compute any more; restart the service")
+        if self._closed:
+            raise Closed("the service is ending")
 
     def _withdrawn(self, job: _Job, future: Future[Solved]) -> None:
         """Forget a puzzle that nobody waits for any more; one that has a slot gives it up before the next ACT step."""
@@ -174,9 +205,11 @@ class Engine:
         """Answer an empty puzzle, so that what is compiled and recorded is ready for the first request."""
         puzzle = Puzzle(np.zeros(self.model.form.seq_len, dtype=np.int64))
         self.submit(puzzle, max_steps=3).result()
+        for level in self._inner.model.inner.levels:
+            self.run(updated(self.model, begun(self.model, puzzle), level, 1)).result()
 
     def close(self) -> None:
-        """Take no more puzzles, answer those that there are, and end."""
+        """Take no more work, do what there is, and end."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -188,14 +221,19 @@ class Engine:
         try:
             with torch.no_grad(), self._inner.weights_at_hand():
                 while self._admit():
-                    self._advance()
+                    began = time.perf_counter()
+                    if self._jobs:
+                        self._advance()
+                    self._work_besides(time.perf_counter() - began)
         except BaseException as error:
             with self._changed:
                 self._closed, self._failure = True, error
-                jobs = [*self._jobs.values(), *self._waiting.take_all()]
+                futures: list[Future[Any]] = [job.future for job in (*self._jobs.values(), *self._waiting.take_all())]
+                futures += [future for _, future in self._besides]
                 self._jobs.clear()
-            for job in jobs:
-                _give(job, error)
+                self._besides.clear()
+            for future in futures:
+                _give(future, error)
 
     def _admit(self) -> bool:
         """Give free slots to those in line, and wait while there is no work; False when closed and all is done."""
@@ -213,11 +251,34 @@ class Engine:
                     self._fresh.add(slot)
                     self._inputs[slot] = job.puzzle.tokens
                     self._identifiers[slot] = job.puzzle.identifier
-                if self._jobs:
+                if self._jobs or self._besides:
                     return True
                 if self._closed:
                     return False
                 self._changed.wait()
+
+    def _work_besides(self, seconds: float) -> None:
+        """Other work for so long, each a piece in turn; one piece at least."""
+        until = time.perf_counter() + seconds
+        while True:
+            with self._changed:
+                if not self._besides:
+                    return
+                work, future = self._besides.popleft()
+            if future.cancelled():
+                work.close()
+                continue
+            try:
+                next(work)
+            except StopIteration as done:
+                _give(future, done.value)
+            except Exception as error:
+                _give(future, error)
+            else:
+                with self._changed:
+                    self._besides.append((work, future))
+            if time.perf_counter() >= until:
+                return
 
     def _advance(self) -> None:
         """One ACT step of the slots in use."""
@@ -238,7 +299,7 @@ class Engine:
                     job.trajectory.append(step)
                 if q[row, 0] > q[row, 1] or job.steps >= job.max_steps:
                     del self._jobs[slot]
-                    self._work.answered += _give(job, Solved(step, job.steps, job.trajectory))
+                    self._work.answered += _give(job.future, Solved(step, job.steps, job.trajectory))
 
     def _batch(self, slots: range | list[int]) -> Batch:
         rows = list(slots)
@@ -264,13 +325,13 @@ class Engine:
         return outputs["logits"].argmax(-1).int(), torch.stack(q, 1)
 
 
-def _give(job: _Job, outcome: Solved | BaseException) -> bool:
-    """Hand out an answer; False where nobody waits for it any more."""
+def _give(future: Future[Any], outcome: object) -> bool:
+    """Hand out what came of some work, or the error that ended it; False where nobody waits for it any more."""
     try:
         if isinstance(outcome, BaseException):
-            job.future.set_exception(outcome)
+            future.set_exception(outcome)
         else:
-            job.future.set_result(outcome)
+            future.set_result(outcome)
     except InvalidStateError:
         return False
     return True

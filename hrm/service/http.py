@@ -22,6 +22,7 @@ from hrm.service.answering import answer, places, read_inputs
 from hrm.service.engine import Closed, Engine
 from hrm.service.measures import Measures
 from hrm.service.messages import InferRequest, InferResponse
+from hrm.service.modules import Modules
 from hrm.service.problems import PROBLEMS, Problem, Refused, all_of, gone
 from hrm.service.room import Room
 from hrm.version import __version__
@@ -33,14 +34,17 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
     Args:
         name: what to call the model.
     """
-    measures = Measures(engine)
+    modules = Modules(engine, config, name)
+    measures = Measures(engine, modules)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # One thread for `asyncio.to_thread`: with several, the event loop would wait for its turn as one of many.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1, "hrm-inputs"))
+        await modules.memory.check()
         yield
         await asyncio.get_running_loop().run_in_executor(None, engine.close)
+        await modules.memory.close()
 
     # The pages that FastAPI can show of an API load scripts from other hosts: left out.
     app = FastAPI(
@@ -126,6 +130,8 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
                 f"trajectory: {tokens} tokens may be to show, and this service gives at most "
                 f"{config.most_trajectory_tokens}: ask for fewer inputs or ACT steps."
             )
+
+    app.include_router(modules.router())
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:

@@ -7,15 +7,25 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from hrm.service.engine import Engine
+from hrm.service.modules import Modules
 
-_PATHS = ("/infer", "/healthz", "/readyz", "/models", "/metrics", "/openapi.json")  # others count as one
+_PATHS = (
+    "/infer",
+    "/infer/L",
+    "/infer/H",
+    "/healthz",
+    "/readyz",
+    "/models",
+    "/metrics",
+    "/openapi.json",
+)  # others count as one
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Measures:
     """Requests, their times, and the engine's work."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, modules: Modules) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "hrm_requests", "Requests by path and status", ["path", "status"], registry=self.registry
@@ -32,10 +42,11 @@ class Measures:
             "hrm_slots": ("Puzzles that can be computed at a time", lambda: engine.slots),
             "hrm_slots_in_use": ("Puzzles being computed", lambda: engine.work.in_slots),
             "hrm_queue": ("Puzzles that wait for a slot", lambda: engine.work.waiting),
+            "hrm_memory_up": ("Whether the working memory answered last", lambda: modules.memory.is_up),
         }
         for name, (meaning, value) in gauges.items():
             Gauge(name, meaning, registry=self.registry).set_function(value)
-        self.registry.register(_Work(engine))
+        self.registry.register(_Work(engine, modules))
 
     def count(self, path: str, status: int, seconds: float) -> None:
         """A request that has come to its end."""
@@ -47,14 +58,20 @@ class Measures:
 
 
 class _Work(Collector):
-    """What the engine counts itself."""
+    """What others count themselves."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, modules: Modules) -> None:
+        self._engine, self._modules = engine, modules
 
     def collect(self) -> list[CounterMetricFamily]:
         work = self._engine.work
+        updates = CounterMetricFamily("hrm_module_updates", "Updates in sessions", labels=["level"])
+        for level, count in self._modules.updates.items():
+            updates.add_metric([level], count)
+        failures = self._modules.memory.failures
         return [
             CounterMetricFamily("hrm_puzzles", "Puzzles answered, augmentations included", work.answered),
             CounterMetricFamily("hrm_act_steps", "ACT steps spent on them", work.act_steps),
+            updates,
+            CounterMetricFamily("hrm_memory_failures", "Times that the working memory did not answer", failures),
         ]

@@ -58,8 +58,13 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-async def all_of(tasks: Sequence[asyncio.Task[Result]], http: Request, seconds: float) -> list[Result]:
+async def all_of(
+    tasks: Sequence[asyncio.Task[Result]], http: Request, seconds: float, what: str = "inputs or ACT steps"
+) -> list[Result]:
     """What all tasks of a request answer; whatever happens, none goes on after this.
+
+    Args:
+        what: to ask for less of, where the time is up.
 
     Raises:
         Refused: the client has gone, or the time is up.
@@ -80,7 +85,7 @@ async def all_of(tasks: Sequence[asyncio.Task[Result]], http: Request, seconds: 
             return answers.result()
         if left.done():
             raise gone()
-        raise Refused(504, f"no answer within {seconds:g} s; ask for fewer inputs or ACT steps.")
+        raise Refused(504, f"no answer within {seconds:g} s; ask for fewer {what}.")
     finally:
         for task in (*tasks, answers, left):
             task.cancel()

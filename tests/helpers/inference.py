@@ -12,6 +12,7 @@ from hrm.config import PretrainConfig
 from hrm.inference.model import TrainedModel
 from hrm.inference.predictor import as_batch
 from hrm.models.hrm import HRMConfig
+from hrm.models.recurrent import RecurrentConfig
 from hrm.tasks.form import Puzzle, PuzzleForm
 
 TINY = {
@@ -26,9 +27,9 @@ TINY = {
 }
 
 
-def untrained(folder: Path, form: PuzzleForm, **arch: Any) -> Path:
-    """A run folder with random weights, for puzzles of a form."""
-    options = HRMConfig(**(TINY | arch))
+def untrained(folder: Path, form: PuzzleForm, config: RecurrentConfig | None = None, **arch: Any) -> Path:
+    """A run folder with random weights, for puzzles of a form; without a config, of HRM with such options."""
+    options = config or HRMConfig(**(TINY | arch))
     save_config(PretrainConfig(arch=options, data_path="data/none"), folder)
     model = hrm.build_model(
         options,

@@ -27,7 +27,7 @@ from hrm.config import ServeConfig
 from hrm.errors import UserError
 from hrm.inference.model import TrainedModel
 from hrm.service import connection
-from hrm.service.answering import _probability
+from hrm.service.answering import probability as probability_of
 from hrm.service.command import settings_of
 from hrm.service.engine import Engine
 from hrm.service.http import make_app
@@ -258,7 +258,7 @@ def test_a_huge_trajectory_is_refused(model: TrainedModel) -> None:
 
 @pytest.mark.parametrize(("logit", "probability"), [(0, 0.5), (1e9, 1), (-1e9, 0), (math.inf, 1), (math.nan, 0)])
 def test_probabilities_are_numbers(logit: float, probability: float) -> None:
-    assert _probability(logit) == probability
+    assert probability_of(logit) == probability
 
 
 def test_a_request_has_its_time(model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +322,15 @@ def test_it_says_what_there_is(client: TestClient) -> None:
     (shown,) = client.get("/models").json()["models"]
     assert (shown["name"], shown["task"], shown["seq_len"], shown["act_max_steps"]) == ("small", "sudoku", 16, 5)
     described = client.get("/openapi.json").json()
-    assert set(described["paths"]) == {"/infer", "/healthz", "/readyz", "/models", "/metrics"}
+    assert set(described["paths"]) == {
+        "/infer",
+        "/infer/L",
+        "/infer/H",
+        "/healthz",
+        "/readyz",
+        "/models",
+        "/metrics",
+    }
     assert set(described["paths"]["/infer"]["post"]["responses"]) >= {
         *("200", "400", "408", "413", "422", "429", "503", "504")
     }

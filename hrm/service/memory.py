@@ -1,0 +1,267 @@
+"""Working memory: where sessions live between requests, in this process or in a Redis that several share.
+
+Nothing is locked. A session has a version, and is replaced only where it still has the version that was read: of two
+calls that overlap, the second to end is told so. A call that dies leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from hrm.config.extras import need
+from hrm.errors import UserError, first_sentence, printable, shortened
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+_SECONDS_FOR_REDIS = 2.0  # to connect, and to answer
+# Keys. Braces: in a cluster, all lie on one machine.
+_SESSION = "{hrm}:session:"  # fields version, model, content
+_USED = "{hrm}:used:"  # names by when they were last used, of a model
+
+
+class Unavailable(Exception):
+    """The memory does not answer; its text is a sentence."""
+
+
+class Kept(NamedTuple):
+    """A session as the memory has it."""
+
+    version: str  # another one after every change
+    model: str  # hash of the model whose session it is
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a memory keeps."""
+
+    sessions: int  # of a model; beyond, those that were not used for longest are forgotten
+    bytes_each: int
+    seconds: float  # that a session is kept after its last use
+
+
+class Memory(Protocol):
+    """Sessions by name."""
+
+    failures: int  # times that it did not answer
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it answered when it was last asked."""
+
+    async def check(self) -> None:
+        """Note whether it answers."""
+
+    async def load(self, name: str) -> Kept | None:
+        """The session of that name, if there is one.
+
+        Raises:
+            ValueError: what is there is no session.
+            Unavailable: nothing answers.
+        """
+
+    async def store(self, name: str, before: str | None, model: str, content: bytes) -> bool:
+        """Let this be the session of that name from now on.
+
+        Args:
+            before: the version that it replaces; None: there is none.
+
+        Returns:
+            Whether it is; False where another call was faster.
+
+        Raises:
+            Unavailable: nothing answers, and whether it is kept is not known.
+        """
+
+    async def close(self) -> None:
+        """Let go of connections."""
+
+
+class LocalMemory:
+    """Sessions in this process; they end with it."""
+
+    is_up = True
+    failures = 0
+
+    def __init__(self, bounds: Bounds, clock: Callable[[], float] = time.monotonic) -> None:
+        self._bounds, self._clock = bounds, clock
+        self._kept: OrderedDict[str, tuple[float, Kept]] = OrderedDict()  # and until when, the first to end first
+
+    def __len__(self) -> int:
+        self._forget()
+        return len(self._kept)
+
+    async def check(self) -> None:
+        pass
+
+    async def load(self, name: str) -> Kept | None:
+        self._forget()
+        found = self._kept.get(name)
+        return found and found[1]
+
+    async def store(self, name: str, before: str | None, model: str, content: bytes) -> bool:
+        now = await self.load(name)
+        if (now and now.version) != before:
+            return False
+        self._kept[name] = self._clock() + self._bounds.seconds, Kept(secrets.token_hex(8), model, content)
+        self._kept.move_to_end(name)
+        while len(self._kept) > self._bounds.sessions:
+            self._kept.popitem(last=False)
+        return True
+
+    async def close(self) -> None:
+        self._kept.clear()
+
+    def _forget(self) -> None:
+        now = self._clock()
+        while self._kept and next(iter(self._kept.values()))[0] <= now:
+            self._kept.popitem(last=False)
+
+
+# Redis runs a script whole, without others in between.
+_LOAD = """
+local key, most = KEYS[1], tonumber(ARGV[1])
+local kind = redis.call('TYPE', key)['ok']
+if kind == 'none' then return {} end
+if kind ~= 'hash' then return {'it is a ' .. kind} end
+for _, field in ipairs({'version', 'model', 'content'}) do
+    if redis.call('HSTRLEN', key, field) > most then return {'its ' .. field .. ' is too long'} end
+end
+return redis.call('HMGET', key, 'version', 'model', 'content')
+"""
+_STORE = """
+local key, used = KEYS[1], KEYS[2]
+local before, version, model, content = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local name, prefix, milliseconds, most = ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
+local now = redis.call('HGET', key, 'version') or ''
+if now == version then return 1 end  -- this call, sent again because its answer was lost
+if now ~= before then return 0 end
+redis.call('HSET', key, 'version', version, 'model', model, 'content', content)
+redis.call('PEXPIRE', key, milliseconds)
+local time = redis.call('TIME')
+local at = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('ZADD', used, at, name)
+redis.call('PEXPIRE', used, milliseconds)
+redis.call('ZREMRANGEBYSCORE', used, '-inf', at - milliseconds)
+local over = redis.call('ZCARD', used) - most
+if over > 0 then
+    local oldest = redis.call('ZPOPMIN', used, over)
+    for i = 1, #oldest, 2 do redis.call('DEL', prefix .. oldest[i]) end
+end
+return 1
+"""
+
+
+class RedisMemory:
+    """Sessions in a Redis, which several services may share."""
+
+    def __init__(self, url: str, bounds: Bounds) -> None:
+        """
+        Raises:
+            UserError: the package is missing, or the URL is none.
+        """
+        self._client = redis_client(url)
+        options = self._client.connection_pool.connection_kwargs  # of these, only what is no secret is shown
+        place = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
+        self._where = f"Redis at {place}"
+        self._bounds = bounds
+        self.is_up, self.failures = True, 0
+
+    async def check(self) -> None:
+        with suppress(Unavailable):
+            await self._answer(self._client.ping())
+
+    async def load(self, name: str) -> Kept | None:
+        found = await self._answer(self._client.eval(_LOAD, 1, f"{_SESSION}{name}", self._bounds.bytes_each))
+        if not found:
+            return None
+        if len(found) == 1:
+            raise ValueError(found[0].decode())
+        if None in found:
+            raise ValueError("it is not whole")
+        version, model, content = found
+        return Kept(version.decode(errors="replace"), model.decode(errors="replace"), content)
+
+    async def store(self, name: str, before: str | None, model: str, content: bytes) -> bool:
+        keys = f"{_SESSION}{name}", f"{_USED}{model}"
+        values = before or "", secrets.token_hex(8), model, content
+        bounds = round(1000 * self._bounds.seconds), self._bounds.sessions
+        stored = await self._answer(self._client.eval(_STORE, 2, *keys, *values, name, _SESSION, *bounds))
+        return bool(stored)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _answer(self, asked: Awaitable[Any]) -> Any:
+        """What Redis answers; a sentence on stderr when it stops to, and when it does again."""
+        from redis.exceptions import RedisError
+
+        try:
+            answer = await asked
+        except (RedisError, OSError) as error:
+            self.failures += 1
+            if self.is_up:
+                reason = shortened(first_sentence(error))
+                _tell(f"{self._where} does not answer ({reason}): /infer goes on, sessions are refused until it does.")
+            self.is_up = False
+            raise Unavailable("the working memory does not answer; come again later.") from error
+        if not self.is_up:
+            _tell(f"{self._where} answers again.")
+        self.is_up = True
+        return answer
+
+
+def open_memory(place: str, bounds: Bounds) -> Memory:
+    """The working memory that `memory=` names.
+
+    Raises:
+        UserError: it cannot be used; one that does not answer yet is no error.
+    """
+    return LocalMemory(bounds) if place == "local" else RedisMemory(place, bounds)
+
+
+def check_memory(place: str) -> None:
+    """UserError for what `open_memory` cannot use."""
+    if place != "local":
+        redis_client(place)
+
+
+def redis_client(url: str) -> Redis:
+    """What speaks to a Redis, without a connection yet.
+
+    Raises:
+        UserError: the package is missing, or the URL is none.
+    """
+    need("memory=redis://...", "serve", ["redis"])
+    from redis.asyncio import ConnectionPool, Redis
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+
+    try:
+        pool = ConnectionPool.from_url(
+            url,
+            socket_connect_timeout=_SECONDS_FOR_REDIS,
+            socket_timeout=_SECONDS_FOR_REDIS,
+            retry=Retry(NoBackoff(), 1),  # for connections that a restart of Redis has ended
+        )
+        # Not connected: it looks at the options.
+        pool.make_connection()  # type: ignore[no-untyped-call]
+    except (TypeError, ValueError) as error:  # whose text may hold a part of the password
+        raise UserError(
+            "memory=redis://... is no URL of a Redis: give redis://USER:PASSWORD@HOST:PORT/NUMBER, with what is "
+            "special in the password written as %2F and the like."
+        ) from error
+    return Redis(connection_pool=pool)
+
+
+def _tell(sentence: str) -> None:
+    with suppress(OSError, ValueError):
+        print(printable(sentence), file=sys.stderr, flush=True)
