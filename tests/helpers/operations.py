@@ -66,11 +66,13 @@ def results(function: Function, inputs: Sequence[Tensor]) -> list[Tensor]:
     return [*(out.detach() for out in outs), *torch.autograd.grad(outs, wanted, grads)]
 
 
-def assert_accurate(fast: Function, naive: Function, inputs: Sequence[Tensor], *, slack: float = 1.5) -> None:
+def assert_accurate(
+    fast: Function, naive: Function, inputs: Sequence[Tensor], *, slack: float = 1.5, roundings: int = 1
+) -> None:
     """Results and gradients of `fast` against those of `naive` in float64.
 
     Allowed is a relative error of 1e-5 in float32; otherwise `slack` times that of `naive` in the same dtype, and in
-    any case that of rounding once. The interpreter cuts off where a GPU rounds to bfloat16.
+    any case that of rounding `roundings` times. The interpreter cuts off where a GPU rounds to bfloat16.
     """
     double = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     exact = results(naive, double)
@@ -82,7 +84,7 @@ def assert_accurate(fast: Function, naive: Function, inputs: Sequence[Tensor], *
             allowed = 1e-5
         else:
             cuts_off = actual.dtype == torch.bfloat16 and not actual.is_cuda
-            rounding = torch.finfo(actual.dtype).eps * (1.0 if cuts_off else 0.5)
+            rounding = roundings * torch.finfo(actual.dtype).eps * (1.0 if cuts_off else 0.5)
             allowed = max(slack * relative_error(same_dtype, wanted), rounding)
         error = relative_error(actual, wanted)
         assert error <= allowed, (i, error, allowed)

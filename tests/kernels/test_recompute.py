@@ -28,7 +28,7 @@ from hrm.training.step import initial_state, make_train_step
 from tests.helpers.models import build, gradients, random_states, randomised
 
 ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DEVICE = torch.device("cuda:0" if ON_GPU else "cpu")
 RandomBatch = Callable[..., Batch]
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

@@ -26,9 +26,9 @@ def test_result_and_gradient(device: str, dtype: torch.dtype, shape: tuple[int, 
 
 
 def test_random_bits_are_those_of_the_paper() -> None:
-    """The known answers that come with the Random123 library."""
+    """The known answer for seven rounds that comes with the Random123 library."""
     numbers = random_bits(4, 0, 0, torch.device("cpu"))
-    assert [hex(n) for n in numbers.tolist()] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+    assert [hex(n) for n in numbers.tolist()] == ["0x5f6fb709", "0xd893f64", "0x4f121f81", "0x4f730a48"]
 
 
 @pytest.mark.parametrize("device", DEVICES)

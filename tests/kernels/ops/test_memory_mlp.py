@@ -111,7 +111,9 @@ def test_against_torch_func(device: str, dtype: torch.dtype, shape: Any, limit: 
     for ours, same_dtype in zip(forward[1:], forward_plain[1:], strict=True):
         assert relative_error(ours, same_dtype.double()) < (1e-5 if dtype == torch.float32 else 1e-2)
     for i, (ours, same_dtype, wanted) in enumerate(zip(found, plain, exact, strict=True)):
-        allowed = 1e-5 if dtype == torch.float32 else max(1.5 * relative_error(same_dtype, wanted), 1e-4)
+        # A single number, the norm, may by chance be nearer in the definition: rounding once is allowed.
+        least = torch.finfo(dtype).eps / 2 if i == len(exact) - 1 else 1e-4
+        allowed = 1e-5 if dtype == torch.float32 else max(1.5 * relative_error(same_dtype, wanted), least)
         assert relative_error(ours, wanted) < allowed, i
 
 
@@ -148,7 +150,7 @@ def test_tf32_where_torch_may_take_it(device: str) -> None:
     finally:
         torch.set_float32_matmul_precision(before)
     for ours, wanted in zip(found, [*new_w, *new_momentum, norms], strict=True):
-        assert relative_error(ours, wanted) < 2e-3
+        assert relative_error(ours, wanted) < 4e-3  # four products in a row, their numbers cut off by 2^-11 on average
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # the interpreter's

@@ -29,8 +29,11 @@ def arguments(device: str, dtype: torch.dtype, shape: tuple[int, ...], outputs: 
 def test_values_and_gradients(
     device: str, dtype: torch.dtype, kind: str, weighted: bool, shape: tuple[int, ...], outputs: int
 ) -> None:
+    # The normalised x is rounded on its way into the product, and so are results.
     inputs = arguments(device, dtype, shape, outputs, weighted)
-    assert_accurate(partial(ops.norm_linear, kind=kind), partial(ops.norm_linear.naive, kind=kind), inputs, slack=2)
+    assert_accurate(
+        partial(ops.norm_linear, kind=kind), partial(ops.norm_linear.naive, kind=kind), inputs, slack=2, roundings=2
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

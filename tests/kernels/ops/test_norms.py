@@ -16,8 +16,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 NORMS = {"layer_norm": ops.layer_norm, "rms_norm": ops.rms_norm}
 NAMES = pytest.mark.parametrize("name", NORMS)
 # No row, one, an odd number of columns, several tiles of rows, a tile that is not full, more columns than lie in
-# registers.
-SHAPES = [(0, 8), (3, 0), (1, 5), (5, 7, 11), (70, 32), (33, 520), (2, 16400)]
+# registers beside the sums over rows, or at all.
+SHAPES = [(0, 8), (3, 0), (1, 5), (5, 7, 11), (70, 32), (33, 520), (17, 9000), (2, 16400)]
 
 
 def inputs_of(name: str, device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> list[Tensor]:
@@ -32,7 +32,7 @@ def inputs_of(name: str, device: str, dtype: torch.dtype, shape: tuple[int, ...]
 @pytest.mark.parametrize("shape", SHAPES)
 def test_result_and_gradients(name: str, device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     norm = NORMS[name]
-    if dtype != torch.float32 and shape[-1] > 16384:
+    if dtype != torch.float32 and shape[-1] > 8192:
         pytest.skip("float32 has shown it")
     assert_accurate(norm, norm.naive, inputs_of(name, device, dtype, shape))
 

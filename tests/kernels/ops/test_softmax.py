@@ -30,7 +30,9 @@ def test_result_and_gradient(device: str, dtype: torch.dtype, shape: tuple[int, 
     softmax, naive = partial(ops.softmax, dim=dim), partial(ops.softmax.naive, dim=dim)
     # The interpreter cuts off where a GPU rounds to bfloat16, and gradients are differences of such results.
     grad = device != "cpu" or dtype != torch.bfloat16
-    assert_accurate(softmax, naive, draw(device, dtype, shape, scale=3.0, grad=grad))
+    # A few numbers of that size are nearly one-hot, and their gradient hardly more than rounding errors.
+    scale = 3.0 if shape[dim] > 16 else 1.0
+    assert_accurate(softmax, naive, draw(device, dtype, shape, scale=scale, grad=grad))
 
 
 @pytest.mark.parametrize("device", DEVICES)

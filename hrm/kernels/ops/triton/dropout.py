@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_ROUNDS = tl.constexpr(7)
 _THREADS = 128
 _TILES = 4  # of 16 bytes a thread, in a program
 
@@ -19,10 +20,10 @@ def _random_bits(
     number = first + tl.arange(0, THREADS) * BLOCKS
     zero = number.to(tl.uint32) * 0
     low, high = zero + stream.to(tl.uint32), zero + (stream >> 32).to(tl.uint32)
-    a, b, c, d = tl.philox(seed, number.to(tl.uint32), (number >> 32).to(tl.uint32), low, high)
+    a, b, c, d = tl.philox(seed, number.to(tl.uint32), (number >> 32).to(tl.uint32), low, high, _ROUNDS)
     if BLOCKS == 2:
         number += 1
-        e, f, g, h = tl.philox(seed, number.to(tl.uint32), (number >> 32).to(tl.uint32), low, high)
+        e, f, g, h = tl.philox(seed, number.to(tl.uint32), (number >> 32).to(tl.uint32), low, high, _ROUNDS)
         a, b, c, d = tl.join(a, e), tl.join(b, f), tl.join(c, g), tl.join(d, h)
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (THREADS * BLOCKS * 4,))
 

@@ -20,6 +20,8 @@ from hrm.kernels.ops.triton.common import multiprocessor_count
 
 _WHOLE = 16384
 _LONG = 4096  # columns of a tile of a longer row
+_SUMS_APART = 8192  # columns; of longer rows a thread's registers do not hold the sums over rows too
+_SUM_ROWS, _SUM_COLUMNS = 16, 512  # of a tile, where these sums are a kernel of their own
 
 
 class Tile(NamedTuple):
@@ -38,7 +40,7 @@ def forward_tile(columns: int) -> Tile:
 
 def backward_tile(columns: int) -> Tile:
     if columns <= 2048:
-        return Tile((2048 if columns > 64 else 1024) // columns, 8, 3, 80)
+        return Tile((2048 if columns > 64 else 1024) // columns, 4, 3, 168)
     return Tile(1, 8, 2, 128) if columns <= 4096 else Tile(1, 16, 1, 128)
 
 
@@ -57,11 +59,12 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
+    """Rows pass through the cache once; weights stay there, for the next program on the multiprocessor."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)[None, :]
     exists = columns < D
     inside = (rows < M)[:, None] & exists
-    value = tl.load(x + rows[:, None] * stride + columns, inside, 0).to(tl.float32)
+    value = tl.load(x + rows[:, None] * stride + columns, inside, 0, eviction_policy="evict_first").to(tl.float32)
     if mean is not None:
         average = tl.sum(value, 1) / D
         tl.store(mean + rows, average, rows < M)
@@ -70,9 +73,9 @@ def _forward_kernel(
     tl.store(rstd + rows, factor, rows < M)
     value *= factor[:, None]
     if weight is not None:
-        value *= tl.load(weight + columns, exists, 0).to(tl.float32)
+        value *= tl.load(weight + columns, exists, 0, eviction_policy="evict_last").to(tl.float32)
     if bias is not None:
-        value += tl.load(bias + columns, exists, 0).to(tl.float32)
+        value += tl.load(bias + columns, exists, 0, eviction_policy="evict_last").to(tl.float32)
     tl.store(y + rows[:, None] * D + columns, value, inside)
 
 
@@ -234,7 +237,7 @@ def _long_backward_kernel(
 
 
 @triton.jit
-def _long_weights_kernel(
+def _sums_kernel(
     dy: tl.tensor,
     dy_stride: tl.tensor,
     x: tl.tensor,
@@ -348,12 +351,15 @@ def backward(
         return dx, sums.zero_()
     weight = _contiguous(weight)
     columns = triton.next_power_of_2(D)
-    is_long = columns > _WHOLE
-    tile = Tile(16, 8, 1) if is_long else backward_tile(columns)
-    programs = min(tile.programs * multiprocessor_count(x.device), triton.cdiv(M, tile.rows))
-    parts = x.new_empty(asked, programs, D, dtype=torch.float32)
+    sums_apart = bool(asked) and columns > _SUMS_APART
+    tile, processors = backward_tile(columns), multiprocessor_count(x.device)
+    programs = min(tile.programs * processors, triton.cdiv(M, tile.rows))
+    summing = programs
+    if sums_apart:
+        summing = min(triton.cdiv(8 * processors, triton.cdiv(D, _SUM_COLUMNS)), triton.cdiv(M, _SUM_ROWS))
+    parts = x.new_empty(asked, summing, D, dtype=torch.float32)
     weight_parts, bias_parts = parts[0] if d_weight else None, parts[-1] if d_bias else None
-    if is_long:
+    if columns > _WHOLE:
         _long_backward_kernel[(M,)](
             grads,
             grads.stride(0),
@@ -367,22 +373,6 @@ def backward(
             COLUMNS=_LONG,
             num_warps=8,
         )
-        if asked:
-            _long_weights_kernel[(triton.cdiv(D, 512), programs)](
-                grads,
-                grads.stride(0),
-                rows,
-                rows.stride(0),
-                mean,
-                rstd,
-                weight_parts,
-                bias_parts,
-                M,
-                D,
-                ROWS=tile.rows,
-                COLUMNS=512,
-                num_warps=tile.warps,
-            )
     else:
         _backward_kernel[(programs,)](
             grads,
@@ -393,8 +383,8 @@ def backward(
             mean,
             rstd,
             dx,
-            weight_parts,
-            bias_parts,
+            None if sums_apart else weight_parts,
+            None if sums_apart else bias_parts,
             M,
             D,
             ROWS=tile.rows,
@@ -403,10 +393,26 @@ def backward(
             num_warps=tile.warps,
             maxnreg=tile.registers,
         )
+    if sums_apart:
+        _sums_kernel[(triton.cdiv(D, _SUM_COLUMNS), summing)](
+            grads,
+            grads.stride(0),
+            rows,
+            rows.stride(0),
+            mean,
+            rstd,
+            weight_parts,
+            bias_parts,
+            M,
+            D,
+            ROWS=_SUM_ROWS,
+            COLUMNS=_SUM_COLUMNS,
+            num_warps=8,
+        )
     if asked:
         width = 32 if D <= 1024 else 128
         _add_up_kernel[(triton.cdiv(D, width), asked)](
-            parts, sums, programs, D, ROWS=2048 // width, COLUMNS=width, num_warps=4
+            parts, sums, summing, D, ROWS=2048 // width, COLUMNS=width, num_warps=4
         )
     return dx, sums
 

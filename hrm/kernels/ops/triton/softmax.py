@@ -22,10 +22,14 @@ _LONG = 4096  # columns of a tile of a longer row
 
 def forward_tile(columns: int) -> Tile:
     """For rows of `columns`, a power of two."""
+    if columns <= 64:  # read an element at a time where their length is no power of two, which wants many threads
+        return Tile(512 // columns, 4)
     return Tile(max(1, 1024 // columns), min(32, max(1, columns // 1024)))
 
 
 def backward_tile(columns: int) -> Tile:
+    if columns <= 64:
+        return Tile(512 // columns, 4)
     return Tile(max(1, 512 // columns), min(16, max(1, columns // 512)))
 
 
