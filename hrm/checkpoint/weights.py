@@ -14,7 +14,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from yaml import YAMLError
 
+from hrm.checkpoint.fetching import local_files
 from hrm.checkpoint.run_folder import CONFIG_FILE, replacing
 from hrm.errors import UserError, first_sentence, shortened
 from hrm.reading import read_yaml_text
+from hrm.remote.urls import is_url
 from hrm.tasks.form import FORM_FILE, IDENTIFIERS_FILE
 
 PUZZLE_TABLE = "model.inner.puzzle_emb.weights"  # its name among the weights
@@ -43,10 +45,8 @@ _HUB_WEIGHTS = "checkpoint"
 # What `save_pretrained` writes, as other packages do on the hub.
 PRETRAINED_WEIGHTS, PRETRAINED_CONFIG = "model.safetensors", "config.json"
 _SAFETENSORS = ".safetensors"
-_HUB_FILES = [
-    *(_HUB_WEIGHTS, "step_*", CONFIG_FILE, PRETRAINED_WEIGHTS, PRETRAINED_CONFIG),
-    *(FORM_FILE, IDENTIFIERS_FILE),
-]
+_BESIDE_WEIGHTS = (CONFIG_FILE, PRETRAINED_CONFIG, FORM_FILE, IDENTIFIERS_FILE)
+_HUB_FILES = [_HUB_WEIGHTS, "step_*", PRETRAINED_WEIGHTS, *_BESIDE_WEIGHTS]
 _OPTION_REFERENCE = re.compile(r"\$\{\.*\w+(\.\w+)*\}")
 _WEIGHTS_NAME = re.compile(r"step_(\d+)(_ema)?(\.safetensors|\.pt)?")
 
@@ -92,14 +92,15 @@ def find_checkpoint(where: str, option: str = "checkpoint", *, needs_config: boo
     """Locate weights and read their options.
 
     Args:
-        where: a weights file, a run folder (its last step is taken), a hub id `owner/name`, or one of `pretrained()`.
+        where: a weights file, a run folder (its last step is taken), the URL of one of these, a hub id `owner/name`,
+            or one of `pretrained()`.
         option: which gave it, for errors.
         needs_config: False where weights without options beside them will do: the options are empty then.
 
     Raises:
         UserError: nothing is there, or the options beside the weights are missing or unreadable.
     """
-    path = Path(where)
+    path = local_files(where, _BESIDE_WEIGHTS, _of_model) if is_url(where) else Path(where)
     # os.path, for pathlib raises errors about names that are too long or hold a NUL.
     if os.path.isdir(path):
         weights_file = _last_weights(path)
@@ -111,8 +112,8 @@ def find_checkpoint(where: str, option: str = "checkpoint", *, needs_config: boo
         weights_file = _last_weights(PRETRAINED / where)
     else:
         raise UserError(
-            f"{option}={shortened(where)} does not exist; give a weights file, a run folder, a hub id, or a model "
-            f"that comes with this package: {', '.join(pretrained())}."
+            f"{option}={shortened(where)} does not exist; give a weights file, a run folder, a URL of one, a hub id, "
+            f"or a model that comes with this package: {', '.join(pretrained())}."
         )
     file = _config_file(weights_file)
     return Checkpoint(weights_file, _read_config(file) if needs_config or file.exists() else {})
@@ -241,20 +242,29 @@ def _plain_names(names: Sequence[str]) -> list[str]:
 
 
 def _last_weights(folder: Path) -> Path:
-    steps: dict[int, Path] = {}
+    if (name := _last_of([file.name for file in folder.iterdir() if file.is_file()])) is None:
+        raise UserError(
+            f"{folder} holds no weights (a file step_<n>, {_HUB_WEIGHTS} or {PRETRAINED_WEIGHTS}); give a run folder."
+        )
+    return folder / name
+
+
+def _last_of(names: Collection[str]) -> str | None:
+    """The file of weights of the last step, of the files of a run folder; or those that have no step."""
+    steps: dict[int, str] = {}
     # Backwards, so that of one step the published layout takes the place of .safetensors.
-    for file in sorted(folder.glob("step_*"), reverse=True):
-        named = _WEIGHTS_NAME.fullmatch(file.name)
-        if named and not named[2] and file.is_file():
-            steps[int(named[1])] = file
+    for name in sorted(names, reverse=True):
+        named = _WEIGHTS_NAME.fullmatch(name)
+        if named and not named[2]:
+            steps[int(named[1])] = name
     if steps:
         return steps[max(steps)]
-    for name in (_HUB_WEIGHTS, PRETRAINED_WEIGHTS):
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(
-        f"{folder} holds no weights (a file step_<n>, {_HUB_WEIGHTS} or {PRETRAINED_WEIGHTS}); give a run folder."
-    )
+    return next((name for name in (_HUB_WEIGHTS, PRETRAINED_WEIGHTS) if name in names), None)
+
+
+def _of_model(names: Collection[str]) -> list[str]:
+    """The files of a folder that make a model: the last weights, and what belongs to them."""
+    return [name for name in (_last_of(names), *_BESIDE_WEIGHTS) if name is not None and name in names]
 
 
 def _download(hub_id: str) -> Path:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from hrm.caching import kept_sha256
 from hrm.data.pack import Pack, PackSet
 from hrm.errors import UserError
 from hrm.reading import sha256_of
-
-_CACHED_FROM_BYTES = 1 << 26  # smaller files are hashed faster than a cache is worth
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ def pack_identity(*splits: Pack) -> PackIdentity:
     path = splits[0].path
     files = sorted(file for split in splits for file in _files_of(split))
     with ThreadPoolExecutor(4) as threads:  # hashing leaves Python's lock alone
-        hashes = list(threads.map(_hash, files))
+        hashes = list(threads.map(kept_sha256, files))
     arrays = hashlib.sha256()
     for file, digest in zip(files, hashes, strict=True):
         arrays.update(f"{digest}  {file.relative_to(path).as_posix()}\n".encode())
@@ -59,28 +55,3 @@ def _hash_if_there(file: Path) -> str:
         raise UserError(
             f"{file} cannot be read ({error.strerror or error}); build or download the pack again."
         ) from error
-
-
-def _hash(file: Path) -> str:
-    about = file.stat()
-    if about.st_size < _CACHED_FROM_BYTES:
-        return sha256_of(file)
-    # The time of a change of the inode cannot be set, so that no copy with its times kept passes for the former file.
-    key = [str(file.resolve()), about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
-    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    cache = base / "hrm" / "pack-hashes" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
-    try:
-        had = json.loads(cache.read_text(encoding="utf-8"))
-        if had["key"] == key and len(bytes.fromhex(had["sha256"])) == 32:
-            return str(had["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    digest = sha256_of(file)
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cache.parent, delete=False, encoding="utf-8") as temporary:
-            json.dump({"key": key, "sha256": digest}, temporary)
-        Path(temporary.name).replace(cache)
-    except OSError:  # then it is hashed again next time
-        pass
-    return digest

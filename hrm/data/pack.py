@@ -22,6 +22,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
+from hrm.data.published import local_pack
 from hrm.errors import UserError, shortened
 from hrm.reading import parse_json, read_array, read_json, read_text, sha256_of
 from hrm.version import __version__
@@ -224,10 +225,13 @@ def replace_pack(output_dir: Path) -> Iterator[Path]:
 def open_pack(data_path: Path | str, split: str) -> Pack:
     """Check `<data_path>/<split>` and map it into memory.
 
+    Args:
+        data_path: a folder, or the URL of a published pack, of which a copy is fetched.
+
     Raises:
         UserError: a file is missing, torn or at odds with the others; names the file, the value and the way out.
     """
-    path = Path(data_path)
+    path = local_pack(data_path)
     folder = path / split
     # os.path, for pathlib raises errors about names that are too long or hold a NUL.
     if os.path.isfile(path):
@@ -325,6 +329,9 @@ def _read_metadata(file: Path) -> PackMetadata:
     for name in ("vocab_size", "num_puzzle_identifiers"):
         if values[name] > np.iinfo(np.int32).max:
             raise _broken(file, f"has {name} {values[name]}, more than tokens and identifiers of 32 bits can count")
+    for name in metadata.sets:
+        if "/" in name or "\\" in name:
+            raise _broken(file, f"has the set {shortened(repr(name))}, which is not the name of a file")
     for name, limit_name in (("pad_id", "vocab_size"), ("blank_identifier_id", "num_puzzle_identifiers")):
         value, limit = values[name], values[limit_name]
         if not 0 <= value < limit:

@@ -14,6 +14,7 @@ from hrm.config import EnsembleConfig, EvaluateConfig
 from hrm.data.builders.missing import how_to_build
 from hrm.data.loader import EvalLoader, deaths_of_workers_told
 from hrm.data.pack import Pack, open_pack
+from hrm.data.published import local_pack
 from hrm.distributed.world import World, join_world
 from hrm.errors import UserError, printable, printable_lines, shortened
 from hrm.evaluation.early_halting import EarlyHalting, halting_metrics
@@ -28,6 +29,7 @@ from hrm.evaluation.solve import solve_puzzle
 from hrm.evaluation.symmetries import rules_of, symmetries_of
 from hrm.models import ACTLossHead
 from hrm.output import output_that_counts
+from hrm.remote.urls import parts_of_url
 from hrm.tasks.base import Evaluator
 from hrm.unforeseen import traceback_folder
 
@@ -125,12 +127,13 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, data_path: s
         raise UserError(
             f"{checkpoint.config_file} has global_batch_size: {batch_size}; add global_batch_size=<number>."
         )
-    if not os.path.exists(data_path):  # pathlib raises errors about names that are too long
+    path = local_pack(data_path)
+    if not os.path.exists(path):  # pathlib raises errors about names that are too long
         raise UserError(
             f"The data pack {shortened(data_path)} does not exist: give its path, data_path=, or "
             + how_to_build(data_path, by_name=False)
         )
-    pack = open_pack(data_path, "test")
+    pack = open_pack(path, "test")
     batch_size = _bounded(batch_size, pack, world)
     shown = ShownPuzzles(pack, config.show, world) if config.show else None
     folder = _output_folder(config, checkpoint)
@@ -269,5 +272,6 @@ def _print_result(
 def _output_folder(config: EvaluateConfig, checkpoint: Checkpoint) -> Path:
     if config.output_dir:
         return Path(config.output_dir)
-    from_hub = not Path(config.checkpoint).exists()  # then its folder is the hub's cache
-    return Path("outputs") / config.checkpoint if from_hub else checkpoint.folder
+    if Path(config.checkpoint).exists():
+        return checkpoint.folder
+    return Path("outputs").joinpath(*parts_of_url(config.checkpoint))  # its own folder is in a cache

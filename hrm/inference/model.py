@@ -265,7 +265,7 @@ class TrainedModel(ModelHubMixin):
         config = self.checkpoint.config
         kept: dict[str, Any] = {"model_type": "hrm", "hrm_version": __version__, "arch": config["arch"]}
         data_path = config.get("data_path")
-        if isinstance(data_path, str) and not Path(data_path).is_absolute():
+        if isinstance(data_path, str) and not (Path(data_path).is_absolute() or data_path.startswith("file:")):
             kept["data_path"] = data_path
         for name in ("global_batch_size", "pack_identity"):
             if name in config:

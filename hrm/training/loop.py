@@ -31,12 +31,14 @@ from hrm.data.identity import PackIdentity, pack_identity
 from hrm.data.joined import first_identifiers, join_test, join_train, joined_identity
 from hrm.data.loader import EvalLoader, TrainLoader, deaths_of_workers_told
 from hrm.data.pack import Pack, open_pack, read_provenance
+from hrm.data.published import local_pack
 from hrm.distributed.world import World, join_world, share_from_main
 from hrm.errors import EXIT_INTERRUPTED, UserError
 from hrm.kernels import describe
 from hrm.kernels.dtypes import AUTO as AUTO_DTYPE
 from hrm.kernels.dtypes import computing_dtype, describe_dtype
 from hrm.output import unbreakable_output
+from hrm.remote.urls import is_url
 from hrm.tasks import form_of, task_of
 from hrm.tasks.form import PuzzleForm
 from hrm.training.metrics import MetricWindow
@@ -94,8 +96,10 @@ def _pretrain(config: PretrainConfig, world: World) -> tuple[Request, TrainResul
         config = replace(config, arch=replace(config.arch, forward_dtype=dtype))
         if Path(config.data.path) != Path(config.data_path):  # what `data` tells is of another pack
             config = replace(config, data=DataConfig(Path(config.data_path).name, config.data_path, build=""))
-        packs = [open_pack(path, "train") for path in config.train_paths]
-        tests = [open_pack(path, "test") for path in config.test_paths]
+        # Looked up once, so that both splits are of one pack. Processes of a machine wait for the one that fetches.
+        local = {path: local_pack(path) for path in (*config.train_paths, *config.test_paths)}
+        packs = [open_pack(local[path], "train") for path in config.train_paths]
+        tests = [open_pack(local[path], "test") for path in config.test_paths]
         _check_one_task([*packs, *tests])
         train_pack, test_pack = join_train(packs), join_test(tests, packs)
         identities = share_from_main(_identities(packs, tests) if world.is_main else None, world)
@@ -134,7 +138,7 @@ def _pretrain(config: PretrainConfig, world: World) -> tuple[Request, TrainResul
         if world.is_main:
             try:
                 _take_over(folder, saved)
-                about = _about_packs(packs, identities) if len(packs) > 1 else {}
+                about = _about_packs(config.train_paths, packs, identities) if len(packs) > 1 else {}
                 save_config(config, folder, pack_identity=asdict(identity), task=task, **about)
                 _form(packs, train_pack).save(folder)
             except OSError as error:
@@ -262,18 +266,18 @@ def _identities(train: Sequence[Pack], test: Sequence[Pack]) -> list[PackIdentit
     return [pack_identity(pack, *(split for split in test if split.path == pack.path)) for pack in train]
 
 
-def _about_packs(packs: Sequence[Pack], identities: Sequence[PackIdentity]) -> dict[str, Any]:
+def _about_packs(paths: Sequence[str], packs: Sequence[Pack], identities: Sequence[PackIdentity]) -> dict[str, Any]:
     """What to write down of several packs: which rows of the puzzle table are whose."""
-    rows = zip(packs, first_identifiers(packs), identities, strict=True)
+    rows = zip(paths, packs, first_identifiers(packs), identities, strict=True)
     return {
         "packs": [
             {
-                "path": str(pack.path),
+                "path": path if is_url(path) else str(pack.path),
                 "first_identifier": first,
                 "num_puzzle_identifiers": pack.metadata.num_puzzle_identifiers,
                 "identifiers": identity.identifiers,
             }
-            for pack, first, identity in rows
+            for path, pack, first, identity in rows
         ]
     }
 

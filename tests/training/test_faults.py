@@ -709,6 +709,7 @@ def test_the_pack_in_use_is_recorded(config: PretrainConfig, folder: Path, pack:
 
 
 def test_large_arrays_are_hashed_once(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hrm import caching
     from hrm.data import identity
     from hrm.data.pack import open_pack
 
@@ -718,12 +719,13 @@ def test_large_arrays_are_hashed_once(pack: Path, tmp_path: Path, monkeypatch: p
     splits = open_pack(own, "train"), open_pack(own, "test")
     plain = identity.pack_identity(*splits)
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(identity, "_CACHED_FROM_BYTES", 1)
+    monkeypatch.setattr(caching, "_KEPT_FROM_BYTES", 1)
     before = {file: file.read_bytes() for file in own.rglob("*") if file.is_file()}
     assert identity.pack_identity(*splits) == plain
     with monkeypatch.context() as patch:
         hashed: list[Path] = []
-        patch.setattr(identity, "sha256_of", lambda file: hashed.append(file) or "0" * 64)
+        for module in (caching, identity):
+            patch.setattr(module, "sha256_of", lambda file: hashed.append(file) or "0" * 64)
         again = identity.pack_identity(*splits)
         assert {file.name for file in hashed} == {"identifiers.json", "provenance.json"}
         assert again.arrays == plain.arrays

@@ -15,15 +15,17 @@ from hrm.config.paths import PROJECT_DIR
 from hrm.data.builders import find_builders
 from hrm.data.registry import read_registry
 from hrm.errors import UserError, shortened
+from hrm.remote.urls import is_url
 
 
 def ensure_pack(data: DataConfig, data_path: str) -> None:
-    """Build the pack at `data_path` if it is missing and is the one that `data` describes.
+    """Build the pack at `data_path` if it is missing and is the one that `data` describes; URLs are fetched later.
 
     Raises:
         UserError: the pack is missing and cannot be built; the sentence gives the command that makes one.
     """
-    if os.path.exists(data_path):  # pathlib raises errors about names that are too long
+    # os.path, for pathlib raises errors about names that are too long.
+    if is_url(data_path) or os.path.exists(data_path):
         return
     if data_path != data.path:
         raise UserError(f"data_path={shortened(data_path)} does not exist: {how_to_build(data_path)}")
