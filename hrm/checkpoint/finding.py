@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from hrm.checkpoint.fetching import local_files
 from hrm.checkpoint.states import (
     METADATA_FILE,
     READABLE_FORMATS,
@@ -29,9 +30,29 @@ from hrm.data.pack import Pack
 from hrm.errors import UserError, first_sentence, shortened
 from hrm.models import arch_config
 from hrm.reading import read_json, read_text, sha256_of
+from hrm.remote.urls import Remote, is_url, last_part
 
 AUTO = "auto"
 _MOST_BYTES = 1 << 26  # of the metadata and of the sums
+
+
+def local_state(resume: str) -> str:
+    """What `resume` asks for, with a copy here of the training state behind a URL.
+
+    Args:
+        resume: as for `find_state`, or the URL of a training state, or of a run folder, for its last one.
+
+    Raises:
+        UserError: there is none behind the URL, or it cannot be had.
+    """
+    if not is_url(resume):
+        return resume
+    if not STATE_NAME.fullmatch(last_part(resume)):
+        found = [match for name in Remote(resume).list() if (match := STATE_NAME.fullmatch(name))]
+        if not found:
+            raise UserError(f"resume={resume} holds no training state (a folder state_<n>): correct the URL.")
+        resume = f"{resume.rstrip('/')}/{max(found, key=lambda match: int(match[1]))[0]}"
+    return str(local_files(resume, (), lambda names: names))
 
 
 def find_state(resume: str, run_folder: Path) -> SavedState | None:

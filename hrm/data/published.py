@@ -57,7 +57,7 @@ class Manifest:
         return hashlib.sha256(lines.encode()).hexdigest()
 
     @property
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
         return sum(about.bytes for about in self.files.values())
 
     def to_json(self) -> bytes:

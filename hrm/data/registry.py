@@ -5,7 +5,7 @@ pack's own provenance.json.
 """
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -45,13 +45,26 @@ def is_pack(folder: Path) -> bool:
     return all((folder / split / "dataset.json").is_file() for split in SPLITS)
 
 
+def entries(registry: Mapping[str, DictConfig]) -> list[dict[str, str]]:
+    """What the registry says of each pack, and whether it is built."""
+    return [
+        {column: str(entry.get(column, "")) for column in (*COLUMNS, "build", "path")}
+        | {"name": name, "built": built(Path(entry.path))}
+        for name, entry in registry.items()
+    ]
+
+
+def table(columns: Mapping[str, int], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of cells below the names of their columns, wrapped to the widths that `columns` has in characters."""
+    return "\n".join([*_head(columns), *(line for row in rows for line in _row(columns, row))])
+
+
 def listing(registry: Mapping[str, DictConfig]) -> str:
     """A table of the registry, with the command that makes each pack, and the other packs that lie beside theirs."""
-    lines = [*_row(list(COLUMNS)), *_row(["-" * width for width in COLUMNS.values()])]
-    for name, entry in registry.items():
-        known = {column: str(entry.get(column, "")) for column in COLUMNS} | {"name": name}
-        lines += _row(list((known | {"built": built(Path(entry.path))}).values()))
-        lines += [f"    {build_command(entry.build, entry.path)}", ""]
+    lines = _head(COLUMNS)
+    for entry in entries(registry):
+        lines += _row(COLUMNS, [entry[column] for column in COLUMNS])
+        lines += [f"    {build_command(entry['build'], entry['path'])}", ""]
     paths = {Path(entry.path) for entry in registry.values()}
     others = sorted({pack for path in paths for pack in path.parent.glob("*") if is_pack(pack)} - paths)
     if others:
@@ -68,9 +81,13 @@ def _origin(pack: Path) -> str:
         return "of unknown origin"
 
 
-def _row(cells: Sequence[str]) -> Iterator[str]:
-    """The lines of one row of the table."""
-    widths = list(COLUMNS.values())
+def _head(columns: Mapping[str, int]) -> list[str]:
+    return [*_row(columns, list(columns)), *_row(columns, ["-" * width for width in columns.values()])]
+
+
+def _row(columns: Mapping[str, int], cells: Sequence[str]) -> Iterator[str]:
+    """The lines of one row of a table."""
+    widths = list(columns.values())
     wrapped = [textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(cells, widths, strict=True)]
     for parts in zip_longest(*wrapped, fillvalue=""):
         yield "  ".join(f"{part:<{width}}" for part, width in zip(parts, widths, strict=True)).rstrip()

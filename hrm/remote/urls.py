@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hrm.config.paths import install_hint
+from hrm.config.extras import need
 from hrm.errors import UserError, first_sentence
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters at least: C:// is a drive
@@ -198,7 +198,7 @@ def _file_system(url: str, protocol: str) -> tuple[Any, str]:
     except ImportError as error:
         package = str(known_implementations.get(protocol, {}).get("class", "")).partition(".")[0]
         if protocol in ("s3", "s3a"):
-            raise UserError(f"{url} needs the package s3fs: {install_hint('s3')}.") from error
+            need(url, "s3", ["s3fs"])
         if package and package != "fsspec":
             raise UserError(f"{url} needs the package {package}: pip install {package}.") from error
         raise UserError(f"{url} needs a package that is not installed ({first_sentence(error)}).") from error

@@ -130,21 +130,34 @@ class Store:
 
     # ---- packs
 
-    def add_pack(self, pack: PublishedPack) -> None:
+    def add_pack(self, pack: PublishedPack, *, overwrite: bool = False) -> None:
         """Record where a pack is. One of the same name, version and content is replaced.
+
+        Args:
+            overwrite: replace one with other content too.
 
         Raises:
             UserError: there is one of that name and version with other content.
         """
-        of_name = (tables.packs.c.name == pack.name) & (tables.packs.c.version == pack.version)
+        replaced = (tables.packs.c.name == pack.name) & (tables.packs.c.version == pack.version)
+        if not overwrite:
+            replaced &= tables.packs.c.hash == pack.hash
         values = vars(pack)
         with self._writing() as connection:
             connection.execute(self._insert(tables.packs).on_conflict_do_nothing(), values)
-            written = connection.execute(update(tables.packs).where(of_name, tables.packs.c.hash == pack.hash), values)
+            written = connection.execute(update(tables.packs).where(replaced), values)
             if written.rowcount == 0:
                 raise UserError(
-                    f"{self} has {pack.name} version {pack.version} with other content: give another version."
+                    f"{self} has {pack.name} version {pack.version} with other content: give another version, or "
+                    "overwrite it."
                 )
+
+    def pack(self, name: str, version: str) -> PublishedPack | None:
+        """The pack of a name and a version."""
+        with self._reading() as connection:
+            of_both = (tables.packs.c.name == name) & (tables.packs.c.version == version)
+            row = connection.execute(select(tables.packs).where(of_both)).one_or_none()
+            return None if row is None else PublishedPack(**row._mapping)
 
     def packs(self) -> list[PublishedPack]:
         """All packs, by name and age."""

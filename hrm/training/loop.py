@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hrm.checkpoint.finding import AUTO, check_options, find_state
+from hrm.checkpoint.finding import AUTO, check_options, find_state, local_state
 from hrm.checkpoint.lock import RunLock
 from hrm.checkpoint.run_folder import (
     cannot_write,
@@ -86,7 +86,9 @@ def _pretrain(config: PretrainConfig, world: World) -> tuple[Request, TrainResul
     """Train to the end (`NOTHING`), or to where a request stops the run."""
     config, folder = share_from_main(_with_names(config), world)
     with RunLock(folder) if world.is_main else nullcontext() as lock:
-        saved = share_from_main(_find_saved(config, folder) if world.is_main else None, world)
+        resume = None if config.resume is None else local_state(config.resume)  # all processes read it
+        found = find_state(resume, folder) if world.is_main and resume is not None else None
+        saved = share_from_main(found, world)
         if world.is_main:
             for path in {*config.train_paths, *config.test_paths}:
                 ensure_pack(config.data, path)
@@ -191,10 +193,6 @@ def _dtype(config: PretrainConfig, saved: SavedState | None, device: torch.devic
     return computing_dtype(config.dtype, made_for, device)
 
 
-def _find_saved(config: PretrainConfig, folder: Path) -> SavedState | None:
-    return None if config.resume is None else find_state(config.resume, folder)
-
-
 def _take_over(folder: Path, saved: SavedState | None) -> None:
     """Make a run folder ready, moving aside what does not belong to the run that starts or goes on."""
     remove_leftovers(folder)
@@ -233,6 +231,8 @@ def _with_names(config: PretrainConfig) -> tuple[PretrainConfig, Path]:
     if config.resume is not None and config.checkpoint_path is None and config.run_name is None:
         if config.resume == AUTO:
             raise UserError("resume=auto looks in the run folder: name it, by checkpoint_path= or run_name=.")
+        if is_url(config.resume):
+            raise UserError(f"resume={config.resume} goes on in a folder here: name it, by checkpoint_path=.")
         path = Path(config.resume)
         folder = path.parent if path.name.startswith("state_") else path
     return replace(config, project_name=project, run_name=run, checkpoint_path=str(folder)), folder

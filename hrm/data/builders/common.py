@@ -82,6 +82,20 @@ def fill_in(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
             setattr(arguments, name, default)
 
 
+def as_flags(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """A command line in which options may be written name=value, as elsewhere, as argparse reads it."""
+    known = {name for action in parser._actions for name in action.option_strings}
+    names = [option(argument.partition("=")[0]) if "=" in argument else "" for argument in argv]
+    return [f"--{argument}" if name in known else argument for name, argument in zip(names, argv, strict=True)]
+
+
+def yes_or_no(text: str) -> bool:
+    """What an option's true or false stands for."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
+    return text.lower() == "true"
+
+
 def recorded(arguments: argparse.Namespace, *, but: Sequence[str] = ("output_dir",)) -> dict[str, Any]:
     """The arguments as a pack keeps them. Where it lies is no part of how it was made, so that two copies are equal
     byte for byte.
