@@ -15,7 +15,8 @@ FORMATS = ("onnx",)
 class ExportConfig:
     """Options of `hrm export`."""
 
-    # The model: a run folder, a weights file, a hub id such as owner/name, or sudoku, which comes with the package.
+    # The model: a run folder, a weights file, the URL of one, a hub id such as owner/name, or sudoku, which comes with
+    # the package.
     checkpoint: str = MISSING
     output: str = MISSING  # the folder to write; an earlier export there is replaced
     format: str = "onnx"  # what to write; onnx: one ACT step and a whole solve, for onnxruntime and others

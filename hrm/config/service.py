@@ -16,9 +16,12 @@ from hrm.errors import UserError
 class ServeConfig:
     """Options of `hrm serve`."""
 
-    # The model: a run folder, a weights file, a hub id such as owner/name, or sudoku, which comes with the package.
+    # The model: a run folder, a weights file, the URL of one, a hub id such as owner/name, or sudoku, which comes with
+    # the package.
     checkpoint: str = MISSING
-    data_path: str | None = None  # the pack it was trained on, for checkpoints that do not say what their tokens mean
+    data_path: str | None = (
+        None  # the pack it was trained on, or its URL, where the checkpoint says not what tokens mean
+    )
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all of this machine's
     port: int = 8000  # 0: any that is free
     slots: int | None = None  # puzzles computed at a time; null: what suits the device

@@ -43,7 +43,7 @@ class PretrainConfig:
     }
 
     arch: Any = MISSING  # typed by the schema that its YAML file names
-    data_path: str = II("data.path")  # the pack to train on; default: that of `data`, built first if it is missing
+    data_path: str = II("data.path")  # the pack to train on, or its URL; default: that of `data`, built if missing
     # Several packs to train on at once, of one vocabulary and length: identifiers of each have rows of their own in the
     # puzzle table. A single one is data_path.
     data_paths: list[str] = field(default_factory=list)
@@ -56,10 +56,12 @@ class PretrainConfig:
     eval_examples: int | None = None  # evaluate on so many examples of each set, drawn by the seed; null: on all
     checkpoint_every_eval: bool = True  # save the weights at every evaluation; false: only at the end
 
-    # The training state to resume from: auto: the last one in the run folder, if any; or its path; null: start anew.
+    # The training state to resume from: auto: the last one in the run folder, if any; or its path or URL; null: start
+    # anew.
     resume: str | None = None
     resume_changed: bool = False  # resume although options differ from those of the saved run
-    # Start from the weights of another run: a weights file, a run folder, a hub id; optimizers start afresh.
+    # Start from the weights of another run: a weights file, a run folder, the URL of one, a hub id; optimizers start
+    # afresh.
     init_from: str | None = None
     # The puzzle table with init_from. keep: its rows; mean: each row the mean of its rows; new: zeros; auto: keep where
     # the pack has the same identifiers, else mean.

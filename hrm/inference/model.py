@@ -324,12 +324,13 @@ def from_pretrained(
 
     Args:
         name: a model that comes with the package (`sudoku`), a run folder, a weights file, a folder that
-            `save_pretrained` wrote, or a hub id such as owner/name.
+            `save_pretrained` wrote, the URL of one of these, or a hub id such as owner/name.
         device: cuda, cuda:1, mps or cpu; auto: the first of these that is available.
         dtype: to compute in, such as float32; auto: as in training, but float32 where a CPU has no instructions for
             bfloat16.
         kernels: a preset of `kernels=`, or its fields.
-        data_path: the pack that the model was trained on, for checkpoints that do not say what their tokens mean.
+        data_path: the pack that the model was trained on, or its URL, for checkpoints that do not say what their tokens
+            mean.
 
     Raises:
         UserError: there is no such model, or it is broken, or an option is of no use.
