@@ -1,4 +1,4 @@
-"""Build data packs, list them, write examples: `hrm data sudoku --help`."""
+"""Build data packs, publish and list them, write examples: `hrm data sudoku --help`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from hrm.errors import UserError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the builder that the first argument names, and return the exit status."""
+    """Run the builder, or another command for packs, that the first argument names, and return the exit status."""
     from hrm.data.builders import find_builders
 
     builders = find_builders()
     name, *arguments = argv or ["--help"]
     if name in ("--help", "-h"):
         about = columns({name: _summary(builder) for name, builder in builders.items()})
-        print(f"Build data packs.\n\nusage: hrm data BUILDER ...\n\n{about}\n\nhrm data BUILDER --help says more.")
+        print(
+            f"Build data packs, publish and list them.\n\nusage: hrm data COMMAND ...\n\n{about}\n\n"
+            "hrm data COMMAND --help says more."
+        )
         return 0
     if name not in builders:
         raise UserError(f"hrm data {name} is not a builder; {neighbours(name, builders)}")

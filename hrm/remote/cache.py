@@ -99,6 +99,7 @@ def fetched(url: str, kind: str, look: Callable[[], Found]) -> Path:
     Raises:
         UserError: it cannot be had, is too large, or is not what it says to be.
     """
+    url = url.rstrip("/")
     home = cache_folder() / kind / _short_hash(url)
     with _locked(home):
         try:

@@ -168,6 +168,8 @@ class Remote:
         try:
             yield
         except FileNotFoundError as error:
+            if _is_no_answer(error.__cause__):  # fsspec's http:// calls both so
+                raise UnreachableError(f"{url} cannot be {done}: check the network, and try again.") from error
             raise MissingError(f"{url} does not exist{_reason(error)}: correct the URL.") from error
         except PermissionError as error:
             raise UserError(f"{url} may not be {done}{_reason(error)}: {self._about_credentials()}.") from error
@@ -211,6 +213,11 @@ def _file_system(url: str, protocol: str) -> tuple[Any, str]:
         raise UnreachableError(f"{url} cannot be read{_reason(error)}: check the URL.") from error
     files.invalidate_cache()  # listings of earlier looks
     return files, str(path)
+
+
+def _is_no_answer(error: BaseException | None) -> bool:
+    """Whether a server was not reached, rather than answered."""
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not hasattr(error, "response")
 
 
 def _reason(error: Exception) -> str:

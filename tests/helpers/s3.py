@@ -47,7 +47,8 @@ class S3Server:
             self._post("/moto-api/reset-auth", b"inf")
 
     def _post(self, path: str, content: bytes) -> None:
-        with urllib.request.urlopen(urllib.request.Request(self.endpoint + path, content, method="POST")):
+        headers = {"Content-Type": "application/octet-stream"}  # else it is read as a form
+        with urllib.request.urlopen(urllib.request.Request(self.endpoint + path, content, headers, method="POST")):
             pass
 
 

@@ -1,4 +1,4 @@
-"""Lists the data sets that `data=` can name, with what is built already; or the published packs of a results store.
+"""Lists the packs that `data=` can name, and which are built; or those published in a results store.
 
 hrm data list
 hrm data list results=sqlite:///results.sqlite
