@@ -28,7 +28,7 @@ from hrm.kernels.ops.triton import memory_mlp as memory
 from hrm.kernels.ops.triton import norm, softmax
 from hrm.kernels.ops.triton.norm import Tile
 
-_ROWS = {512: 384 * 82, 4096: 2**15, 16384: 2**13, 16: 384 * 82}  # by columns
+_ROWS = {512: 384 * 82, 4096: 2**15, 16384: 2**13, 11: 384 * 82}  # by columns
 _REGISTERS = 65536  # of a multiprocessor
 
 
@@ -60,7 +60,9 @@ def _compare(name: str, module: ModuleType, table: str, columns: int, timer: Tim
     in_force = getattr(module, table)
     found = []
     persistent = name == "norm_backward"
-    for tile in dict.fromkeys([in_force(columns), *_candidates(columns, persistent)]):
+    padded = 1 << (columns - 1).bit_length()
+    chosen = in_force(padded)
+    for tile in dict.fromkeys([chosen, *_candidates(padded, persistent)]):
         setattr(module, table, lambda _, tile=tile: tile)
         try:
             with timer.stream():
@@ -73,7 +75,7 @@ def _compare(name: str, module: ModuleType, table: str, columns: int, timer: Tim
         found.append((us, tile))
     copy_us = timer.copy_us((2 if "forward" in name else 3) * 2 * _ROWS[columns] * columns)
     for us, tile in sorted(found, key=lambda pair: -pair[0]):
-        mark = " <- in force" if tile == in_force(columns) else ""
+        mark = " <- in force" if tile == chosen else ""
         print(f"{name} {_ROWS[columns]}x{columns}: {us:8.1f} us, {copy_us / us:.2f} of copy, {tile}{mark}", flush=True)
 
 
@@ -125,7 +127,7 @@ def _compare_memory(timer: Timer, ends_at: float) -> None:
 
 def _candidates(columns: int, persistent: bool) -> Iterator[Tile]:
     for warps in (1, 2, 4, 8, 16, 32):
-        for per_thread in (8, 16, 32):
+        for per_thread in (4, 8, 16, 32):
             rows = warps * 32 * per_thread // columns
             if rows not in (1, 2, 4, 8, 16, 32, 64):
                 continue
