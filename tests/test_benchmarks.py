@@ -16,6 +16,7 @@ import torch
 
 import hrm
 from benchmarks import (
+    compare,
     cpu,
     ensembles,
     evaluate,
@@ -34,6 +35,8 @@ from benchmarks import (
 )
 from benchmarks.common import BASELINE, Shape, batches, run_command
 from hrm.batch import Batch
+from hrm.config import PretrainConfig
+from hrm.config.compose import compose
 from hrm.data.pack import Pack, PackMetadata, PackSet
 from hrm.errors import EXIT_USER_ERROR, UserError
 from hrm.evaluation.report.plots import Metric, figure_of, run_panel
@@ -358,6 +361,33 @@ def test_paths_of_ensembles_are_those_of_evaluate(trained: Path, tmp_path: Path)
         assert round(row["converged"], 4) == found[f"exact_accuracy/of_{3 * augmentations}"]
     curves = picture.read_text()
     assert all(f"<!-- {way} -->" in curves or f">{way}<" in curves for way in ("vote", "converged", "first", "any"))
+
+
+def test_comparison_at_equal_minutes(tmp_path: Path) -> None:
+    """Each gets as many steps as fill the time, and a command given again goes on."""
+    make_pack(tmp_path / "pack", train_size=32, test_size=16)
+    toy = ["arch.hidden_size=32", "arch.num_heads=2", "global_batch_size=16", "dtype=float32", "kernels=naive"]
+    arguments = ["--task", "sudoku", "--data", str(tmp_path / "pack"), "--device", "cpu", "--minutes", "0.002"]
+    arguments += ["--output-dir", str(tmp_path), "--picture", str(tmp_path / "p.svg"), *toy]
+    compare.main([*arguments, "--models", "no-inner-loop", "--seeds", "0"])
+    compare.main([*arguments, "--models", "transformer,no-inner-loop", "--seeds", "0"])
+    runs = [json.loads(line) for line in (tmp_path / "compare-sudoku.jsonl").read_text().splitlines()]
+    assert [run["model"] for run in runs] == ["no-inner-loop", "transformer"]
+    for run in runs:
+        assert run["steps"] == pytest.approx(0.002 * 60_000 / run["ms a step"], abs=2.01)  # whole epochs of two steps
+    (table,) = tmp_path.glob("*-compare-sudoku.json")
+    assert [row["model"] for row in json.loads(table.read_text())["rows"]] == ["transformer", "no-inner-loop"]
+    with pytest.raises(UserError, match="--models trm is not a choice; there are trm-mixer"):
+        compare.main([*arguments, "--models", "trm"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", compare.MODELS)
+def test_models_that_are_compared(name: str) -> None:
+    for task in compare.EXPERIMENTS:
+        config = compose(PretrainConfig, "pretrain", compare.recipe(task, compare.MODELS[name]))
+        assert config.arch.gate == "sigmoid_rms"
+        assert config.optim.name == "muon"
 
 
 @pytest.mark.parametrize(
