@@ -21,7 +21,6 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 import socket
 import time
 from collections import Counter
@@ -35,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import uvicorn
 
 from benchmarks.common import machine, make_parser, picture_file, run_command, write_results
 from hrm.config import ServeConfig
@@ -43,9 +41,8 @@ from hrm.data.pack import open_pack
 from hrm.errors import UserError
 from hrm.evaluation.report.picture import PALETTE, new_picture, save_picture
 from hrm.inference.model import TrainedModel, from_pretrained
-from hrm.service.command import settings_of
+from hrm.service.command import run
 from hrm.service.engine import Engine
-from hrm.service.http import make_app
 
 _MOST_BYTES = 1 << 16  # of a request, where services are abused
 _SECONDS_TO_ARRIVE = 2.0  # of a request, there
@@ -167,8 +164,7 @@ def _serve(name: str, arguments: argparse.Namespace, config: ServeConfig, ready:
     engine.warm_up()
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     ready.send(listener.getsockname())
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn passes it on when all is answered
-    uvicorn.Server(settings_of(make_app(engine, config, arguments.checkpoint), config)).run(sockets=[listener])
+    run(engine, config, arguments.checkpoint, listener)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,11 @@ import numpy as np
 
 from hrm.inference.inputs import in_chunks
 from hrm.inference.predictor import vote_of
-from hrm.service.engine import Engine, Solved, Step
+from hrm.service.engine import Engine, Step
 from hrm.tasks.base import PuzzleSize, Rules
 from hrm.tasks.form import Puzzle
+
+_WRITTEN_AT_ONCE = 16  # answers, before others get their turn in the event loop
 
 
 @dataclass(frozen=True)
@@ -39,33 +41,49 @@ def read_inputs(inputs: Sequence[Any], engine: Engine) -> tuple[list[Puzzle], li
 
 
 async def answer(
-    puzzle: Puzzle,
+    puzzles: Sequence[Puzzle],
     engine: Engine,
     max_steps: int | None,
     *,
     augmentations: int = 1,
     trajectory: bool = False,
     request: object = None,
-) -> Answer:
-    """Answer one puzzle, as `TrainedModel.predict` does on a CPU: augmentations are tried one after the other.
+) -> list[Answer]:
+    """Answer puzzles, as `TrainedModel.predict` does on a CPU: augmentations are tried one after the other.
 
     Args:
-        request: what the puzzle is of, as for `Engine.submit`.
+        request: what the puzzles are of, as for `Engine.submit`.
 
     Raises:
         UserError: the task has fewer augmentations.
         Closed: the engine takes no more.
     """
+    if augmentations > 1:
+        return await _all(_of_several(puzzle, engine, max_steps, augmentations, request) for puzzle in puzzles)
+    answers = []
+    all_solved = await asyncio.gather(*engine.ask(puzzles, max_steps, keeps_steps=trajectory, request=request))
+    for number, (puzzle, solved) in enumerate(zip(puzzles, all_solved, strict=True), start=1):
+        answers.append(_written(engine, puzzle, solved.last, solved.steps, solved.trajectory if trajectory else None))
+        if number % _WRITTEN_AT_ONCE == 0:
+            await asyncio.sleep(0)
+    return answers
+
+
+async def _all(works: Iterable[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+    """What all of them answer; none goes on after this."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _of_several(
+    puzzle: Puzzle, engine: Engine, max_steps: int | None, augmentations: int, request: object
+) -> Answer:
+    """The first of the augmentations' answers that keeps the task's rules, else the vote of all."""
     task, form = engine.model.task, engine.model.form
-
-    async def solve(copy: Puzzle) -> Solved:
-        return await asyncio.wrap_future(
-            engine.submit(copy, max_steps, keeps_steps=trajectory and augmentations == 1, request=request)
-        )
-
-    if augmentations == 1:
-        solved = await solve(puzzle)
-        return _written(engine, puzzle, solved.last, solved.steps, solved.trajectory if trajectory else None)
     # In threads, here and below: those of many puzzles would hold up the event loop.
     copies = await asyncio.to_thread(task.augmented, puzzle, augmentations, form)
     rules = _rules(engine)
@@ -73,7 +91,7 @@ async def answer(
     steps = 0
     # Where nothing tells a right answer all are wanted, so they are asked for at once.
     for turn in [[each] for each in copies] if rules else [copies]:
-        all_solved = await asyncio.gather(*(solve(copy) for copy, _ in turn))
+        all_solved = await asyncio.gather(*engine.ask([copy for copy, _ in turn], max_steps, request=request))
         for (_, undo), solved in zip(turn, all_solved, strict=True):
             given.append(Step(undo(solved.last.tokens).astype(np.int64), solved.last.q_halt))
             steps += solved.steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from hrm.service.connection import connection_class, connections_allowed
 from hrm.service.engine import Engine
 from hrm.service.http import make_app
 from hrm.service.memory import check_memory
+
+_SECONDS_TO_SWITCH = 0.0002  # after which a thread of Python has to let another one go on; Python's own: 0.005
 
 
 def serve(config: ServeConfig) -> None:
@@ -50,11 +53,18 @@ def serve(config: ServeConfig) -> None:
             printable_lines(f"{model!r}\nServing {name} at http://{shown}:{port} with {engine.slots} slots."),
             flush=True,
         )
-        settings = settings_of(make_app(engine, config, name), config)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            # uvicorn passes a signal on when all is answered; it has been heard by then.
-            signal.signal(number, lambda *_: None)
-        uvicorn.Server(settings).run(sockets=[listener])
+        run(engine, config, name, listener)
+
+
+def run(engine: Engine, config: ServeConfig, name: str, listener: socket.socket) -> None:
+    """Answer what comes in there, until SIGTERM or Ctrl-C."""
+    # The engine's thread needs the interpreter a few times between two ACT steps, while the device waits.
+    sys.setswitchinterval(_SECONDS_TO_SWITCH)
+    settings = settings_of(make_app(engine, config, name), config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn passes a signal on when all is answered; it has been heard by then.
+        signal.signal(number, lambda *_: None)
+    uvicorn.Server(settings).run(sockets=[listener])
 
 
 def settings_of(app: FastAPI, config: ServeConfig) -> uvicorn.Config:

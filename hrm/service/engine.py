@@ -5,11 +5,13 @@ Other work with the model is done in the same thread, between ACT steps.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -27,6 +29,7 @@ from hrm.service.sessions import begun, updated
 from hrm.tasks.form import Puzzle
 
 Result = TypeVar("Result")
+_AnyFuture = Future[Any] | asyncio.Future[Any]
 
 
 class Closed(Exception):
@@ -56,8 +59,7 @@ class _Job:
     max_steps: int
     keeps_steps: bool
     request: object
-    future: Future[Solved] = field(default_factory=Future)
-    steps: int = 0
+    future: Future[Solved] | asyncio.Future[Solved]
     trajectory: list[Step] = field(default_factory=list)
 
 
@@ -123,13 +125,20 @@ class Engine:
         self.slots = slots or sequences_at_once(model.device)
         self._inner = model.model
         self._is_one_shape = is_one_shape(model.model, model.device)  # else only slots in use are computed
+        self._reads_later = model.device.type != "cpu"  # it computes while the host goes on
         self._jobs: dict[int, _Job] = {}  # by slot
-        self._fresh: set[int] = set()  # slots whose job begins with the next step
-        self._inputs = np.zeros((self.slots, model.form.seq_len), dtype=np.int32)
-        self._identifiers = np.zeros(self.slots, dtype=np.int32)
-        self._carry = self._inner.initial_carry(self._batch(range(self.slots)))
+        self._steps = np.zeros(self.slots, dtype=np.int64)  # that the job of a slot has taken
+        self._max_steps = np.zeros(self.slots, dtype=np.int64)
+        # A row for each slot: tokens [S], identifier, and whether its job begins with the next step. In one piece, for
+        # a single copy to the device; what is found comes back likewise.
+        self._rows = torch.zeros(
+            (self.slots, model.form.seq_len + 2), dtype=torch.int32, pin_memory=model.device.type == "cuda"
+        )
+        self._written = self._rows.numpy()  # the same memory, written without a word to PyTorch
+        self._carry = self._inner.initial_carry(_batch(self._rows.to(model.device)))
         graphed = model.model.kernels.cuda_graphs
         self._step = GraphedWork(self._computed, model.device, eager_calls=2) if graphed else self._computed
+        self._ready: list[tuple[_AnyFuture, object]] = []  # to be handed out: an answer or an error
         self._waiting = _Lines()
         self._besides: deque[tuple[Generator[None, None, Any], Future[Any]]] = deque()  # work other than puzzles
         self._changed = threading.Condition()
@@ -152,13 +161,39 @@ class Engine:
         Raises:
             Closed: it takes no more.
         """
-        job = _Job(puzzle, max_steps or self.model.act_max_steps, keeps_steps, request)
+        future: Future[Solved] = Future()
+        self._put_in_line([_Job(puzzle, max_steps or self.model.act_max_steps, keeps_steps, request, future)])
+        return future
+
+    def ask(
+        self,
+        puzzles: Sequence[Puzzle],
+        max_steps: int | None = None,
+        *,
+        keeps_steps: bool = False,
+        request: object = None,
+    ) -> list[asyncio.Future[Solved]]:
+        """As `submit`, for several puzzles, from within an event loop.
+
+        The loop is woken once for all that an ACT step has answered. A future of `submit` wakes its thread for itself,
+        and at some hundred answers a step the engine would then wait for the interpreter more than for the device.
+        """
+        loop = asyncio.get_running_loop()
+        jobs = [
+            _Job(puzzle, max_steps or self.model.act_max_steps, keeps_steps, request, loop.create_future())
+            for puzzle in puzzles
+        ]
+        self._put_in_line(jobs)
+        return [job.future for job in jobs]  # type: ignore[misc]
+
+    def _put_in_line(self, jobs: Sequence[_Job]) -> None:
         with self._changed:
             self._check_open()
-            self._waiting.add(job)
+            for job in jobs:
+                self._waiting.add(job)
             self._changed.notify()
-        job.future.add_done_callback(partial(self._withdrawn, job))
-        return job.future
+        for job in jobs:
+            job.future.add_done_callback(partial(self._withdrawn, job))
 
     def run(self, work: Generator[None, None, Result]) -> Future[Result]:
         """Do other work with the model. Cancelling the future ends it where it yields next.
@@ -184,7 +219,7 @@ class Engine:
         if self._closed:
             raise Closed("the service is ending")
 
-    def _withdrawn(self, job: _Job, future: Future[Solved]) -> None:
+    def _withdrawn(self, job: _Job, future: Future[Solved] | asyncio.Future[Solved]) -> None:
         """Forget a puzzle that nobody waits for any more; one that has a slot gives it up before the next ACT step."""
         if future.cancelled():
             with self._changed:
@@ -228,12 +263,11 @@ class Engine:
         except BaseException as error:
             with self._changed:
                 self._closed, self._failure = True, error
-                futures: list[Future[Any]] = [job.future for job in (*self._jobs.values(), *self._waiting.take_all())]
-                futures += [future for _, future in self._besides]
+                self._ready += [(job.future, error) for job in (*self._jobs.values(), *self._waiting.take_all())]
+                self._ready += [(future, error) for _, future in self._besides]
                 self._jobs.clear()
                 self._besides.clear()
-            for future in futures:
-                _give(future, error)
+            self._hand_out()
 
     def _admit(self) -> bool:
         """Give free slots to those in line, and wait while there is no work; False when closed and all is done."""
@@ -248,10 +282,13 @@ class Engine:
                         continue
                     slot = next(free)
                     self._jobs[slot] = job
-                    self._fresh.add(slot)
-                    self._inputs[slot] = job.puzzle.tokens
-                    self._identifiers[slot] = job.puzzle.identifier
-                if self._jobs or self._besides:
+                    self._steps[slot], self._max_steps[slot] = 0, job.max_steps
+                    self._written[slot, :-2] = job.puzzle.tokens
+                    self._written[slot, -2:] = job.puzzle.identifier, True
+                if self._jobs:
+                    return True
+                self._hand_out()  # what would wait for an ACT step
+                if self._besides:
                     return True
                 if self._closed:
                     return False
@@ -282,56 +319,84 @@ class Engine:
 
     def _advance(self) -> None:
         """One ACT step of the slots in use."""
-        slots = list(range(self.slots)) if self._is_one_shape else sorted(self._jobs)
-        batch = self._batch(slots)
-        batch["fresh"] = torch.tensor([slot in self._fresh for slot in slots])
-        found = self._step(batch) if self._is_one_shape else self._computed(batch, torch.tensor(slots))
-        self._fresh.clear()
-        tokens, q = (each.cpu().numpy() for each in found)
+        slots = sorted(self._jobs)
+        if self._is_one_shape:
+            found = self._step({"rows": self._rows})
+        else:
+            kept = torch.tensor(slots)
+            found = self._computed({"rows": self._rows[kept]}, kept)
+        if self._reads_later:
+            self._hand_out()  # of the step before, while the device is at this one
+        host = found.cpu().numpy()
+        self._written[:, -1] = False
+        rows = np.array(slots) if self._is_one_shape else np.arange(len(slots))
+        q = host[rows, -2:].view(np.float32)
         with self._changed:
-            for row, slot in enumerate(slots):
-                if (job := self._jobs.get(slot)) is None:
+            self._steps[slots] += 1
+            self._work.act_steps += len(slots)
+            halted = (q[:, 0] > q[:, 1]) | (self._steps[slots] >= self._max_steps[slots])
+            for number, (slot, row) in enumerate(zip(slots, rows.tolist(), strict=True)):
+                job = self._jobs[slot]
+                if not (halted[number] or job.keeps_steps):
                     continue
-                job.steps += 1
-                self._work.act_steps += 1
-                step = Step(tokens[row].astype(np.int64), float(q[row, 0]))
+                step = Step(host[row, :-2].astype(np.int64), float(q[number, 0]))
                 if job.keeps_steps:
                     job.trajectory.append(step)
-                if q[row, 0] > q[row, 1] or job.steps >= job.max_steps:
+                if halted[number]:
                     del self._jobs[slot]
-                    self._work.answered += _give(job.future, Solved(step, job.steps, job.trajectory))
+                    self._work.answered += not job.future.cancelled()
+                    self._ready.append((job.future, Solved(step, int(self._steps[slot]), job.trajectory)))
+        if not self._reads_later:
+            self._hand_out()
 
-    def _batch(self, slots: range | list[int]) -> Batch:
-        rows = list(slots)
-        batch = {
-            "inputs": torch.from_numpy(self._inputs[rows]),
-            "puzzle_identifiers": torch.from_numpy(self._identifiers[rows]),
-        }
-        return {name: values.to(self.model.device) for name, values in batch.items()}
+    def _computed(self, batch: Batch, kept: Tensor | None = None) -> Tensor:
+        """An ACT step of some slots (None: all), given by their rows [N, S + 2].
 
-    def _computed(self, batch: Batch, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """An ACT step of some slots (None: all): answers [N, S] int32, q_halt and q_continue [N, 2] float32."""
-        kept = self._carry
-        puzzles = {name: values for name, values in batch.items() if name != "fresh"}
-        before = kept if rows is None else kept.rows(rows)
-        before.halted.copy_(batch["fresh"])
-        after, outputs = self._inner.model(before, puzzles)
-        for whole, new in zip(kept.tensors(), after.tensors(), strict=True):
-            if rows is None:
+        Returns:
+            [N, S + 2] int32: answers, and the bits of q_halt and q_continue, which are float32.
+        """
+        rows = batch["rows"].to(self.model.device)
+        before = self._carry if kept is None else self._carry.rows(kept)
+        before.halted.copy_(rows[:, -1] != 0)
+        after, outputs = self._inner.model(before, _batch(rows))
+        for whole, new in zip(self._carry.tensors(), after.tensors(), strict=True):
+            if kept is None:
                 whole.copy_(new)
             else:
-                whole[rows] = new
-        q = [outputs["q_halt_logits"].float(), outputs["q_continue_logits"].float()]
-        return outputs["logits"].argmax(-1).int(), torch.stack(q, 1)
+                whole[kept] = new
+        q = torch.stack([outputs["q_halt_logits"].float(), outputs["q_continue_logits"].float()], 1)
+        return torch.cat([outputs["logits"].argmax(-1).int(), q.view(torch.int32)], 1)
+
+    def _hand_out(self) -> None:
+        """Give what is ready to those who wait for it."""
+        ready, self._ready = self._ready, []
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], object]]] = {}
+        for future, outcome in ready:
+            if isinstance(future, asyncio.Future):
+                by_loop.setdefault(future.get_loop(), []).append((future, outcome))
+            else:
+                _give(future, outcome)
+        for loop, outcomes in by_loop.items():
+            with suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(_give_all, outcomes)
 
 
-def _give(future: Future[Any], outcome: object) -> bool:
-    """Hand out what came of some work, or the error that ended it; False where nobody waits for it any more."""
-    try:
+def _batch(rows: Tensor) -> Batch:
+    """A model's batch, from rows [N, S + 2] of slots."""
+    return {"inputs": rows[:, :-2].contiguous(), "puzzle_identifiers": rows[:, -2].contiguous()}
+
+
+def _give_all(outcomes: Sequence[tuple[asyncio.Future[Any], object]]) -> None:
+    """Give each, in the thread of the loop that waits."""
+    for future, outcome in outcomes:
+        if not future.done():
+            _give(future, outcome)
+
+
+def _give(future: _AnyFuture, outcome: object) -> None:
+    """Hand out what came of some work, or the error that ended it, unless nobody waits for it any more."""
+    with suppress(InvalidStateError):
         if isinstance(outcome, BaseException):
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
-    except InvalidStateError:
-        return False
-    return True

@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -26,6 +25,8 @@ from hrm.service.modules import Modules
 from hrm.service.problems import PROBLEMS, Problem, Refused, all_of, gone
 from hrm.service.room import Room
 from hrm.version import __version__
+
+_SHORT_BODY = 1 << 14  # bytes whose puzzles are read in a millisecond or two
 
 
 def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
@@ -84,8 +85,10 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
         began = time.perf_counter()
         try:
             _check(request, config)
-            # In a thread: many inputs would hold up the event loop.
-            puzzles, index = await asyncio.to_thread(read_inputs, request.inputs, engine)
+            if len(await http.body()) <= _SHORT_BODY:
+                puzzles, index = read_inputs(request.inputs, engine)
+            else:  # in a thread: they would hold up the event loop
+                puzzles, index = await asyncio.to_thread(read_inputs, request.inputs, engine)
             wanted = len(puzzles) * places(engine, request.augmentations)
             max_steps = request.act_max_steps or config.act_max_steps
             _check_puzzles(request, len(puzzles), wanted, max_steps)
@@ -96,10 +99,16 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
             sentence = f"{room.taken} puzzles wait already; come again in {seconds} s."
             raise Refused(429, sentence, {"Retry-After": str(seconds)})
         room.take(wanted)
-        asked = partial(answer, augmentations=request.augmentations, trajectory=request.trajectory, request=http)
-        tasks = [asyncio.ensure_future(asked(puzzle, engine, max_steps)) for puzzle in puzzles]
+        asked = answer(
+            puzzles,
+            engine,
+            max_steps,
+            augmentations=request.augmentations,
+            trajectory=request.trajectory,
+            request=http,
+        )
         try:
-            answers = await all_of(tasks, http, config.seconds_per_request)
+            (answers,) = await all_of([asyncio.ensure_future(asked)], http, config.seconds_per_request)
         except Closed as error:
             raise Refused(503, f"{error}.") from error
         except UserError as error:

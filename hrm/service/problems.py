@@ -74,12 +74,9 @@ async def all_of(
         while (await http.receive())["type"] != "http.disconnect":
             pass
 
-    async def answer_all() -> list[Result]:
-        return await asyncio.gather(*tasks)
-
-    answers, left = asyncio.create_task(answer_all()), asyncio.create_task(leaves())
+    answers, left = asyncio.gather(*tasks), asyncio.create_task(leaves())
     try:
-        both: set[asyncio.Task[Any]] = {answers, left}
+        both: set[asyncio.Future[Any]] = {answers, left}
         await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if answers.done():
             return answers.result()
@@ -87,5 +84,7 @@ async def all_of(
             raise gone()
         raise Refused(504, f"no answer within {seconds:g} s; ask for fewer {what}.")
     finally:
-        for task in (*tasks, answers, left):
+        for task in tasks:
             task.cancel()
+        answers.cancel()
+        left.cancel()

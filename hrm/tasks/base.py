@@ -329,8 +329,8 @@ class Task(ABC):
 
     def answer_text(self, answer: Tokens, puzzle: Puzzle, form: PuzzleForm) -> str:
         """An answer [S] on one line, a character for each cell; "." stands for a blank and for padding."""
-        symbols = self.view(PuzzleSize(form.seq_len, form.vocab_size)).symbols
-        return "".join(symbols[token] or "." for token in answer.tolist())
+        symbols = _symbols(self, PuzzleSize(form.seq_len, form.vocab_size))
+        return "".join([symbols[token] for token in answer.tolist()])
 
     def augmented(self, puzzle: Puzzle, count: int, form: PuzzleForm) -> list[tuple[Puzzle, Undo]]:
         """A puzzle under `count` of the task's symmetries, the identity first, each with what maps answers [S] back.
@@ -362,6 +362,12 @@ Undo = Callable[[Tokens], Tokens]
 
 def _undo(symmetry: Symmetry) -> Undo:
     return lambda answer: symmetry.undo(answer[None])[0]
+
+
+@lru_cache(maxsize=8)
+def _symbols(task: Task, size: PuzzleSize) -> list[str]:
+    """A character for each token."""
+    return [symbol or "." for symbol in task.view(size).symbols]
 
 
 @lru_cache(maxsize=8)

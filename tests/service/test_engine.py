@@ -1,5 +1,6 @@
 """The engine: slots that are refilled while puzzles of several callers are computed."""
 
+import asyncio
 import threading
 from concurrent.futures import CancelledError
 from functools import partial
@@ -11,7 +12,8 @@ import torch
 
 import hrm
 from hrm.inference.model import TrainedModel
-from hrm.service.engine import Closed, Engine
+from hrm.service import engine as engine_module
+from hrm.service.engine import Closed, Engine, Solved
 from hrm.tasks.form import Puzzle, PuzzleForm
 from tests.helpers.inference import untrained_halting_apart
 
@@ -30,6 +32,22 @@ def puzzles() -> list[Puzzle]:
     return [Puzzle(board) for board in BOARDS]
 
 
+@pytest.fixture(params=["slots in use", "all slots, answers later"])
+def as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines work as on a CPU, and as on a GPU: there, batches keep their size, and the host goes on meanwhile."""
+    if request.param == "slots in use":
+        return
+    monkeypatch.setattr(engine_module, "is_one_shape", lambda *_: True)
+    init = Engine.__init__
+
+    def reading_later(self: Engine, *arguments: Any) -> None:
+        init(self, *arguments)
+        self._reads_later = True
+
+    monkeypatch.setattr(Engine, "__init__", reading_later)
+
+
+@pytest.mark.usefixtures("as_on")
 @pytest.mark.parametrize("slots", [1, 3, 32])
 def test_answers_are_those_of_predict(model: TrainedModel, slots: int) -> None:
     expected = model.predict(BOARDS, tokens=True)
@@ -58,6 +76,79 @@ def test_answers_are_those_of_predict(model: TrainedModel, slots: int) -> None:
     engine.close()
 
 
+@pytest.mark.usefixtures("as_on")
+@pytest.mark.parametrize("slots", [3, 32])
+def test_event_loops_are_woken_once_for_all_that_a_step_answers(
+    model: TrainedModel, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = model.predict(BOARDS, tokens=True)
+    engine = Engine(model, slots)
+    steps = woken = 0
+    advance, give_all = Engine._advance, engine_module._give_all
+
+    def counted(self: Engine) -> None:
+        nonlocal steps
+        steps += 1
+        advance(self)
+
+    def counted_too(outcomes: Any) -> None:
+        nonlocal woken
+        woken += 1
+        give_all(outcomes)
+
+    monkeypatch.setattr(Engine, "_advance", counted)
+    monkeypatch.setattr(engine_module, "_give_all", counted_too)
+
+    async def ask() -> list[Solved]:
+        parts = [engine.ask(puzzles()[part::4]) for part in range(4)]
+        return await asyncio.gather(*(future for part in parts for future in part))
+
+    solved = asyncio.run(ask())
+    order = [number for part in range(4) for number in range(part, len(BOARDS), 4)]
+    for number, each in zip(order, solved, strict=True):
+        assert (each.last.tokens == expected.answers[number]).all()
+    assert [each.steps for each in solved] == expected.steps[order].tolist()
+    assert woken <= steps
+    engine.close()
+    assert engine.work.answered == len(BOARDS)
+
+
+def test_what_an_event_loop_does_not_wait_for_gives_up_its_place(
+    model: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model, 1)
+    hold = threading.Event()
+    advance = Engine._advance
+
+    def slow(self: Engine) -> None:
+        hold.wait(60)
+        advance(self)
+
+    monkeypatch.setattr(Engine, "_advance", slow)
+
+    async def ask() -> Solved:
+        *given_up, last = engine.ask(puzzles()[:3])
+        for future in given_up:
+            future.cancel()
+        await asyncio.sleep(0)
+        assert engine.work.waiting <= 1
+        hold.set()
+        return await last
+
+    expected = model.predict(BOARDS[2:3], tokens=True)
+    assert (asyncio.run(ask()).last.tokens == expected.answers[0]).all()
+    assert engine.work.answered == 1
+
+    async def leave() -> None:  # the loop ends before the answer is there
+        engine.ask(puzzles()[:1])
+
+    asyncio.run(leave())
+    assert (engine.submit(puzzles()[2]).result(60).last.tokens == expected.answers[0]).all()
+    engine.close()
+    assert engine.failure is None
+
+
+@pytest.mark.usefixtures("as_on")
 def test_every_step_is_kept_where_it_is_asked_for(model: TrainedModel) -> None:
     expected = model.predict(BOARDS, tokens=True, trajectory=True, act_max_steps=4)
     assert expected.trajectory is not None
@@ -127,6 +218,7 @@ def test_requests_take_turns(model: TrainedModel, monkeypatch: pytest.MonkeyPatc
     )
 
 
+@pytest.mark.usefixtures("as_on")
 def test_it_answers_all_before_it_ends(model: TrainedModel) -> None:
     engine = Engine(model, 2)
     futures = [engine.submit(puzzle) for puzzle in puzzles()]
@@ -138,12 +230,13 @@ def test_it_answers_all_before_it_ends(model: TrainedModel) -> None:
 
 
 def test_a_failure_reaches_all_who_wait(model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(model, 2)
+    engine, other = Engine(model, 2), Engine(model, 2)
 
     def broken(*_: object) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(engine, "_computed", broken)
+    monkeypatch.setattr(other, "_computed", broken)
     futures = [engine.submit(puzzle) for puzzle in puzzles()[:5]]
     for future in futures:
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -151,6 +244,13 @@ def test_a_failure_reaches_all_who_wait(model: TrainedModel, monkeypatch: pytest
     assert isinstance(engine.failure, RuntimeError)
     with pytest.raises(Closed, match="the model cannot compute any more"):
         engine.submit(puzzles()[0])
+
+    async def ask() -> list[object]:
+        return await asyncio.gather(*other.ask(puzzles()[:5]), return_exceptions=True)
+
+    assert [str(error) for error in asyncio.run(ask())] == ["out of memory"] * 5
+    with pytest.raises(Closed, match="the model cannot compute any more"):
+        asyncio.run(ask())
 
 
 @pytest.mark.gpu
