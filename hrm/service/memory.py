@@ -6,6 +6,7 @@ calls that overlap, the second to end is told so. A call that dies leaves nothin
 
 from __future__ import annotations
 
+import re
 import secrets
 import sys
 import time
@@ -14,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from urllib.parse import urlparse
 
 from hrm.config.extras import need
 from hrm.errors import UserError, first_sentence, printable, shortened
@@ -246,6 +248,9 @@ def redis_client(url: str) -> Redis:
     from redis.backoff import NoBackoff
 
     try:
+        parts = urlparse(url)
+        if parts.fragment or (parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path)):
+            raise ValueError("a part of the password may stand there")
         pool = ConnectionPool.from_url(
             url,
             socket_connect_timeout=_SECONDS_FOR_REDIS,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -103,6 +104,36 @@ def postgresql() -> Iterator[tuple[Server, str]]:
         try:
             server.start()
             yield server, _URL.format(port=port)
+        finally:
+            server.stop()
+
+
+@contextmanager
+def redis(password: str = "") -> Iterator[tuple[Server, str]]:
+    """An empty Redis that runs, and its URL; skips the test where it is not installed. It forgets nothing when killed.
+
+    Args:
+        password: that it asks for.
+    """
+    program = shutil.which("redis-server") or pytest.skip("redis-server is not installed")
+    package = pytest.importorskip("redis")
+
+    def answers(port: int) -> bool:
+        try:
+            with package.Redis("127.0.0.1", port, password=password or None) as client:
+                return bool(client.ping())
+        except package.ConnectionError:  # also while it reads what it wrote before
+            return False
+
+    with tempfile.TemporaryDirectory(prefix="hrm-redis-") as temporary:
+        folder, port = Path(temporary), free_port()
+        command = [program, "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder), "--save", ""]
+        command += ["--appendonly", "yes", "--appendfsync", "always", "--requirepass", password]
+        server = Server(command, port, folder / "log", answers)
+        try:
+            server.start()
+            secret = f":{quote(password, safe='')}@" if password else ""
+            yield server, f"redis://{secret}127.0.0.1:{port}/0"
         finally:
             server.stop()
 

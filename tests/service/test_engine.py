@@ -2,6 +2,8 @@
 
 import asyncio
 import threading
+import time
+from collections.abc import Generator
 from concurrent.futures import CancelledError
 from functools import partial
 from typing import Any
@@ -16,6 +18,7 @@ from hrm.service import engine as engine_module
 from hrm.service.engine import Closed, Engine, Solved
 from hrm.tasks.form import Puzzle, PuzzleForm
 from tests.helpers.inference import untrained_halting_apart
+from tests.helpers.service import held
 
 FORM = PuzzleForm("sudoku", 16, 6)
 BOARDS = np.random.default_rng(0).integers(1, 6, (20, 16))
@@ -251,6 +254,88 @@ def test_a_failure_reaches_all_who_wait(model: TrainedModel, monkeypatch: pytest
     assert [str(error) for error in asyncio.run(ask())] == ["out of memory"] * 5
     with pytest.raises(Closed, match="the model cannot compute any more"):
         asyncio.run(ask())
+
+
+# ---- other work with the model
+
+
+def pieces(done: list[str], name: str, count: int) -> Generator[None, None, str]:
+    for _ in range(count):
+        done.append(name)
+        yield
+    return name
+
+
+def test_other_work_is_done_in_pieces_between_act_steps(model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    advance = Engine._advance
+
+    def noted(self: Engine) -> None:
+        done.append("ACT step")
+        advance(self)
+
+    monkeypatch.setattr(Engine, "_advance", noted)
+    monkeypatch.setattr("hrm.service.engine.time.perf_counter", lambda: 0.0)  # no time passes: a piece a step
+    engine = Engine(model, 1)
+    with held(engine) as event:
+        puzzle = engine.submit(puzzles()[0], 3)
+        works = [engine.run(pieces(done, name, 3)) for name in ("a", "b")]
+        event.set()
+    assert [work.result(60) for work in works] == ["a", "b"]
+    steps = puzzle.result(60).steps
+    assert done[: 2 * steps] == ["ACT step", "a", "ACT step", "b", "ACT step", "a"][: 2 * steps]
+    assert [name for name in done if name != "ACT step"] == ["a", "b"] * 3
+    engine.close()
+
+
+def test_other_work_gets_as_much_time_as_puzzles(model: TrainedModel) -> None:
+    engine, done = Engine(model, 1), list[str]()
+    engine.run(pieces(done, "a", 1000))
+    until = time.monotonic() + 30
+    while len(done) < 1000:
+        engine.submit(puzzles()[0], 1).result(60)
+        assert time.monotonic() < until
+    engine.close()
+    # A piece takes a small part of an ACT step here.
+    assert engine.work.answered < 500
+
+
+def test_other_work_that_fails_or_that_nobody_waits_for_ends_alone(model: TrainedModel) -> None:
+    engine, done = Engine(model, 1), list[str]()
+
+    def failing() -> Generator[None, None, None]:
+        yield
+        raise RuntimeError("out of memory")
+
+    with held(engine) as event:
+        failed, given_up, last = engine.run(failing()), engine.run(pieces(done, "a", 3)), engine.run(pieces([], "b", 3))
+        given_up.cancel()
+        event.set()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            failed.result(60)
+    assert (last.result(60), done) == ("b", [])
+    assert engine.failure is None
+    assert engine.submit(puzzles()[0]).result(60).steps
+    last = engine.run(pieces(done, "a", 3))
+    engine.close()
+    assert (last.result(0), done) == ("a", ["a"] * 3), "it does all before it ends"
+    with pytest.raises(Closed, match="the service is ending"):
+        engine.run(pieces(done, "a", 1))
+
+
+def test_a_failure_reaches_other_work(model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model, 1)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine, "_computed", broken)
+    with held(engine) as event:
+        engine.submit(puzzles()[0])
+        work = engine.run(pieces([], "a", 10**9))
+        event.set()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        work.result(60)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +34,7 @@ from hrm.service.http import make_app
 from hrm.tasks.form import PuzzleForm
 from tests.helpers.entry_points import ROOT
 from tests.helpers.inference import tiny, untrained, untrained_halting_apart
+from tests.helpers.service import wait_for
 
 FORM = PuzzleForm("sudoku", 16, 6)
 SOLUTION = np.array([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1])
@@ -80,13 +81,6 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     monkeypatch.setattr(Engine, "_advance", after_it)
     yield event
     event.set()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < until, "it never came to be"
-        time.sleep(0.005)
 
 
 @contextmanager

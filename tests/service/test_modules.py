@@ -3,11 +3,8 @@
 import asyncio
 import base64
 import io
-import threading
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from hrm.service.memory import Bounds, LocalMemory
 from hrm.service.sessions import SessionFormat, begun
 from hrm.tasks.form import Puzzle, PuzzleForm
 from tests.helpers.inference import tiny, untrained
+from tests.helpers.service import held, refused, update, wait_for
 
 FORM = PuzzleForm("sudoku", 16, 6)
 BOARD, OTHER = "1.3..4.2.1..4..1", "..34.4...14.43.."
@@ -46,44 +44,8 @@ def client(model: TrainedModel) -> Iterator[TestClient]:
         yield client
 
 
-def update(client: TestClient, level: str, **request: Any) -> dict[str, Any]:
-    response = client.post(f"/infer/{level}", json=request)
-    assert response.status_code == 200, response.text
-    content: dict[str, Any] = response.json()
-    return content
-
-
-def refused(client: TestClient, status: int, level: str = "L", **request: Any) -> str:
-    """The sentence of a request that is refused."""
-    response = client.post(f"/infer/{level}", json=request)
-    assert (response.status_code, response.json().keys()) == (status, {"error"})
-    return str(response.json()["error"])
-
-
 def arrays(state: str) -> dict[str, Any]:
     return dict(np.load(io.BytesIO(base64.b64decode(state))))
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < until, "it never came to be"
-        time.sleep(0.005)
-
-
-@contextmanager
-def held(*engines: Engine) -> Iterator[threading.Event]:
-    """Engines compute nothing until it is set."""
-    event = threading.Event()
-
-    def wait() -> Generator[None, None, None]:
-        event.wait(60)
-        yield
-
-    for engine in engines:
-        engine.run(wait())
-    yield event
-    event.set()
 
 
 @pytest.mark.parametrize("bundled", [False, True], ids=["HRM", "one module for both levels"])
