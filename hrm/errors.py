@@ -52,3 +52,14 @@ def shortened(value: object, most: int = 120) -> str:
     """A value as a sentence can hold it: paths and text as they are, others as Python writes them, cut where long."""
     text = value if isinstance(value, str) else str(value) if isinstance(value, os.PathLike) else repr(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def without_secrets(url: str) -> str:
+    """A URL as it may be shown: `***` for passwords, and for all that stands before @ in what is no URL."""
+    scheme, separator, rest = url.partition("://")
+    before, at, after = rest.rpartition("@")
+    if not separator:
+        return f"***{url[url.rindex('@') :]}" if "@" in url else url
+    if at and ":" in before:
+        before = f"{before.partition(':')[0]}:***"
+    return f"{scheme}://" + re.sub(r"((?:^|[?&])(?:ssl)?password=)[^&]*", r"\1***", f"{before}{at}{after}")

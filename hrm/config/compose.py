@@ -63,7 +63,7 @@ def _from_elsewhere(overrides: tuple[str, ...], result: R) -> SweptRun[R]:
 # Values of these options are taken to the letter: Hydra would read 0530 as a number and choke on "=" or "(" in a path.
 _LITERAL_OPTIONS = {
     *("checkpoint", "checkpoint_path", "data_path", "freeze", "init_from", "input", "output", "output_dir", "profile"),
-    *("memory", "project_name", "puzzle", "report", "resume", "run_name"),
+    *("memory", "project_name", "puzzle", "report", "results", "resume", "run_name"),
 }
 
 _KINDS = {"Float": "a number, such as 1e-4", "Integer": "a whole number", "Boolean": "true or false"}

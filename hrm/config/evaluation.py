@@ -58,9 +58,8 @@ class EvaluateConfig:
     # The model: a weights file, a run folder (its last step is taken), the URL of one, a hub id such as owner/name, or
     # sudoku, which comes with the package.
     checkpoint: str = MISSING
-    data_path: str | None = (
-        None  # the pack whose test split is evaluated, or its URL; null: what the run was trained on
-    )
+    # The pack whose test split is evaluated, or its URL; null: what the run was trained on.
+    data_path: str | None = None
     # Rows of the puzzle table. trained: those of the pack it was trained on; mean: for every puzzle their mean, which
     # answers puzzles of other packs, unseen in training; zero: none, to see what the identifier is worth.
     puzzle_emb: str = "trained"

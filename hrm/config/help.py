@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from hrm.config.meanings import meanings, summary
 from hrm.config.paths import choices_of
+from hrm.errors import without_secrets
 
 _MOST_COLUMNS = 120
 _FIRST_COLUMN = 38
@@ -81,11 +82,12 @@ def sections(composed: DictConfig, prefix: str = "") -> Iterator[Section]:
 
 
 def value_text(composed: DictConfig, name: str) -> str:
-    """An option's value as one would type it; `???` where it must be given."""
+    """An option's value as one would type it, passwords left out; `???` where it must be given."""
     if OmegaConf.is_missing(composed, name):
         return "???"
     value = composed[name]
-    return typed_text(OmegaConf.to_container(value) if isinstance(value, ListConfig) else value)
+    text = typed_text(OmegaConf.to_container(value) if isinstance(value, ListConfig) else value)
+    return without_secrets(text) if "://" in text else text
 
 
 def typed_text(value: Any) -> str:

@@ -39,6 +39,9 @@ class ServeConfig:
     most_session_bytes: int = 1 << 30  # of all of them together
     most_updates: int = 256  # of a level, that a request may ask for
     seconds_per_session: float = 3600.0  # that a session is kept after its last use
+    # Database in which answers are recorded: sqlite:///FILE, postgresql://USER:PASSWORD@HOST:PORT/DATABASE, or none.
+    results: str = "sqlite:///hrm-results.sqlite"
+    most_unrecorded_bytes: int = 1 << 26  # of answers kept while that database fails; beyond, they are not recorded
     seconds_per_request: float = 60.0  # for a request to arrive, and then to be answered, else status 408 or 504
     seconds_to_drain: float = 30.0  # for requests at hand to end after SIGTERM or Ctrl-C
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
@@ -66,6 +69,7 @@ class ServeConfig:
             "most_sessions",
             "most_session_bytes",
             "most_updates",
+            "most_unrecorded_bytes",
         ):
             at_least(name, getattr(self, name), 1)
         if self.act_max_steps is not None:

@@ -12,7 +12,15 @@ from hrm.errors import UserError
 
 
 class StoreError(UserError):
-    """The database cannot be used as it is now: it is down or full, or may not be written."""
+    """The database cannot be used as it is now: it is down or full, or may not be written.
+
+    Args:
+        problem: the sentence without the way out.
+    """
+
+    def __init__(self, problem: str, way_out: str) -> None:
+        super().__init__(f"{problem}: {way_out}.")
+        self.problem = problem
 
 
 class RecordError(UserError):
@@ -48,6 +56,7 @@ class AnsweredRequest:
     model: str  # what answered, by the service's name for it
     weights_hash: str  # SHA-256 of its weights file
     request_hash: str  # SHA-256 of the puzzles and options of the request
+    options: Mapping[str, Any]  # as it was asked: ACT steps, augmentations ...
     ms: float  # from its arrival to its answer
     answers: Sequence[Answer]
     version: str  # of HRM

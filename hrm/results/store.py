@@ -31,6 +31,10 @@ from hrm.results.url import DatabaseURL
 _SECONDS_TO_WAIT = 5  # for a connection, or for another process that writes into the same file
 _CREATION_LOCK = 0x68726D  # of PostgreSQL, any number that nothing else takes
 
+_WAYS_OUT = {
+    "sqlite": "see that its folder exists and may be written, or give another",
+    "postgresql": "see that it runs and lets you in, or give another",
+}
 _POSTGRESQL_DEFAULTS: dict[str, Any] = {  # where the URL does not say
     "connect_timeout": _SECONDS_TO_WAIT,
     "application_name": "hrm",
@@ -233,9 +237,7 @@ class Store:
             is_of_record = not isinstance(error, DBAPIError) and isinstance(error, StatementError)
             if is_of_record or isinstance(error, DataError | IntegrityError):
                 raise RecordError(f"{self} cannot hold a record ({reason}).") from error
-            raise StoreError(
-                f"{self} cannot be used ({reason}): see that it is there and may be written, or give another."
-            ) from error
+            raise StoreError(f"{self} cannot be used ({reason})", _WAYS_OUT[self._url.scheme]) from error
 
 
 def _row(table: Table, record: AnsweredRequest | Evaluation) -> dict[str, Any]:

@@ -63,6 +63,7 @@ requests = Table(
     _text("model"),
     Column("weights_hash", String(64), nullable=False),
     Column("request_hash", String(64), nullable=False),
+    _json("options"),
     Column("ms", Double, nullable=False),
     _text("version"),
     _time(),

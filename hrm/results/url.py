@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from hrm.errors import UserError, shortened
+from hrm.errors import UserError, shortened, without_secrets
 
 _FORMS = "sqlite:///FILE (sqlite:////FILE for a path from the root) or postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
 
@@ -21,7 +21,7 @@ class DatabaseURL:
     @property
     def shown(self) -> str:
         """As it was given, without what may be secret."""
-        return f"{self.scheme}://{_without_secrets(self.rest)}"
+        return without_secrets(f"{self.scheme}://{self.rest}")
 
 
 def parse_url(url: str, option: str = "results") -> DatabaseURL:
@@ -44,19 +44,3 @@ def parse_url(url: str, option: str = "results") -> DatabaseURL:
     else:
         raise UserError(f"{given}: this kind of database is not known; give {_FORMS}.")
     return DatabaseURL(scheme, rest, option)
-
-
-def without_secrets(url: str) -> str:
-    """A URL as it may be shown: `***` for passwords."""
-    scheme, separator, rest = url.partition("://")
-    if separator:
-        return f"{scheme}://{_without_secrets(rest)}"
-    _, at, after = url.rpartition("@")
-    return f"***@{after}" if at else url
-
-
-def _without_secrets(rest: str) -> str:
-    before_at, at, after = rest.rpartition("@")
-    if at and ":" in before_at:
-        before_at = f"{before_at.partition(':')[0]}:***"
-    return re.sub(r"((?:^|[?&])(?:ssl)?password=)[^&]*", r"\1***", f"{before_at}{at}{after}")

@@ -7,6 +7,7 @@ import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
@@ -14,10 +15,17 @@ from fastapi import FastAPI
 from hrm.config import ServeConfig
 from hrm.errors import UserError, printable_lines
 from hrm.inference.model import from_pretrained
+from hrm.reading import sha256_of
+from hrm.results import open_store
+from hrm.results.records import StoreError
 from hrm.service.connection import connection_class, connections_allowed
 from hrm.service.engine import Engine
 from hrm.service.http import make_app
 from hrm.service.memory import check_memory
+from hrm.service.results import Results
+
+if TYPE_CHECKING:
+    from hrm.results.store import Store
 
 _SECONDS_TO_SWITCH = 0.0002  # after which a thread of Python has to let another one go on; Python's own: 0.005
 
@@ -44,23 +52,44 @@ def serve(config: ServeConfig) -> None:
             kernels=config.kernels,
             data_path=config.data_path,
         )
+        store = _store(config)
         engine = Engine(model, config.slots)
         engine.warm_up()
         name = Path(config.checkpoint).name or config.checkpoint
+        results = None
+        if store is not None:
+            weights_hash = sha256_of(model.checkpoint.weights_file)
+            results = Results(store, config.most_unrecorded_bytes, name, weights_hash)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(
             printable_lines(f"{model!r}\nServing {name} at http://{shown}:{port} with {engine.slots} slots."),
             flush=True,
         )
-        run(engine, config, name, listener)
+        run(engine, config, name, listener, results)
+    if results is not None and results.recorder.kept:
+        raise UserError(f"{results.recorder.kept} answers that were given could not be recorded: {store} did not work.")
 
 
-def run(engine: Engine, config: ServeConfig, name: str, listener: socket.socket) -> None:
+def _store(config: ServeConfig) -> Store | None:
+    """Where answers are recorded."""
+    if config.results == "none":
+        return None
+    try:
+        store = open_store(config.results)
+        store.check_writable()
+    except StoreError as error:
+        raise UserError(f"{error.problem}: put that right, give another, or results=none to record nothing.") from error
+    return store
+
+
+def run(
+    engine: Engine, config: ServeConfig, name: str, listener: socket.socket, results: Results | None = None
+) -> None:
     """Answer what comes in there, until SIGTERM or Ctrl-C."""
     # The engine's thread needs the interpreter a few times between two ACT steps, while the device waits.
     sys.setswitchinterval(_SECONDS_TO_SWITCH)
-    settings = settings_of(make_app(engine, config, name), config)
+    settings = settings_of(make_app(engine, config, name, results), config)
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn passes a signal on when all is answered; it has been heard by then.
         signal.signal(number, lambda *_: None)

@@ -7,9 +7,9 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
@@ -23,20 +23,24 @@ from hrm.service.measures import Measures
 from hrm.service.messages import InferRequest, InferResponse
 from hrm.service.modules import Modules
 from hrm.service.problems import PROBLEMS, Problem, Refused, all_of, gone
+from hrm.service.results import Results, asked_for
 from hrm.service.room import Room
 from hrm.version import __version__
 
 _SHORT_BODY = 1 << 14  # bytes whose puzzles are read in a millisecond or two
+_SECONDS_TO_RECORD = 5.0  # what was answered when the service ends, though the results store fails
+_ABOUT_KEY = "any text of the client's own: a repeated request of the same key gets the answer of the first"
 
 
-def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
+def make_app(engine: Engine, config: ServeConfig, name: str, results: Results | None = None) -> FastAPI:
     """The application.
 
     Args:
         name: what to call the model.
+        results: where answers are recorded; written to its end when the application ends.
     """
     modules = Modules(engine, config, name)
-    measures = Measures(engine, modules)
+    measures = Measures(engine, modules, results.recorder if results else None)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -44,7 +48,9 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1, "hrm-inputs"))
         await modules.memory.check()
         yield
-        await asyncio.get_running_loop().run_in_executor(None, engine.close)
+        await asyncio.to_thread(engine.close)
+        if results is not None:
+            await asyncio.to_thread(results.recorder.close, _SECONDS_TO_RECORD)
         await modules.memory.close()
 
     # The pages that FastAPI can show of an API load scripts from other hosts: left out.
@@ -57,6 +63,8 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
         redoc_url=None,
     )
     app.add_middleware(_Guard, config=config, measures=measures)
+    if results is not None:
+        app.include_router(results.router())
     room = Room(engine.slots + config.most_waiting)
 
     @app.exception_handler(Refused)
@@ -81,7 +89,11 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
         return Refused(422, f"{where}: {said}; GET /openapi.json says what a request holds.").response()
 
     @app.post("/infer", response_model=InferResponse, responses=PROBLEMS)
-    async def infer(request: InferRequest, http: Request) -> Response:
+    async def infer(
+        request: InferRequest,
+        http: Request,
+        idempotency_key: Annotated[str | None, Header(alias="Idempotency-Key", description=_ABOUT_KEY)] = None,
+    ) -> Response:
         began = time.perf_counter()
         try:
             _check(request, config)
@@ -94,38 +106,47 @@ def make_app(engine: Engine, config: ServeConfig, name: str) -> FastAPI:
             _check_puzzles(request, len(puzzles), wanted, max_steps)
         except UserError as error:
             raise Refused(422, str(error)) from error
-        if not room.has(wanted):
-            seconds = room.seconds_until(wanted)
-            sentence = f"{room.taken} puzzles wait already; come again in {seconds} s."
-            raise Refused(429, sentence, {"Retry-After": str(seconds)})
-        room.take(wanted)
-        asked = answer(
-            puzzles,
-            engine,
-            max_steps,
-            augmentations=request.augmentations,
-            trajectory=request.trajectory,
-            request=http,
-        )
-        try:
-            (answers,) = await all_of([asyncio.ensure_future(asked)], http, config.seconds_per_request)
-        except Closed as error:
-            raise Refused(503, f"{error}.") from error
-        except UserError as error:
-            raise Refused(422, str(error)) from error
-        finally:
-            room.give_back(wanted)
-        content = InferResponse(
-            answers=[each.value for each in answers],
-            texts=[each.text for each in answers],
-            q_halt=[each.q_halt for each in answers],
-            steps=[each.steps for each in answers],
-            index=index,
-            trajectory=[each.trajectory or [] for each in answers] if request.trajectory else None,
-            model=name,
-            ms=round(1000 * (time.perf_counter() - began), 3),
-        )
-        return Response(content.model_dump_json(exclude_none=True), media_type="application/json")
+
+        async def computed() -> InferResponse:
+            if not room.has(wanted):
+                seconds = room.seconds_until(wanted)
+                sentence = f"{room.taken} puzzles wait already; come again in {seconds} s."
+                raise Refused(429, sentence, {"Retry-After": str(seconds)})
+            room.take(wanted)
+            asked = answer(
+                puzzles,
+                engine,
+                max_steps,
+                augmentations=request.augmentations,
+                trajectory=request.trajectory,
+                request=http,
+            )
+            try:
+                (answers,) = await all_of([asyncio.ensure_future(asked)], http, config.seconds_per_request)
+            except Closed as error:
+                raise Refused(503, f"{error}.") from error
+            except UserError as error:
+                raise Refused(422, str(error)) from error
+            finally:
+                room.give_back(wanted)
+            return InferResponse(
+                answers=[each.value for each in answers],
+                texts=[each.text for each in answers],
+                q_halt=[each.q_halt for each in answers],
+                steps=[each.steps for each in answers],
+                index=index,
+                trajectory=[each.trajectory or [] for each in answers] if request.trajectory else None,
+                model=name,
+                ms=round(1000 * (time.perf_counter() - began), 3),
+            )
+
+        if results is not None:
+            content = await results.answered(asked_for(request, puzzles, index, idempotency_key), computed)
+        elif idempotency_key is not None:
+            raise Refused(422, "Idempotency-Key: this service records no answers (results=none), so it repeats none.")
+        else:
+            content = (await computed()).model_dump_json(exclude_none=True)
+        return Response(content, media_type="application/json")
 
     def _check_puzzles(request: InferRequest, count: int, wanted: int, max_steps: int | None) -> None:
         """UserError where the service could never answer."""

@@ -8,6 +8,7 @@ from prometheus_client.registry import Collector
 
 from hrm.service.engine import Engine
 from hrm.service.modules import Modules
+from hrm.service.recorder import Recorder
 
 _PATHS = (
     "/infer",
@@ -25,7 +26,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 class Measures:
     """Requests, their times, and the engine's work."""
 
-    def __init__(self, engine: Engine, modules: Modules) -> None:
+    def __init__(self, engine: Engine, modules: Modules, recorder: Recorder | None) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "hrm_requests", "Requests by path and status", ["path", "status"], registry=self.registry
@@ -44,13 +45,21 @@ class Measures:
             "hrm_queue": ("Puzzles that wait for a slot", lambda: engine.work.waiting),
             "hrm_memory_up": ("Whether the working memory answered last", lambda: modules.memory.is_up),
         }
+        if recorder:
+            gauges |= {
+                "hrm_results_up": (
+                    "Whether the results store works",
+                    lambda: not recorder.is_failing,
+                ),
+                "hrm_results_waiting": ("Answers that are not in the results store yet", lambda: recorder.kept),
+            }
         for name, (meaning, value) in gauges.items():
             Gauge(name, meaning, registry=self.registry).set_function(value)
-        self.registry.register(_Work(engine, modules))
+        self.registry.register(_Work(engine, modules, recorder))
 
     def count(self, path: str, status: int, seconds: float) -> None:
         """A request that has come to its end."""
-        named = path if path in _PATHS else "other"
+        named = path if path in _PATHS else "/results" if path.startswith("/results/") else "other"
         self._requests.labels(named, str(status)).inc()
         self._seconds.labels(named).observe(seconds)
         if status == 500:
@@ -60,8 +69,8 @@ class Measures:
 class _Work(Collector):
     """What others count themselves."""
 
-    def __init__(self, engine: Engine, modules: Modules) -> None:
-        self._engine, self._modules = engine, modules
+    def __init__(self, engine: Engine, modules: Modules, recorder: Recorder | None) -> None:
+        self._engine, self._modules, self._recorder = engine, modules, recorder
 
     def collect(self) -> list[CounterMetricFamily]:
         work = self._engine.work
@@ -69,9 +78,15 @@ class _Work(Collector):
         for level, count in self._modules.updates.items():
             updates.add_metric([level], count)
         failures = self._modules.memory.failures
-        return [
+        counts = [
             CounterMetricFamily("hrm_puzzles", "Puzzles answered, augmentations included", work.answered),
             CounterMetricFamily("hrm_act_steps", "ACT steps spent on them", work.act_steps),
             updates,
             CounterMetricFamily("hrm_memory_failures", "Times that the working memory did not answer", failures),
         ]
+        if (recorder := self._recorder) is not None:
+            counts += [
+                CounterMetricFamily("hrm_results_recorded", "Answers in the results store", recorder.recorded),
+                CounterMetricFamily("hrm_results_dropped", "Answers that were not recorded", recorder.dropped),
+            ]
+        return counts

@@ -33,6 +33,7 @@ class InferResponse(BaseModel):
     trajectory: list[list[dict[str, Any]]] | None = Field(None, description="answer and q_halt after every ACT step")
     model: str = Field(description="what answered")
     ms: float = Field(description="from the request's arrival on")
+    id: str | None = Field(default=None, description="its name in the results store: GET /results/{id} gives it again")
 
 
 class UpdateRequest(BaseModel):

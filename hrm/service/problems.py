@@ -41,6 +41,7 @@ def gone() -> Refused:
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "the body cannot be read as JSON"},
     408: {"model": Problem, "description": "the request did not arrive within the time that it has"},
+    409: {"model": Problem, "description": "a request of this Idempotency-Key is being answered"},
     413: {"model": Problem, "description": "the request is too long"},
     422: {"model": Problem, "description": "an input is no puzzle, or an option is of no use"},
     429: {

@@ -1,14 +1,22 @@
-"""How tests ask a service for sessions, and make its engine wait."""
+"""The service as a process, how tests ask it for sessions, and waiting for what other threads and processes do."""
 
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
 from starlette.testclient import TestClient
 
 from hrm.service.engine import Engine
+from tests.helpers.entry_points import ROOT
 
 
 def update(client: TestClient, level: str, **request: Any) -> dict[str, Any]:
@@ -25,8 +33,9 @@ def refused(client: TestClient, status: int, level: str = "L", **request: Any) -
     return str(response.json()["error"])
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Return as soon as it holds; fail if it does not within so many seconds."""
+    until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "it never came to be"
         time.sleep(0.005)
@@ -49,3 +58,20 @@ def held(*engines: Engine) -> Iterator[threading.Event]:
         yield event
     finally:
         event.set()
+
+
+@contextmanager
+def served(checkpoint: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`hrm serve` on a CPU at a free port, once it listens, and its URL; killed at the end."""
+    argv = [sys.executable, "-m", "hrm", "serve", f"checkpoint={checkpoint}", "port=0", "device=cpu", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(argv, stdout=-1, stderr=-1, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("Serving "):
+                break
+        else:
+            assert process.stderr is not None
+            pytest.fail(process.stderr.read())
+        yield process, line.split()[3]
+        process.kill()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import socket
 import subprocess
@@ -32,9 +31,8 @@ from hrm.service.command import settings_of
 from hrm.service.engine import Engine
 from hrm.service.http import make_app
 from hrm.tasks.form import PuzzleForm
-from tests.helpers.entry_points import ROOT
 from tests.helpers.inference import tiny, untrained, untrained_halting_apart
-from tests.helpers.service import wait_for
+from tests.helpers.service import served, wait_for
 
 FORM = PuzzleForm("sudoku", 16, 6)
 SOLUTION = np.array([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1])
@@ -492,27 +490,16 @@ def test_files_that_the_process_may_open(monkeypatch: pytest.MonkeyPatch) -> Non
 # ---- the process
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    folder = halting_apart(tmp_path_factory.mktemp("served"))
-    argv = [sys.executable, "-m", "hrm", "serve", f"checkpoint={folder}", "port=0", "device=cpu", "slots=8"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(argv, stdout=-1, stderr=-1, text=True, env=environment) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("Serving "):
-                break
-        else:
-            assert process.stderr is not None
-            pytest.fail(process.stderr.read())
-        yield process, line.split()[3]
-        process.kill()
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    with served(halting_apart(tmp_path), "slots=8", "results=none") as process:
+        yield process
 
 
 @pytest.mark.slow
-def test_many_clients_and_a_signal(served: tuple[subprocess.Popen[str], str]) -> None:
+def test_many_clients_and_a_signal(running: tuple[subprocess.Popen[str], str]) -> None:
     """Broken requests do no harm; what is at hand when SIGTERM comes is answered, and the process ends well."""
-    process, url = served
+    process, url = running
     expected: dict[str, str] = {}
     broken = [b"", b"{", b'{"inputs": [1]}', b'{"inputs": ["x"]}', b'{"inputs": 5}', b"\x00" * 1000]
 
@@ -581,7 +568,7 @@ def test_the_command_line(
     monkeypatch.setattr(sys, "argv", ["hrm"])
     folder = untrained(tmp_path / "run", FORM)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["serve", f"checkpoint={folder}", "device=cpu", *options])
+        cli.main(["serve", f"checkpoint={folder}", "device=cpu", "results=none", *options])
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert words in said
