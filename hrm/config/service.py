@@ -19,9 +19,8 @@ class ServeConfig:
     # The model: a run folder, a weights file, the URL of one, a hub id such as owner/name, or sudoku, which comes with
     # the package.
     checkpoint: str = MISSING
-    data_path: str | None = (
-        None  # the pack it was trained on, or its URL, where the checkpoint says not what tokens mean
-    )
+    # The pack it was trained on, or its URL, where the checkpoint says not what tokens mean.
+    data_path: str | None = None
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all of this machine's
     port: int = 8000  # 0: any that is free
     slots: int | None = None  # puzzles computed at a time; null: what suits the device
