@@ -3,10 +3,11 @@
 hrm data sudoku --generate 3x3 --givens 30 --test-size 2000 --output-dir data/easy
 python -m benchmarks.serve data/easy --checkpoint sudoku_small --picture serve.svg
 
-Each of the services is a process of its own, asked over HTTP, a puzzle a request. First a number of clients ask for
-every board, each as soon as it has its last answer: `saturated`, with the answers held against those of `predict`. Then
-requests arrive at random, at shares of the rate of the first service, whether or not others are answered (an open loop
-with Poisson arrivals); a request's time counts from when it was due. More than --in-flight at a time are left out.
+Each of the services is a process of its own, asked over HTTP. First a number of clients ask for every board, each as
+soon as it has its last answer: `saturated`, with the answers held against those of `predict`, and the rate against the
+same work offline: the same slots, refilled from a pool of all boards. Then requests of one board arrive at random, at
+shares of the rate of the first service, whether or not others are answered (an open loop with Poisson arrivals); a
+request's time counts from when it was due. More than --in-flight at a time are left out.
 
 python -m benchmarks.serve data/easy --checkpoint sudoku_small --abuse 1000
 
@@ -39,10 +40,13 @@ from benchmarks.common import machine, make_parser, picture_file, run_command, w
 from hrm.config import ServeConfig
 from hrm.data.pack import open_pack
 from hrm.errors import UserError
+from hrm.evaluation.early_halting import EarlyHalting
 from hrm.evaluation.report.picture import PALETTE, new_picture, save_picture
 from hrm.inference.model import TrainedModel, from_pretrained
+from hrm.inference.predictor import as_batch, sequences_at_once
 from hrm.service.command import run
 from hrm.service.engine import Engine
+from hrm.tasks.form import Puzzle
 
 _MOST_BYTES = 1 << 16  # of a request, where services are abused
 _SECONDS_TO_ARRIVE = 2.0  # of a request, there
@@ -71,6 +75,7 @@ class _Load:
     """What requests met with."""
 
     ms: list[float] = field(default_factory=list)  # of those that were answered
+    answered: int = 0  # puzzles
     texts: dict[int, str] = field(default_factory=dict)  # answers by board
     errors: Counter[str] = field(default_factory=Counter)
     left_out: int = 0
@@ -80,10 +85,10 @@ class _Load:
     def row(self) -> dict[str, Any]:
         times = np.percentile(self.ms or [np.nan], [50, 95, 99]).tolist()
         return {
-            "puzzles/s": len(self.ms) / self.seconds,
+            "puzzles/s": self.answered / self.seconds,
             **dict(zip(("p50 ms", "p95 ms", "p99 ms"), times, strict=True)),
-            "CPU ms a puzzle": 1000 * self.cpu_seconds / max(len(self.ms), 1),
-            "answered": len(self.ms),
+            "CPU ms a puzzle": 1000 * self.cpu_seconds / max(self.answered, 1),
+            "answered": self.answered,
             "left out": self.left_out,
             "errors": " ".join(f"{error}: {count}" for error, count in self.errors.items()) or 0,
         }
@@ -96,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--slots", type=int, help="of the services that have several; default: what suits the device")
     parser.add_argument("--services", default=",".join(SERVICES), help=f"several of: {', '.join(SERVICES)}")
     parser.add_argument("--boards", type=int, default=2000, help="requests of the saturated service")
-    parser.add_argument("--clients", type=int, default=64, help="that ask in parallel there")
+    parser.add_argument("--clients", type=int, default=64, help="that ask in parallel there, for a puzzle each")
+    parser.add_argument("--inputs", default="1", help="puzzles of a request, of fewer clients; several")
     parser.add_argument("--shares", default="0.25,0.5,0.75,0.9,1.1", help="of its rate, at which requests arrive")
     parser.add_argument("--seconds", type=float, default=20.0, help="of arrivals at each rate")
     parser.add_argument("--in-flight", type=int, default=512, help="requests at a time at most")
@@ -118,27 +124,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.predict(tokens[:16], tokens=True)  # what is compiled and recorded
     began = time.perf_counter()
     expected = model.predict(tokens, tokens=True)
-    offline = len(tokens) / (time.perf_counter() - began)
-    about["predict"] = f"{offline:.4g} puzzles/s, {expected.steps.mean():.3g} ACT steps a puzzle"
-    del model
+    rate = len(tokens) / (time.perf_counter() - began)
+    about["predict"] = f"{rate:.4g} puzzles/s, {expected.steps.mean():.3g} ACT steps a puzzle"
     rows: list[dict[str, Any]] = []
     if arguments.abuse:
+        del model
         rows = _abused(arguments, tokens, expected.texts)
         print(write_results("serve-abuse", about, rows, arguments.output_dir))
         return
+    # On a CPU only slots in use are computed, so `predict` loses nothing where its chunks end.
+    offline = rate if model.device.type == "cpu" else _offline(model, tokens, arguments.slots)
+    about["offline"] = f"{offline:.4g} puzzles/s"
+    print(about, flush=True)
+    del model
     rates: list[float] = []
     for name in names:
         with _service(name, arguments, ServeConfig(arguments.checkpoint)) as (address, process):
-            load = _measured(process.pid, _saturate(address, tokens, arguments.clients))
-            rates = rates or [
-                float(share) * len(load.ms) / load.seconds for share in arguments.shares.split(",") if share
-            ]
-            differ = sum(text != expected.texts[number] for number, text in load.texts.items())
-            rows.append({"slots": name, "asked/s": "saturated", **load.row(), "unlike predict": differ})
-            print(rows[-1], flush=True)
+            for inputs in map(int, arguments.inputs.split(",")):
+                load = _measured(process.pid, _saturate(address, tokens, max(1, arguments.clients // inputs), inputs))
+                found = load.answered / load.seconds
+                rates = rates or [float(share) * found for share in arguments.shares.split(",") if share]
+                differ = sum(text != expected.texts[number] for number, text in load.texts.items())
+                row = {"slots": name, "asked/s": "saturated", "puzzles a request": inputs, **load.row()}
+                rows.append(row | {"of offline": found / offline, "unlike predict": differ})
+                print(rows[-1], flush=True)
             for rate in rates:
                 load = _measured(process.pid, _arrive(address, tokens, rate, arguments))
-                rows.append({"slots": name, "asked/s": rate, **load.row()})
+                rows.append({"slots": name, "asked/s": rate, "puzzles a request": 1, **load.row()})
                 print(rows[-1], flush=True)
     print(write_results("serve", about, rows, arguments.output_dir))
     if arguments.picture:
@@ -152,6 +164,17 @@ def _tokens(data_path: str, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     if len(inputs) < count:
         raise UserError(f"{data_path} has {len(inputs)} puzzles to test with, and --boards asks for {count}.")
     return inputs[:count].astype(np.int64)
+
+
+def _offline(model: TrainedModel, tokens: np.ndarray[Any, Any], slots: int | None) -> float:
+    """Puzzles a second without a service: slots that are refilled from a pool of all."""
+    puzzles = as_batch([Puzzle(each) for each in tokens])
+    slots = min(slots or sequences_at_once(model.device), len(tokens))
+    halting = EarlyHalting(model.model, slots, model.device, pool_size=len(tokens))
+    halting.answer_pool({name: field[:slots] for name, field in puzzles.items()})  # what is compiled and recorded
+    began = time.perf_counter()
+    halting.answer_pool(puzzles)
+    return len(tokens) / (time.perf_counter() - began)
 
 
 # ---- the services
@@ -198,19 +221,19 @@ class _Clients:
         self._address = address
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    async def infer(self, tokens: np.ndarray[Any, Any]) -> str:
-        """The answer to a puzzle, on one line.
+    async def infer(self, tokens: np.ndarray[Any, Any]) -> list[str]:
+        """The answers to puzzles [N, S], each on one line.
 
         Raises:
             RuntimeError: it is refused.
             OSError, asyncio.IncompleteReadError: the connection breaks.
         """
-        body = json.dumps({"inputs": [{"tokens": tokens.tolist()}]}).encode()
+        body = json.dumps({"inputs": [{"tokens": row} for row in tokens.tolist()]}).encode()
         status, content = await self.ask(_request(body))
         if status != 200:
             raise RuntimeError(str(status))
-        text: str = json.loads(content)["texts"][0]
-        return text
+        texts: list[str] = json.loads(content)["texts"]
+        return texts
 
     async def ask(self, request: bytes) -> tuple[int, bytes]:
         """Status and body of an answer."""
@@ -251,9 +274,11 @@ def _measured(process: int | None, work: Coroutine[Any, Any, _Load]) -> _Load:
     return load
 
 
-async def _asked(clients: _Clients, tokens: np.ndarray[Any, Any], number: int, load: _Load, due: float) -> None:
+async def _asked(clients: _Clients, tokens: np.ndarray[Any, Any], numbers: range, load: _Load, due: float) -> None:
     try:
-        load.texts[number] = await clients.infer(tokens[number])
+        texts = await clients.infer(tokens[numbers.start : numbers.stop])
+        load.texts.update(zip(numbers, texts, strict=True))
+        load.answered += len(texts)
         load.ms.append(1000 * (time.perf_counter() - due))
     except RuntimeError as error:
         load.errors[str(error)] += 1
@@ -261,13 +286,14 @@ async def _asked(clients: _Clients, tokens: np.ndarray[Any, Any], number: int, l
         load.errors[type(error).__name__] += 1
 
 
-async def _saturate(address: tuple[str, int], tokens: np.ndarray[Any, Any], count: int) -> _Load:
-    """Every puzzle once, by so many clients that are never idle."""
-    load, clients, numbers = _Load(), _Clients(address), iter(range(len(tokens)))
+async def _saturate(address: tuple[str, int], tokens: np.ndarray[Any, Any], count: int, inputs: int = 1) -> _Load:
+    """Every puzzle once, so many a request, by so many clients that are never idle."""
+    load, clients = _Load(), _Clients(address)
+    parts = iter([range(first, min(first + inputs, len(tokens))) for first in range(0, len(tokens), inputs)])
 
     async def client() -> None:
-        for number in numbers:
-            await _asked(clients, tokens, number, load, time.perf_counter())
+        for numbers in parts:
+            await _asked(clients, tokens, numbers, load, time.perf_counter())
 
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(count)))
@@ -291,7 +317,8 @@ async def _arrive(
         if len(flying) >= arguments.in_flight:
             load.left_out += 1
             continue
-        task = asyncio.create_task(_asked(clients, tokens, number % len(tokens), load, due))
+        puzzle = range(number % len(tokens), number % len(tokens) + 1)
+        task = asyncio.create_task(_asked(clients, tokens, puzzle, load, due))
         flying.add(task)
         task.add_done_callback(flying.discard)
     if flying:

@@ -39,6 +39,7 @@ from hrm.config import PretrainConfig
 from hrm.config.compose import compose
 from hrm.data.pack import Pack, PackMetadata, PackSet
 from hrm.errors import EXIT_USER_ERROR, UserError
+from hrm.evaluation.early_halting import EarlyHalting
 from hrm.evaluation.report.plots import Metric, figure_of, run_panel
 from hrm.models.hrm import HRMConfig
 from hrm.models.transformer import TransformerConfig
@@ -123,16 +124,18 @@ def test_services_under_load(tmp_path: Path) -> None:
     folder = untrained(tmp_path / "run", BOARDS)
     service = [str(tmp_path / "pack"), "--checkpoint", str(folder), "--boards", "5", "--device", "cpu"]
     load = ["--services", "refilled,one at a time", "--clients", "3", "--shares", "0.5,1", "--seconds", "0.3"]
+    load += ["--inputs", "1,2"]
     serve.main([*service, *load, "--output-dir", str(tmp_path / "load"), "--picture", str(tmp_path / "load.svg")])
     (file,) = (tmp_path / "load").glob("*-serve.json")
     rows = json.loads(file.read_text())["rows"]
-    assert [row["slots"] for row in rows] == ["refilled"] * 3 + ["one at a time"] * 3
-    assert [row["asked/s"] == "saturated" for row in rows] == [True, False, False] * 2
+    assert [row["slots"] for row in rows] == ["refilled"] * 4 + ["one at a time"] * 4
+    assert [row["asked/s"] == "saturated" for row in rows] == [True, True, False, False] * 2
+    assert [row["puzzles a request"] for row in rows] == [1, 2, 1, 1] * 2
     for row in rows:
         assert row["errors"] == 0
         assert 0 < row["p50 ms"] <= row["p95 ms"] <= row["p99 ms"]
         assert row.get("unlike predict", 0) == 0
-    assert [row["answered"] for row in rows if "unlike predict" in row] == [5, 5]
+    assert [row["answered"] for row in rows if "of offline" in row] == [5] * 4
     assert (tmp_path / "load.svg").stat().st_size > 1000
 
     serve.main([*service, "--abuse", "24", "--output-dir", str(tmp_path / "abuse")])
@@ -161,6 +164,20 @@ def test_a_static_batch_ends_before_the_next_one_begins(tmp_path: Path, monkeypa
     assert all(future.done() for future in futures)
     assert all(now <= before or not now & before for before, now in pairwise(at_work))
     assert any(now < before for before, now in pairwise(at_work)), "some halt before others"
+
+
+def test_the_rate_without_a_service_is_that_of_all_boards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boards = np.random.default_rng(0).integers(1, 6, (20, 16))
+    answered: list[int] = []
+    answer_pool = EarlyHalting.answer_pool
+
+    def noted(self: EarlyHalting, puzzles: Batch) -> object:
+        answered.append(len(puzzles["inputs"]))
+        return answer_pool(self, puzzles)
+
+    monkeypatch.setattr(EarlyHalting, "answer_pool", noted)
+    assert serve._offline(hrm.from_pretrained(untrained(tmp_path, BOARDS), device="cpu"), boards, 4) > 0
+    assert answered == [4, 20]
 
 
 def test_batches_last_as_long_as_asked_for(tmp_path: Path) -> None:
