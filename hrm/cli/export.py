@@ -21,7 +21,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _export(config: ExportConfig) -> None:
-    need("hrm export", "export", ("onnx", "onnxscript", "onnxruntime"))
     from hrm.export.command import export
+    from hrm.export.formats import load_format
 
+    need(f"hrm export format={config.format}", "export", load_format(config.format).packages)
     export(config)

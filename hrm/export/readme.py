@@ -2,94 +2,161 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from textwrap import fill
+
+import torch
+
+from hrm.export.format import Format, Snippets
+from hrm.export.graphs import SOLVE, STEP, Graph, Values, schedule
 from hrm.inference.model import TrainedModel
 from hrm.tasks.base import PuzzleSize
 
-_PROGRAM = """\
+PROGRAM_FILE = "solve.py"
+
+_PROGRAM = '''\
+"""Answer puzzles: `python solve.py PUZZLE ...`, or one a line from the standard input."""
+
+import math
 import sys
+from pathlib import Path
 
-import numpy as np
-import onnxruntime
+{imports}
 
+FOLDER = Path(__file__).parent
 SYMBOLS = {symbols}  # {what}
-cells = {cells}
-tokens = np.array([[SYMBOLS.index(cell) for cell in cells]], dtype=np.int64)  # [1, {seq_len}]
-session = onnxruntime.InferenceSession("solve.onnx", providers=["CPUExecutionProvider"])
-feeds = {{"inputs": tokens, "puzzle_identifiers": np.zeros(1, dtype=np.int64)}}
-logits, q_halt, q_continue = session.run(["logits", "q_halt", "q_continue"], feeds)
-print({joint}.join(SYMBOLS[token] for token in logits[0].argmax(-1)))
-print(f"the model takes this for right with probability {{1 / (1 + np.exp(-q_halt[0])):.3f}}", file=sys.stderr)
-"""
+{load}
+
+{setup}
+for puzzle in sys.argv[1:] or sys.stdin.read().splitlines():
+    puzzles = {{
+        "inputs": {array}.asarray([[SYMBOLS.index(cell) for cell in {cells}]]),
+        "puzzle_identifiers": {array}.asarray([0]),
+    }}
+{solve}
+    print({joint}.join(SYMBOLS[token] for token in logits[0].argmax(-1)))
+    print(f"right with probability {{1 / (1 + math.exp(-float(q_halt[0]))):.3f}}, says the model", file=sys.stderr)
+'''
+
+_BY_SOLVE = (
+    'solve = load("solve")',
+    "    logits, q_halt, q_continue = solve(**puzzles)",
+)
+_BY_STEP = (
+    'step = load("step")',
+    """\
+    states = {{name: {array}.zeros({shape}, dtype={array}.float32) for name in {states}}}
+    for number in range({num_steps}):
+        begins = {array}.asarray([number == 0])  # the states are not looked at then
+        logits, q_halt, q_continue, *new = step(**puzzles, halted=begins, **states)
+        states = dict(zip(states, new))""",
+)
+_BY_MODULES = (
+    """\
+embed, heads = load("embed"), load("heads")
+modules = {{name: load(name) for name in {levels}}}
+schedule = {schedule}  # the updates of an ACT step: the module, and the states that it takes, the one it replaces first
+""",
+    """\
+    known = dict(zip({known}, embed(**puzzles)))
+    for number in range({num_steps}):
+        for module, names in schedule:
+            (known[names[0]],) = modules[module](**{{name: known[name] for name in names}})
+    logits, q_halt, q_continue = heads({output_state}=known["{output_state}"])""",
+)
 
 _PAGE = """\
-# {title}
+# A model for {task}
 
-Written by `hrm export`; this folder needs neither that package nor PyTorch. `export.json` says how it compares with
-PyTorch.
+Written by `hrm export format={format}`. `export.txt` and `export.json` say how it compares with PyTorch.
 
-`solve.onnx` takes {steps} ACT steps.
+{usage}
+```bash
+python solve.py "{example}"
+```
 
-- inputs: `inputs` [B, {seq_len}] and `puzzle_identifiers` [B], int64. {identifiers}
-- outputs: `logits` [B, {seq_len}, {vocab_size}], the scores of the answer's tokens; `q_halt` and `q_continue` [B],
-  logits of the answer being right as it is, and of going on being worth it.
+`logits` are the scores of the answer's tokens; `q_halt` and `q_continue` are logits of the answer being right as it is,
+and of going on being worth it. `puzzle_identifiers` are {identifiers}. B, the number of puzzles, may be another one at
+each call.
 
-`step.onnx` takes one ACT step.
+{graphs}"""
 
-- inputs: those of `solve.onnx`; `halted` [B] bool, true for puzzles that begin, whose states are then not looked at
-  (zeros will do); {states}, each [B, {num_tokens}, {width}].
-- outputs: those of `solve.onnx`; {new_states}, the states to pass to the next step, with `halted` false. A puzzle may
-  end where `q_halt > q_continue`, and leave its place in the batch to another one.
-
-B, the number of puzzles, may be another one at each call. Numbers are float32.
-
-Save as `solve.py` in this folder, `pip install numpy onnxruntime`, and give it a puzzle: `python solve.py "{example}"`
-
-```python
-{program}```
-"""
+_TYPES = {torch.bool: "bool", torch.int64: "int64", torch.float32: "float32"}
 
 
-def readme(model: TrainedModel, num_steps: int, example: str) -> str:
+def readme(
+    model: TrainedModel,
+    name: str,
+    chosen: Format,
+    graphs: Sequence[Graph],
+    max_batch_size: int,
+    example: str,
+) -> str:
     """The page.
 
     Args:
+        name: of the format.
         example: a puzzle as `program` takes it.
     """
-    form, inner = model.form, model.model.model.inner
+    count = model.form.num_puzzle_identifiers
     return _PAGE.format(
-        title=f"A model for {model.task.name}",
-        steps=num_steps,
-        seq_len=form.seq_len,
-        vocab_size=form.vocab_size,
-        states=" and ".join(f"`{name}`" for name in inner.initial_states),
-        new_states=" and ".join(f"`new_{name}`" for name in inner.initial_states),
-        num_tokens=inner.num_tokens,
-        width=inner.config.hidden_size,
-        identifiers=f"These are rows of a table of {form.num_puzzle_identifiers:,} puzzles."
-        if form.num_puzzle_identifiers > 1
-        else "These are zeros.",
+        task=model.task.name,
+        format=name,
+        usage=chosen.usage(max_batch_size, model.device),
         example=example,
-        program=program(model),
+        identifiers=f"rows of a table of {count:,} puzzles" if count > 1 else "zeros",
+        graphs="\n".join(_described(graph, chosen) for graph in graphs),
     )
 
 
-def program(model: TrainedModel) -> str:
-    """A program that answers the puzzle in its first argument by `solve.onnx`, with numpy and onnxruntime alone."""
-    if (symbols := _characters(model)) is not None:
-        return _PROGRAM.format(
-            symbols=f'"{symbols}"',
-            what="what each token is written as",
-            cells="sys.argv[1]",
-            joint='""',
-            seq_len=model.form.seq_len,
-        )
-    return _PROGRAM.format(
-        symbols=f"[str(token) for token in range({model.form.vocab_size})]",
-        what="the model's own tokens, written as numbers",
-        cells="sys.argv[1].split()",
-        joint='" "',
-        seq_len=model.form.seq_len,
-    )
+def _described(graph: Graph, chosen: Format) -> str:
+    rows = [
+        f"| {kind} | `{each.name}` | {_TYPES[each.dtype]} | {_shape(each)} |"
+        for kind, values in (("takes", graph.inputs), ("gives", graph.outputs))
+        for each in values
+    ]
+    table = "\n".join(["| | tensor | type | shape |", "|---|---|---|---|", *rows])
+    return f"## `{chosen.files(graph.name)[0]}`\n\n{fill(graph.about, 120)}\n\n{table}\n"
+
+
+def _shape(values: Values) -> str:
+    return f"[{', '.join(['B', *map(str, values.shape)])}]"
+
+
+def program(model: TrainedModel, chosen: Format, graphs: Sequence[Graph], num_steps: int) -> str:
+    """A program that answers puzzles by the files alone."""
+    characters, snippets = _characters(model), chosen.snippets(graphs, model.device)
+    setup, solve = _solving(model, snippets, {graph.name for graph in graphs}, num_steps)
+    if characters is not None:
+        written_as = {"symbols": f'"{characters}"', "what": "what each token is written as"}
+        written_as |= {"cells": "puzzle", "joint": '""'}
+    else:
+        written_as = {
+            "symbols": f"[str(token) for token in range({model.form.vocab_size})]",
+            "what": "the model's own tokens, written as numbers",
+            "cells": "puzzle.split()",
+            "joint": '" "',
+        }
+    return _PROGRAM.format(**snippets._asdict(), **written_as, setup=setup, solve=solve)
+
+
+def _solving(model: TrainedModel, snippets: Snippets, graphs: set[str], num_steps: int) -> tuple[str, str]:
+    """What the program does before the first puzzle, and for each."""
+    inner = model.model.model.inner
+    states = list(inner.initial_states)
+    fields = {
+        "array": snippets.array,
+        "num_steps": num_steps,
+        "shape": (1, inner.num_tokens, inner.config.hidden_size),
+        "states": states,
+        "known": ["embeddings", *states],
+        "output_state": inner.output_state,
+        "levels": list(inner.levels),
+        "schedule": [(level.graph, level.inputs) for level in schedule(model)] if inner.levels else [],
+    }
+    chosen = _BY_SOLVE if SOLVE in graphs else _BY_STEP if STEP in graphs else _BY_MODULES
+    setup, solve = (text.format(**fields) for text in chosen)
+    return setup, solve
 
 
 def written(model: TrainedModel, tokens: list[int]) -> str:

@@ -34,9 +34,14 @@ def why_not_triton_attention(request: KernelRequest) -> str | None:
 
 def why_not_compiled(request: KernelRequest) -> str | None:
     """What torch.compile lacks on the device."""
-    if request.device.type == "cuda":
+    return why_no_inductor(request.device)
+
+
+def why_no_inductor(device: torch.device) -> str | None:
+    """What the compiler behind torch.compile and AOTInductor lacks on a device."""
+    if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "Triton is not installed"
-    if request.device.type == "cpu":
+    if device.type == "cpu":
         return None if shutil.which("c++") or shutil.which("g++") or shutil.which("cl") else "there is no C++ compiler"
     return "torch.compile is not supported there"
 

@@ -342,6 +342,10 @@ class RecurrentModel(nn.Module):
 
     def prepare(self, batch: Batch) -> Prepared:
         """Embed a batch and cast the weights, once for all recurrences of an ACT step."""
+        return self.prepare_embedded(self._embed(batch["inputs"], batch["puzzle_identifiers"]))
+
+    def prepare_embedded(self, embeddings: Tensor) -> Prepared:
+        """`prepare` for a batch whose embeddings [B, T, D] are known."""
         rotary = RotaryTables(self.rotary_cos, self.rotary_sin) if self._rotates else None
         masters = {name: stack.weights() for name, stack in self.stacks.items()}
         weights = [weight for stack in masters.values() for block in stack for weight in block]
@@ -351,7 +355,6 @@ class RecurrentModel(nn.Module):
         }
         with torch.no_grad():
             no_grad_blocks = {name: self.kernels.prepare(name, stack) for name, stack in blocks.items()}
-        embeddings = self._embed(batch["inputs"], batch["puzzle_identifiers"])
         context = KernelContext(rotary, self.config.num_heads, self.config.rms_norm_eps)
         return Prepared(embeddings, blocks, no_grad_blocks, context)
 
