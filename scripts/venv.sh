@@ -2,8 +2,8 @@
 # Uses uv where it is installed, else venv and pip. Does nothing when all is in place already.
 
 _extras=$(IFS=,; echo "$*")
-_gym=scripts/reasoning-gym.txt
-_wanted="$_extras $(cat pyproject.toml $_gym | cksum)"
+_alone="scripts/reasoning-gym.txt scripts/tritonclient.txt" # without what they ask for
+_wanted="$_extras $(cat pyproject.toml $_alone | cksum)"
 _stamp=".venv/installed-$_extras"
 
 if command -v uv > /dev/null; then
@@ -30,7 +30,11 @@ if [ "$(cat "$_stamp" 2> /dev/null)" != "$_wanted" ]; then
     echo "Installing hrm[$_extras] into .venv (the first time, a minute or more: PyTorch is large)"
     _install ".[$_extras]"
     case ",$_extras," in
-        *,test,*) _install_plain $_gym || echo "note: Reasoning Gym cannot be installed here (see above): its tests are skipped." >&2 ;;
+        *,test,*)
+            for _file in $_alone; do
+                _install_plain $_file || echo "note: $_file cannot be installed here (see above): its tests are skipped." >&2
+            done
+            ;;
     esac
     echo "$_wanted" > "$_stamp"
 fi

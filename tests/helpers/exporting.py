@@ -9,9 +9,11 @@ import torch
 import hrm
 from hrm.checkpoint.run_folder import save_config
 from hrm.checkpoint.weights import save_weights
-from hrm.config import PretrainConfig
+from hrm.config import ExportConfig, PretrainConfig
+from hrm.config.compose import compose
 from hrm.data.pack import write_examples, write_identifiers
 from hrm.evaluation.latent import act_steps
+from hrm.export import command
 from hrm.inference.model import TrainedModel
 from hrm.inference.predictor import as_batch
 from hrm.models.hrm import HRMConfig
@@ -77,3 +79,8 @@ def pack_of_answers(folder: Path, model: TrainedModel, count: int = 12) -> Path:
         write_examples(folder / split, inputs.astype(np.uint8), labels.astype(np.uint8), vocab_size=6)
     write_identifiers(folder, ["<blank>"])
     return folder
+
+
+def export(*options: str) -> None:
+    """What `hrm export` does with these options."""
+    command.export(compose(ExportConfig, "export", options))
