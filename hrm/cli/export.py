@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hrm.config.extras import need
-
 if TYPE_CHECKING:
     from hrm.config import ExportConfig
 
@@ -22,7 +20,5 @@ def main(argv: Sequence[str]) -> int:
 
 def _export(config: ExportConfig) -> None:
     from hrm.export.command import export
-    from hrm.export.formats import load_format
 
-    need(f"hrm export format={config.format}", "export", load_format(config.format).packages)
     export(config)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hrm.config import ExportConfig
+from hrm.config.extras import need
 from hrm.errors import UserError, printable
 from hrm.export.format import Format, device_for
 from hrm.export.formats import load_format
@@ -35,6 +36,7 @@ def export(config: ExportConfig) -> None:
             report stay.
     """
     chosen = load_format(config.format)
+    need(f"format={config.format}", "export", chosen.packages)
     device = device_for(config.format, chosen, config.device)
     if reason := chosen.why_not(device):
         raise UserError(f"format={config.format} cannot be written here: {reason}; or give format=onnx.")

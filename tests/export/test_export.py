@@ -186,9 +186,7 @@ def test_formats_are_those_that_the_options_name() -> None:
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hrm.cli.export import _export
-
     monkeypatch.setattr("hrm.config.extras.find_spec", lambda name: None)
     sentence = r"format=onnx needs onnx, onnxscript, onnxruntime: pip install 'hrm-torch\[export\]'"
     with pytest.raises(UserError, match=sentence):
-        _export(ExportConfig(checkpoint="sudoku", output="out"))
+        export("checkpoint=sudoku", "output=out")
