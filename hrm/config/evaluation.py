@@ -82,6 +82,9 @@ class EvaluateConfig:
     act_max_steps: int | None = None  # ACT steps at most, more or fewer than in training; null: as in training
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
     report: str | None = None  # folder for an HTML report: answers at every ACT step, and accuracy in its parts
+    # Database in which the metrics and the files written are recorded: sqlite:///FILE or
+    # postgresql://USER:PASSWORD@HOST:PORT/DATABASE.
+    results: str | None = None
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     # What to compute in: bfloat16, float32, float16 or float64; auto: as in training, but float32 where a CPU has no
     # instructions for bfloat16.

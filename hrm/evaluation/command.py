@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hrm.checkpoint.run_folder import make_folder
 from hrm.checkpoint.weights import Checkpoint, find_checkpoint, read_weights
@@ -15,13 +16,14 @@ from hrm.data.builders.missing import how_to_build
 from hrm.data.loader import EvalLoader, deaths_of_workers_told
 from hrm.data.pack import Pack, open_pack
 from hrm.data.published import local_pack
-from hrm.distributed.world import World, join_world
+from hrm.distributed.world import World, gather_on_main, join_world
 from hrm.errors import UserError, printable, printable_lines, shortened
 from hrm.evaluation.early_halting import EarlyHalting, halting_metrics
 from hrm.evaluation.ensemble import evaluate_ensemble, ways_table
 from hrm.evaluation.evaluators import evaluators_of, summaries
 from hrm.evaluation.loading import ModelSizes, describe_model, load_model, other_identifiers, trained_pack
 from hrm.evaluation.metrics import MetricSums, Throughput, metrics_table
+from hrm.evaluation.recording import artifact, record, store_of
 from hrm.evaluation.report.writer import ReportWriter
 from hrm.evaluation.runner import evaluate, parts_of, save_outputs, show_predictions
 from hrm.evaluation.show import ShownPuzzles
@@ -30,8 +32,12 @@ from hrm.evaluation.symmetries import rules_of, symmetries_of
 from hrm.models import ACTLossHead
 from hrm.output import output_that_counts
 from hrm.remote.urls import parts_of_url
+from hrm.results.records import Artifact
 from hrm.tasks.base import Evaluator
 from hrm.unforeseen import traceback_folder
+
+if TYPE_CHECKING:
+    from hrm.results.store import Store
 
 _ABOUT_TABLE = {
     "mean": "Every puzzle has the mean of the puzzle table's rows (puzzle_emb=mean).",
@@ -62,13 +68,16 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, float]:
         if config.puzzle is not None:
             solve_puzzle(config, checkpoint, config.puzzle, world)
             return {}
-        return _evaluate_splits(config, checkpoint, world)
+        with store_of(config, world) as store:
+            return _evaluate_splits(config, checkpoint, world, store)
 
 
 def _check_modes(config: EvaluateConfig) -> None:
     """UserError for options that have no meaning together."""
     outputs = {"save_outputs": config.save_outputs, "show": config.show, "report": config.report}
     asked = [name for name, value in outputs.items() if value]
+    if config.puzzle is not None and config.results is not None:
+        raise UserError("puzzle= cannot be used with results=: leave one of them out.")
     if config.puzzle is not None and (asked or config.act != "full"):
         raise UserError(f"puzzle= cannot be used with {(asked or ['act'])[0]}=: leave one of them out.")
     if asked and config.act == "halt":
@@ -90,6 +99,12 @@ class _Split:
     world: World
     folder: Path  # of what is saved
     shown: ShownPuzzles | None  # with show=
+    written: list[Artifact] = field(default_factory=list)  # files, for results=
+
+    def note(self, kind: str, file: Path) -> None:
+        """Note that a file was written."""
+        if self.config.results is not None:
+            self.written.append(artifact(kind, file))
 
 
 def _data_paths(config: EvaluateConfig, checkpoint: Checkpoint) -> list[str]:
@@ -105,23 +120,27 @@ def _data_paths(config: EvaluateConfig, checkpoint: Checkpoint) -> list[str]:
     raise UserError(f"{checkpoint.config_file} does not say which data it was trained on: add data_path=...")
 
 
-def _evaluate_splits(config: EvaluateConfig, checkpoint: Checkpoint, world: World) -> dict[str, float]:
+def _evaluate_splits(
+    config: EvaluateConfig, checkpoint: Checkpoint, world: World, store: Store | None
+) -> dict[str, float]:
     """One pack after the other; of several, what is saved and returned is in folders and under names of theirs."""
     paths = _data_paths(config, checkpoint)
     if len(paths) == 1:
-        return _evaluate_split(config, checkpoint, paths[0], world)
+        return _evaluate_split(config, checkpoint, paths[0], world, store)
     results: dict[str, float] = {}
     folder = _output_folder(config, checkpoint)
     for number, path in enumerate(paths):
         names = [Path(other).name for other in paths]
         name = names[number] if names.count(names[number]) == 1 else f"{names[number]}-{number + 1}"
         own = replace(config, output_dir=str(folder / name), report=config.report and str(Path(config.report) / name))
-        found = _evaluate_split(own, checkpoint, path, world)
+        found = _evaluate_split(own, checkpoint, path, world, store)
         results |= {f"{name}/{metric}": value for metric, value in found.items()}
     return results
 
 
-def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, data_path: str, world: World) -> dict[str, float]:
+def _evaluate_split(
+    config: EvaluateConfig, checkpoint: Checkpoint, data_path: str, world: World, store: Store | None
+) -> dict[str, float]:
     batch_size = config.global_batch_size or checkpoint.config.get("global_batch_size", 128)
     if type(batch_size) is not int:
         raise UserError(
@@ -157,14 +176,20 @@ def _evaluate_split(config: EvaluateConfig, checkpoint: Checkpoint, data_path: s
                 print(_ABOUT_TABLE[config.puzzle_emb])
             elif warning := other_identifiers(checkpoint, model, pack):
                 print(printable(f"warning: {warning}"), file=sys.stderr)
-        if config.ensemble != EnsembleConfig():
-            return _evaluate_ensemble(split)
         results = {}
-        if config.act != "halt":
+        if config.ensemble != EnsembleConfig():
+            results = _evaluate_ensemble(split)
+        elif config.act != "halt":
             results = _evaluate_full(split)
         if config.act != "full":
             early, prefix = _evaluate_early(split), "halt/" if results else ""
             results |= {f"{prefix}{name}": value for name, value in early.items()}
+        written = gather_on_main(split.written, world)
+        if store is not None:
+            kernels = describe_model(model, checkpoint)
+            files = [file for of_rank in written for file in of_rank]
+            entry = record(store, config, checkpoint, data_path, pack, results, files, kernels, world)
+            print(printable(f"Recorded as {entry.id} in {store}."))
         return results
 
 
@@ -201,6 +226,7 @@ def _evaluate_full(split: _Split) -> dict[str, float]:
     if config.save_outputs:
         file = save_outputs(outputs, split.folder, split.checkpoint.step, world)
         print(printable(f"Saved {', '.join(outputs)} in {file}."))
+        split.note("predictions", file)
     if split.shown:
         split.shown.show(split.checkpoint, split.folder)
     if report and config.report and not any(values["count"] for values in metrics.values()):
@@ -212,6 +238,7 @@ def _evaluate_full(split: _Split) -> dict[str, float]:
         and (page := report.write(Path(config.report), split.checkpoint.weights_file, world, split.model))
     ):
         print(printable(f"Wrote {page}, and GIFs beside it."))
+        split.note("report", page)
     return result
 
 

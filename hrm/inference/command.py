@@ -128,7 +128,9 @@ def _row(cells: object) -> str:
 
 def _check(config: EvaluateConfig, option: str = "input") -> None:
     """UserError for options that have no meaning with input=, or with another one."""
-    outputs = {name: getattr(config, name) for name in ("puzzle", "save_outputs", "show", "report", "output_dir")}
+    outputs = {
+        name: getattr(config, name) for name in ("puzzle", "save_outputs", "show", "report", "results", "output_dir")
+    }
     for name, value in outputs.items():
         if value:
             raise UserError(f"{option}= cannot be used with {name}=: leave one of them out.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -113,9 +113,9 @@ class Store:
     # ---- evaluations
 
     def add_evaluation(self, evaluation: Evaluation) -> None:
-        """Record an evaluation and what it wrote. A metric that is no number, or is infinite, becomes null."""
+        """Record an evaluation and what it wrote. A value that is infinite or no number becomes null."""
         row = _row(tables.evaluations, evaluation)
-        row["metrics"] = {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()}
+        row |= {"metrics": _finite(evaluation.metrics), "options": _finite(evaluation.options)}
         with self._writing() as connection:
             connection.execute(insert(tables.evaluations), row)
             if evaluation.artifacts:
@@ -243,6 +243,13 @@ class Store:
 def _row(table: Table, record: AnsweredRequest | Evaluation) -> dict[str, Any]:
     """A record's values by the table's columns."""
     return {column.name: getattr(record, column.name) for column in table.c}
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With None for floats that JSON cannot hold."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
 
 
 def _version_of(connection: Connection) -> int | None:

@@ -17,11 +17,14 @@ from torch import Tensor
 from hrm.batch import IGNORE_LABEL_ID
 from hrm.checkpoint.weights import find_checkpoint, read_weights
 from hrm.config import SAVEABLE_OUTPUTS
+from hrm.data.identity import pack_identity
 from hrm.data.loader import EvalLoader
 from hrm.data.pack import open_pack
 from hrm.distributed.world import World
 from hrm.evaluation.runner import evaluate
 from hrm.models import ACTLossHead
+from hrm.reading import sha256_of
+from hrm.results import open_store
 from tests.helpers.entry_points import (
     CPU,
     TINY_RUN,
@@ -255,16 +258,57 @@ def test_two_ranks_share_the_work(trained: Path, tmp_path: Path) -> None:
     # Of the last batch, 56 to 63, rank 0 has 56 to 59 and rank 1 nothing but padding.
     batch_size, local = 8, 4
     options = [f"checkpoint={trained / 'run'}", f"global_batch_size={batch_size}"]
-    out = run_ranks(2, *options, f"save_outputs=[{','.join(SHAPES)}]", f"output_dir={tmp_path}")
+    results = f"sqlite:///{tmp_path / 'results.sqlite'}"
+    out = run_ranks(2, *options, f"save_outputs=[{','.join(SHAPES)}]", f"output_dir={tmp_path}", f"results={results}")
+    (entry,) = open_store(results).evaluations()
+    assert {file.place for file in entry.artifacts} == {str(tmp_path / f"step_80_all_preds.{rank}") for rank in (0, 1)}
+    assert (entry.versions["processes"], "Recorded as" in out[1]) == ("2", False)
     assert printed_metrics(out[0]) == pytest.approx(evaluated(*options)[0], abs=1.01e-4)
     assert "all/" not in out[1], "one table is enough"
-    assert {file.name for file in tmp_path.iterdir()} == {"step_80_all_preds.0", "step_80_all_preds.1"}
+    assert {file.name for file in tmp_path.glob("step*")} == {"step_80_all_preds.0", "step_80_all_preds.1"}
     parts = [saved_by(tmp_path, 80, rank) for rank in (0, 1)]
     assert [len(part["inputs"]) for part in parts] == [32, 28]
     whole = {
         name: torch.cat([part[name][i : i + local] for i in range(0, 32, local) for part in parts]) for name in SHAPES
     }
     assert_right_outputs(whole, trained)
+
+
+def test_results_are_recorded(trained: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'results.sqlite'}"
+    options = ["act=both", "save_outputs=[logits]", f"output_dir={tmp_path}", f"results={url}"]
+    metrics, out = evaluated(f"checkpoint={trained / 'run'}", *options)
+    evaluated(f"checkpoint={trained / 'run' / 'step_40'}", f"results={url}", "act_max_steps=2", "act_margin=-inf")
+    entry, other = open_store(url).evaluations()
+    assert f"Recorded as {entry.id} in results={url}." in out
+    assert (entry.checkpoint, entry.pack) == (str(trained / "run" / "step_80"), str(trained / "pack"))
+    assert entry.weights_hash == sha256_of(trained / "run" / "step_80")
+    assert entry.pack_hash == pack_identity(open_pack(trained / "pack", "test")).arrays == other.pack_hash
+    assert {f"all/{name}" for name in metrics} < set(entry.metrics)
+    assert {"all/lm_loss", "halt/puzzles_per_second"} < set(entry.metrics)
+    assert entry.metrics["halt/all/exact_accuracy"] == pytest.approx(metrics["exact_accuracy"], abs=5.1e-5)
+    assert entry.options["act"] == "both"
+    assert {"hrm", "PyTorch", "kernels"} < set(entry.versions)
+    (written,) = entry.artifacts
+    file = tmp_path / "step_80_all_preds.0"
+    assert (written.kind, written.place, written.hash) == ("predictions", str(file), sha256_of(file))
+    assert (other.checkpoint, other.artifacts) == (str(trained / "run" / "step_40"), [])
+    assert (other.options["act_max_steps"], other.options["act_margin"]) == (2, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["results=sqlite:///nowhere/file"], "results=sqlite:///nowhere/file cannot be used"),
+        (["results=file"], "results=file is not a URL"),
+        (["results=sqlite:///file", f"puzzle={'1' * 16}"], "puzzle= cannot be used with results="),
+        (["results=sqlite:///file", "input=-"], "input= cannot be used with results="),
+    ],
+)
+def test_results_that_cannot_be_recorded_are_told_first(options: list[str], words: str, trained: Path) -> None:
+    outcome = run_script("evaluate.py", f"checkpoint={trained / 'run'}", *options)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert words in outcome.err
 
 
 # --- boards ----------------------------------------------------------------------------------------------------------

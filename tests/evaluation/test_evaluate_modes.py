@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from hrm.reading import sha256_of
+from hrm.results import open_store
 from tests.helpers.entry_points import CPU, TRAINED_EXAMPLES, evaluated, run_script
 from tests.helpers.evaluation import answers_to_images, load_model, raw_split, run_ranks
 from tests.helpers.models import fresh_states
@@ -254,11 +256,15 @@ def test_rules_need_a_task_that_has_some(trained: Path, tmp_path: Path) -> None:
 
 
 def test_report(trained: Path, tmp_path: Path) -> None:
-    metrics, out = evaluated(f"checkpoint={trained / 'run'}", f"report={tmp_path / 'report'}")
+    url = f"sqlite:///{tmp_path / 'results.sqlite'}"
+    metrics, out = evaluated(f"checkpoint={trained / 'run'}", f"report={tmp_path / 'report'}", f"results={url}")
+    (recorded,) = open_store(url).evaluations()[0].artifacts
+    page_file = tmp_path / "report" / "report.html"
+    assert (recorded.kind, recorded.place, recorded.hash) == ("report", str(page_file), sha256_of(page_file))
     single, _ = evaluated(f"checkpoint={trained / 'run'}")
     assert metrics == single
     assert f"Wrote {tmp_path / 'report' / 'report.html'}, and GIFs beside it." in out
     assert (tmp_path / "report" / "wrong.gif").read_bytes().startswith(b"GIF89a")
-    page = (tmp_path / "report" / "report.html").read_text()
+    page = page_file.read_text()
     assert "<title>Sudoku, 4 × 4</title>" in page
     assert f"on {trained / 'pack' / 'test'}" in page
