@@ -143,11 +143,12 @@ def _renamed(parts: Sequence[Pack], firsts: Sequence[int]) -> Iterator[tuple[str
 
 def _first_in(pack: Pack, trained: Sequence[Pack]) -> int:
     """What identifier 0 of a test split becomes."""
-    identifiers = identifiers_hash(pack.path)
-    for other, first in zip(trained, first_identifiers(trained), strict=True):
-        is_same = other.path.resolve() == pack.path.resolve()
-        if is_same or (identifiers and identifiers == identifiers_hash(other.path)):
-            return first
+    identifiers, rows = identifiers_hash(pack.path), list(zip(trained, first_identifiers(trained), strict=True))
+    same = [first for other, first in rows if other.path.resolve() == pack.path.resolve()]
+    if identifiers:  # after the pack itself, for others may have equal ones
+        same += [first for other, first in rows if identifiers == identifiers_hash(other.path)]
+    if same:
+        return same[0]
     blank = pack.metadata.blank_identifier_id
     if all((data.puzzle_identifiers == blank).all() for data in pack.sets.values()):
         return 0

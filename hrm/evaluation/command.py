@@ -94,6 +94,7 @@ class _Split:
     checkpoint: Checkpoint
     model: ACTLossHead
     pack: Pack
+    data_path: str  # the path or URL that stands for it
     loader: EvalLoader
     sizes: ModelSizes
     world: World
@@ -163,8 +164,8 @@ def _evaluate_split(
     loader = EvalLoader(pack, batch_size, world.rank, world.size, config.num_workers, pin_memory)
     meta = pack.metadata
     sizes = ModelSizes(batch_size // world.size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
-    model = _load(config, checkpoint, sizes, pack, world)
-    split = _Split(config, checkpoint, model, pack, loader, sizes, world, folder, shown)
+    model = _load(config, checkpoint, sizes, pack, data_path, world)
+    split = _Split(config, checkpoint, model, pack, data_path, loader, sizes, world, folder, shown)
     with traceback_folder(folder), deaths_of_workers_told():
         if world.is_main:
             print(
@@ -174,7 +175,7 @@ def _evaluate_split(
             )
             if config.puzzle_emb != "trained":
                 print(_ABOUT_TABLE[config.puzzle_emb])
-            elif warning := other_identifiers(checkpoint, model, pack):
+            elif warning := other_identifiers(checkpoint, model, pack, data_path):
                 print(printable(f"warning: {warning}"), file=sys.stderr)
         results = {}
         if config.ensemble != EnsembleConfig():
@@ -199,8 +200,10 @@ def _bounded(batch_size: int, pack: Pack, world: World) -> int:
     return min(batch_size, -(-most // world.size) * world.size)
 
 
-def _load(config: EvaluateConfig, checkpoint: Checkpoint, sizes: ModelSizes, pack: Pack, world: World) -> ACTLossHead:
-    weights, one_of_several = read_weights(checkpoint.weights_file), trained_pack(checkpoint, pack)
+def _load(
+    config: EvaluateConfig, checkpoint: Checkpoint, sizes: ModelSizes, pack: Pack, data_path: str, world: World
+) -> ACTLossHead:
+    weights, one_of_several = read_weights(checkpoint.weights_file), trained_pack(checkpoint, pack, data_path)
     return load_model(
         checkpoint,
         weights,
@@ -257,7 +260,10 @@ def _evaluate_ensemble(split: _Split) -> dict[str, float]:
     """Several answers to every puzzle, and one picked of them."""
     options, world = split.config.ensemble, split.world
     others = [find_checkpoint(name) for name in options.checkpoints]
-    models = [split.model, *(_load(split.config, other, split.sizes, split.pack, world) for other in others)]
+    models = [
+        split.model,
+        *(_load(split.config, other, split.sizes, split.pack, split.data_path, world) for other in others),
+    ]
     evaluators, throughput = evaluators_of(split.pack), Throughput(world)
     symmetries = symmetries_of(split.pack, options.augmentations)
     rules = rules_of(split.pack) if options.check else None

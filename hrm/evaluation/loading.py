@@ -121,10 +121,16 @@ class TrainedPack(NamedTuple):
     identifiers: str  # hash of its identifiers.json
 
 
-def trained_pack(checkpoint: Checkpoint, pack: Pack) -> TrainedPack | None:
-    """What `pack` was among the several packs that the model was trained on; None where it was none of them, or one."""
+def trained_pack(checkpoint: Checkpoint, pack: Pack, data_path: str) -> TrainedPack | None:
+    """What `pack` was among the several packs that the model was trained on; None where it was none of them, or one.
+
+    Args:
+        data_path: the path or URL that stands for the pack. Without it among those trained on, one with the same
+            identifiers is meant.
+    """
     listed = checkpoint.config.get("packs")
     now = identifiers_hash(pack.path)
+    found: list[TrainedPack] = []
     for entry in listed if isinstance(listed, list) else ():
         if not isinstance(entry, dict):
             continue
@@ -132,16 +138,20 @@ def trained_pack(checkpoint: Checkpoint, pack: Pack) -> TrainedPack | None:
             entry.get(name) for name in ("first_identifier", "num_puzzle_identifiers", "identifiers")
         )
         is_count = type(first) is int and type(count) is int and first >= 0 and count >= 1
-        is_it = entry.get("path") == str(pack.path) or (now and identifiers == now)
-        if is_count and is_it and count == pack.metadata.num_puzzle_identifiers and isinstance(identifiers, str):
-            return TrainedPack(slice(first, first + count), identifiers)
-    return None
+        is_it = entry.get("path") in (data_path, str(pack.path))
+        is_like_it = is_it or (now and identifiers == now)
+        if is_count and is_like_it and count == pack.metadata.num_puzzle_identifiers and isinstance(identifiers, str):
+            one = TrainedPack(slice(first, first + count), identifiers)
+            if is_it:
+                return one
+            found.append(one)
+    return found[0] if found else None
 
 
-def other_identifiers(checkpoint: Checkpoint, model: ACTLossHead, pack: Pack) -> str | None:
+def other_identifiers(checkpoint: Checkpoint, model: ACTLossHead, pack: Pack, data_path: str) -> str | None:
     """A sentence where the rows of the model's puzzle table stand for other puzzles than the pack's identifiers do."""
     trained_on: Any = None
-    if (one_of_several := trained_pack(checkpoint, pack)) is not None:
+    if (one_of_several := trained_pack(checkpoint, pack, data_path)) is not None:
         trained_on = one_of_several.identifiers
     else:
         identity = checkpoint.config.get("pack_identity")

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from hrm.checkpoint.weights import PUZZLE_TABLE, read_weights
+from hrm.checkpoint.weights import PUZZLE_TABLE, Checkpoint, read_weights
+from hrm.data.identity import identifiers_hash
 from hrm.data.joined import join_test, join_train
 from hrm.data.loader import EvalLoader, TrainLoader
 from hrm.data.pack import Pack, open_pack
 from hrm.errors import UserError
+from hrm.evaluation.loading import trained_pack
 from tests.helpers.entry_points import CPU, TINY_RUN, Outcome, run_script
 from tests.helpers.training import write_identified_pack
 
@@ -78,6 +80,28 @@ def test_sets_are_evaluated_each_by_itself(root: Path) -> None:
     assert min(seen["many/all"]) == 5
     assert max(seen["many/all"]) == 9
     assert max(seen["few/all"]) == 3
+
+
+def test_of_packs_with_equal_identifiers_each_keeps_its_own(root: Path, tmp_path: Path) -> None:
+    """Those of Sudoku, for instance, have a single one, which every pack calls the same."""
+    for name in ("one", "other"):
+        write_identified_pack(tmp_path / name, puzzles=3)
+    pack = join_test(opened(tmp_path, "test", "one", "other"), opened(tmp_path, "train", "one", "other"))
+    seen = {name: batch["puzzle_identifiers"].tolist() for name, batch, _ in EvalLoader(pack, 12)}
+    assert max(seen["one/all"]) == 3
+    assert min(seen["other/all"]) == 5
+
+
+def test_a_run_tells_packs_with_equal_identifiers_apart(root: Path) -> None:
+    (pack,) = opened(root, "test", "few")
+    entry = {"num_puzzle_identifiers": 4, "identifiers": identifiers_hash(pack.path)}
+    urls = {"s3://team/one": 0, "s3://team/other": 4}
+    listed = [{**entry, "path": url, "first_identifier": first} for url, first in urls.items()]
+    checkpoint = Checkpoint(root / "step_1", {"packs": listed})
+    for url, first in {**urls, "moved": 0}.items():
+        found = trained_pack(checkpoint, pack, url)
+        assert found is not None
+        assert found.rows == slice(first, first + 4)
 
 
 def test_what_cannot_be_joined(root: Path) -> None:
