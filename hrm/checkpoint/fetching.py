@@ -50,7 +50,10 @@ def _look(remote: Remote, beside: Sequence[str], pick: Callable[[Collection[str]
     files = {name: FileHash(_size(folder.url_of(name), entry), None) for name, entry in sorted(chosen.items())}
     # Without a mark, nothing tells whether it changed: then it is fetched each time.
     marks = "".join(f"{name} {mark_of(chosen[name]) or uuid.uuid4()}\n" for name in files)
-    return Found(folder, last_part(folder.url), hashlib.sha256(marks.encode()).hexdigest(), files, str(folder))
+    content = hashlib.sha256(marks.encode()).hexdigest()
+    return Found(
+        folder, last_part(folder.url), content, files, f"the list of {folder}", "try again, or put it there anew"
+    )
 
 
 def _entry_if_readable(folder: Remote, name: str) -> dict[str, Any] | None:

@@ -141,4 +141,5 @@ def _look(url: str) -> Found:
             f"{url}`, or correct the URL."
         )
     folder = Remote(remote.url_of(manifest.folder)) if manifest.folder else remote
-    return Found(folder, last_part(url), manifest.sha256, manifest.files, remote.url_of(MANIFEST_FILE))
+    remedy = "publish the pack again, with overwrite=true"
+    return Found(folder, last_part(url), manifest.sha256, manifest.files, remote.url_of(MANIFEST_FILE), remedy)

@@ -58,6 +58,7 @@ class Found:
     content: str  # a hash that changes with the content
     files: Mapping[str, FileHash]  # by names below the folder, which are safe to be names here
     listed_in: str  # what says so, for errors
+    remedy: str  # where a file is not what that says, for errors
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,10 @@ def _checked_copy(home: Path, record: Record, found: Found | None) -> Path:
     folder = home / record.content / record.name
     damaged = [name for name, about in record.files.items() if not _is_whole(folder / name, about)]
     if damaged and found is None:
-        raise UserError(f"{folder / damaged[0]} is not what was fetched, and {record.url} cannot be reached now.")
+        raise UserError(
+            f"{folder / damaged[0]} is not what was fetched, and {record.url} cannot be reached to fetch it anew: try "
+            "again when it can be."
+        )
     for name in damaged:
         assert found is not None
         _warn(f"{folder / name} is not what was fetched: it is fetched anew.")
@@ -170,26 +174,31 @@ def _fetch_all(found: Found, partial: Path, home: Path) -> dict[str, FileHash]:
         unit="B",
         unit_scale=True,
         mininterval=bar_interval(),
-        disable=True if total < _WITH_A_BAR_FROM else None,
+        disable=total < _WITH_A_BAR_FROM,
     ) as bar:
         for file, about in found.files.items():
             target = partial / found.name / file
             if about.sha256 is not None and _is_whole(target, about):
                 results[file] = about
+                bar.update(about.bytes)
             else:
-                results[file] = _fetch(found, file, about, target)
-            bar.update(about.bytes)
+                results[file] = _fetch(found, file, about, target, bar.update)
     return results
 
 
-def _fetch(found: Found, name: str, expected: FileHash, target: Path) -> FileHash:
+def _fetch(
+    found: Found, name: str, expected: FileHash, target: Path, came: Callable[[int], object] = lambda _: None
+) -> FileHash:
     """Fetch a file, twice if what came first is not what it should be.
+
+    Args:
+        came: is told how many bytes came.
 
     Raises:
         UserError: nor is what came then.
     """
     for _ in range(2):
-        got = _download(found.folder.chunks(name), expected.bytes, target)
+        got = _download(found.folder.chunks(name), expected.bytes, target, came)
         if got is not None and expected.sha256 in (None, got.sha256):
             with _writing(target.parent):
                 _temporary(target).replace(target)
@@ -197,11 +206,11 @@ def _fetch(found: Found, name: str, expected: FileHash, target: Path) -> FileHas
         _temporary(target).unlink(missing_ok=True)
     raise UserError(
         f"{found.folder.url_of(name)} is not what {found.listed_in} says (another size, or another SHA-256): it is "
-        "torn or was changed, and is not used; put the right one there, or publish it again."
+        f"torn or was changed, and is not used; {found.remedy}."
     )
 
 
-def _download(chunks: Iterator[bytes], expected: int, target: Path) -> FileHash | None:
+def _download(chunks: Iterator[bytes], expected: int, target: Path, came: Callable[[int], object]) -> FileHash | None:
     """Write what comes beside a file; None where it is larger or smaller than expected."""
     digest, count = hashlib.sha256(), 0
     with _writing(target.parent):
@@ -215,6 +224,7 @@ def _download(chunks: Iterator[bytes], expected: int, target: Path) -> FileHash 
             digest.update(chunk)
             with _writing(target.parent):
                 stream.write(chunk)
+            came(len(chunk))
     return FileHash(count, digest.hexdigest()) if count == expected else None
 
 
@@ -284,4 +294,4 @@ def _now() -> str:
 
 
 def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -195,6 +195,8 @@ def _file_system(url: str, protocol: str) -> tuple[Any, str]:
     import fsspec  # imported here: what reads from disk needs none of it
     from fsspec.registry import known_implementations
 
+    if "::" in url:  # by which fsspec reads one thing through another, such as a file in an archive
+        raise UserError(f"{url} cannot be used: a URL with :: in it is not taken.")
     try:
         files, path = fsspec.url_to_fs(url)
     except ImportError as error:

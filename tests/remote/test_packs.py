@@ -229,7 +229,9 @@ def test_without_network_the_copy_serves(
     assert "(no network)" in err
     assert "The copy in the cache is used" in err
     flip(copy / "train/all__labels.npy")
-    with pytest.raises(UserError, match=r"all__labels\.npy is not what was fetched, and .* cannot be reached now"):
+    with pytest.raises(
+        UserError, match=r"all__labels\.npy is not what was fetched, and .* cannot be reached to fetch it anew"
+    ):
         local_pack(url)
 
 
@@ -383,6 +385,7 @@ def test_what_is_a_url() -> None:
     ("url", "sentence"),
     [
         ("bogus://a/b", "fsspec knows no protocol bogus://"),
+        ("zip://pack::https://host/pack.zip", "a URL with :: in it is not taken"),
         ("ftp://me:secret@host/pack", "the URL of host holds a password"),
         ("gs://bucket/pack", "needs the package gcsfs: pip install gcsfs"),
         ("s3://bucket/pack", r"needs s3fs: pip install 'hrm-torch\[s3\]'"),

@@ -126,6 +126,8 @@ def test_without_network_the_copy_serves(
         assert "The copy in the cache is used" in err
         with pytest.raises(UserError, match=r"Could not connect .*: check the network"):
             local_pack(f"{PACK}/1")
+        with pytest.raises(UserError, match="check the network"):  # http:// comes with s3fs
+            local_pack("http://127.0.0.1:9/pack")
     finally:
         monkeypatch.undo()
         forget_connections()
