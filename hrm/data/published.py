@@ -32,7 +32,7 @@ _MOST_TEXT = 1_000  # characters of a field
 
 # What packs consist of. A name starts with a letter or a digit: no "..", no absolute path, nothing hidden.
 PACK_FILE = re.compile(r"(?:(?:train|test)/)?[^\W_][\w .@+=-]*\.(?:npy|json)")
-VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+VERSION = re.compile(r"(?!manifest\.json$)[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Manifest:
         except ValueError as error:
             raise UserError(
                 f"{url} is no manifest that this version reads ({error}), and nothing of it is fetched: publish the "
-                "pack again."
+                "pack again, with overwrite=true."
             ) from error
         return cls(**{name: fields[name] for name in (*texts, "provenance")}, files=files)
 

@@ -16,7 +16,7 @@ from hrm.data.published import MANIFEST_FILE, PACK_FILE, VERSION, Manifest, read
 from hrm.data.registry import read_registry
 from hrm.errors import UserError, shortened
 from hrm.remote.cache import FileHash
-from hrm.remote.urls import Remote, is_url, last_part
+from hrm.remote.urls import Remote, UnreachableError, is_url, last_part
 from hrm.results import open_store
 from hrm.results.records import PublishedPack
 from hrm.version import __version__
@@ -65,15 +65,32 @@ def publish(pack: Path, url: str, about: About, results: str | None = None, *, o
     remote = Remote(url)
     below = Remote(remote.url_of(manifest.version))
     with closing(open_store(results)) if results is not None else nullcontext() as store:
-        before = read_manifest(below)
+        before, newest = (_read_manifest(place, overwrite) for place in (below, remote))
         if not overwrite:
             _check_free(manifest, below, before, store)
-        if before is not None and before.sha256 == manifest.sha256:
+        is_there = before is not None and before.sha256 == manifest.sha256
+        if before is not None and is_there:
             manifest = replace(manifest, published=before.published)
-        uploaded = _upload(pack, manifest, remote, below, before, all_of_it=overwrite)
+        elif newest is not None and newest.version == manifest.version:
+            remote.remove(MANIFEST_FILE)  # nobody is to fetch what is about to change
+        uploaded = _upload(pack, manifest, below, before, all_of_it=overwrite)
+        if not is_there or newest is None or newest.version == manifest.version:
+            remote.write(MANIFEST_FILE, replace(manifest, folder=manifest.version).to_json())
         if store is not None:
             store.add_pack(_entry(manifest, str(below)), overwrite=overwrite)
     return Published(manifest, str(below), uploaded, left_out)
+
+
+def _read_manifest(remote: Remote, overwrite: bool) -> Manifest | None:
+    """What is published there; what cannot be read counts as nothing where it may be overwritten."""
+    try:
+        return read_manifest(remote)
+    except UnreachableError:
+        raise
+    except UserError:
+        if not overwrite:
+            raise
+        return None
 
 
 def _check_free(manifest: Manifest, below: Remote, before: Manifest | None, store: Store | None) -> None:
@@ -87,26 +104,19 @@ def _check_free(manifest: Manifest, below: Remote, before: Manifest | None, stor
             )
 
 
-def _upload(
-    pack: Path, manifest: Manifest, remote: Remote, below: Remote, before: Manifest | None, *, all_of_it: bool
-) -> int:
-    """Upload what is not there yet, and the manifests last; returns the number of files."""
-    if before is None or before.sha256 != manifest.sha256 or all_of_it:
-        names = list(manifest.files)
-    else:
-        sizes = {name: (below.entry(name) or {}).get("size") for name in manifest.files}
-        names = [name for name, about in manifest.files.items() if sizes[name] != about.bytes]
-    if before is not None and before.sha256 != manifest.sha256:  # nobody is to fetch what is about to change
-        newest = read_manifest(remote)
-        if newest is not None and newest.version == manifest.version:
-            remote.remove(MANIFEST_FILE)
+def _upload(pack: Path, manifest: Manifest, below: Remote, before: Manifest | None, *, all_of_it: bool) -> int:
+    """Upload what is not there yet, and the manifest last; returns the number of files."""
+    names = list(manifest.files)
+    if before is not None and before.sha256 == manifest.sha256 and not all_of_it:
+        sizes = {name: (below.entry(name) or {}).get("size") for name in names}
+        names = [name for name in names if sizes[name] != manifest.files[name].bytes]
+    elif before is not None:
         below.remove(MANIFEST_FILE)
         for name in before.files.keys() - manifest.files.keys():
             below.remove(name)
     for name in names:
         below.upload(pack / name, name)
     below.write(MANIFEST_FILE, manifest.to_json())
-    remote.write(MANIFEST_FILE, replace(manifest, folder=manifest.version).to_json())
     return len(names)
 
 

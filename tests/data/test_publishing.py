@@ -142,12 +142,39 @@ def test_overwriting(pack: Path, url: str, capsys: pytest.CaptureFixture[str]) -
     assert not (local_pack(url) / "identifiers.json").exists()
 
 
+def test_an_earlier_version_published_again_does_not_become_the_newest(
+    pack: Path, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "publish", "boards", url)
+    first = shutil.copytree(pack, "first")
+    change(pack)
+    run(capsys, "publish", "boards", url, "version=2")
+    newest = (pack / "provenance.json").read_text()
+    assert run(capsys, "publish", str(first), url, "licence=MIT").status == 0
+    assert (local_pack(url) / "provenance.json").read_text() == newest
+    assert (local_pack(f"{url}/1") / "provenance.json").read_text() != newest
+
+
+def test_a_manifest_of_another_make_is_overwritten_on_demand_only(
+    pack: Path, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "publish", "boards", url)
+    for file in ("manifest.json", "1/manifest.json"):
+        Path(url.removeprefix("file://"), file).write_text("{}")
+    refused = run(capsys, "publish", "boards", url)
+    assert (refused.status, "publish the pack again, with overwrite=true" in refused.err) == (2, True)
+    assert run(capsys, "publish", "boards", url, "overwrite=true").status == 0
+    assert (local_pack(url) / "provenance.json").read_text() == (pack / "provenance.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
         (["boards", "somewhere"], "somewhere is no URL to publish at: give one such as s3://bucket/packs/boards"),
         (["nothing", "URL"], "nothing does not exist"),
         (["boards", "URL", "version=../up"], "version=../up cannot be a folder"),
+        (["boards", "URL", "version=manifest.json"], "version=manifest.json cannot be a folder"),
+        (["boards", "URL", "overwrite=perhaps"], "overwrite=perhaps is not a choice"),
         (["boards", "URL", "name=two\nlines"], "name="),
         (["boards", "URL", "results=results.sqlite"], "results=results.sqlite is not a URL"),
         (["boards", "file:///dev/null/x"], "file:///dev/null/x/1"),

@@ -128,7 +128,10 @@ def test_packs(store: Store) -> None:
     assert store.packs() == [moved]
     with pytest.raises(UserError, match="sudoku version 1 with other content: give another version"):
         store.add_pack(replace(pack, hash="other"))
-    assert store.packs() == [moved]
+    assert store.packs() == [moved] == [store.pack("sudoku", "1")]
+    assert store.pack("sudoku", "2") is None
+    store.add_pack(replace(pack, hash="other"), overwrite=True)
+    assert store.packs() == [replace(pack, hash="other")]
 
 
 def test_processes_make_the_tables_once(url: str) -> None:

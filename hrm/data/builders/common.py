@@ -89,13 +89,6 @@ def as_flags(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     return [f"--{argument}" if name in known else argument for name, argument in zip(names, argv, strict=True)]
 
 
-def yes_or_no(text: str) -> bool:
-    """What an option's true or false stands for."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return text.lower() == "true"
-
-
 def recorded(arguments: argparse.Namespace, *, but: Sequence[str] = ("output_dir",)) -> dict[str, Any]:
     """The arguments as a pack keeps them. Where it lies is no part of how it was made, so that two copies are equal
     byte for byte.

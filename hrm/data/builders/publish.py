@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hrm.data.builders.common import as_flags, run_command, yes_or_no
+from hrm.config.checks import choice
+from hrm.data.builders.common import as_flags, run_command
 from hrm.data.publishing import About, publish
 
 COMMAND = "publish"  # `hrm data publish`
@@ -29,14 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--augmentation", help="how training puzzles are augmented; default: as for the licence")
     parser.add_argument("--results", help="sqlite:///FILE or postgresql://...: the results store to enter it into")
     parser.add_argument(
-        "--overwrite", type=yes_or_no, default=False, metavar="true", help="replace other content of the same version"
+        "--overwrite", default="false", help="true: replace other content of the same version; default: false"
     )
     return run_command(_publish, lambda: parser.parse_args(as_flags(sys.argv[1:] if argv is None else argv, parser)))
 
 
 def _publish(arguments: argparse.Namespace) -> str:
+    choice("overwrite", arguments.overwrite, ("true", "false"))
     about = About(arguments.name, arguments.version, arguments.licence, arguments.augmentation)
-    done = publish(arguments.pack, arguments.url, about, arguments.results, overwrite=arguments.overwrite)
+    done = publish(arguments.pack, arguments.url, about, arguments.results, overwrite=arguments.overwrite == "true")
     manifest = done.manifest
     size = f"{len(manifest.files)} files, {manifest.total_bytes / 1e6:,.1f} MB"
     what = (
