@@ -25,7 +25,7 @@ from hrm.batch import Batch
 from hrm.cuda_graphs import GraphedWork
 from hrm.inference.model import TrainedModel
 from hrm.inference.predictor import is_one_shape, sequences_at_once
-from hrm.service.sessions import begun, updated
+from hrm.service.sessions import updated
 from hrm.tasks.form import Puzzle
 
 Result = TypeVar("Result")
@@ -241,7 +241,7 @@ class Engine:
         puzzle = Puzzle(np.zeros(self.model.form.seq_len, dtype=np.int64))
         self.submit(puzzle, max_steps=3).result()
         for level in self._inner.model.inner.levels:
-            self.run(updated(self.model, begun(self.model, puzzle), level, 1)).result()
+            self.run(updated(self.model, puzzle, level, 1)).result()
 
     def close(self) -> None:
         """Take no more work, do what there is, and end."""

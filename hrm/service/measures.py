@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from hrm.service.engine import Engine
+from hrm.service.memory import LocalMemory
 from hrm.service.modules import Modules
 from hrm.service.recorder import Recorder
 
@@ -53,6 +54,8 @@ class Measures:
                 ),
                 "hrm_results_waiting": ("Answers that are not in the results store yet", lambda: recorder.kept),
             }
+        if isinstance(memory := modules.memory, LocalMemory):
+            gauges["hrm_sessions"] = "Sessions in the working memory of this process", lambda: len(memory)
         for name, (meaning, value) in gauges.items():
             Gauge(name, meaning, registry=self.registry).set_function(value)
         self.registry.register(_Work(engine, modules, recorder))

@@ -23,10 +23,14 @@ from hrm.errors import UserError, first_sentence, printable, shortened
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
+SECONDS_UNTIL_UP = 2
+"""After which to try again, where a memory does not answer."""
+
 _SECONDS_FOR_REDIS = 2.0  # to connect, and to answer
 # Keys. Braces: in a cluster, all lie on one machine.
 _SESSION = "{hrm}:session:"  # fields version, model, content
 _USED = "{hrm}:used:"  # names by when they were last used, of a model
+_UNAVAILABLE = "the working memory does not answer; come again later."
 
 
 class Unavailable(Exception):
@@ -37,7 +41,6 @@ class Kept(NamedTuple):
     """A session as the memory has it."""
 
     version: str  # another one after every change
-    model: str  # hash of the model whose session it is
     content: bytes
 
 
@@ -45,13 +48,14 @@ class Kept(NamedTuple):
 class Bounds:
     """What a memory keeps."""
 
-    sessions: int  # of a model; beyond, those that were not used for longest are forgotten
+    model: str  # whose sessions they are, by its hash
+    sessions: int  # beyond, those that were not used for longest are forgotten
     bytes_each: int
     seconds: float  # that a session is kept after its last use
 
 
 class Memory(Protocol):
-    """Sessions by name."""
+    """Sessions of one model, by name."""
 
     failures: int  # times that it did not answer
 
@@ -66,11 +70,11 @@ class Memory(Protocol):
         """The session of that name, if there is one.
 
         Raises:
-            ValueError: what is there is no session.
+            ValueError: what is there is no session of the model.
             Unavailable: nothing answers.
         """
 
-    async def store(self, name: str, before: str | None, model: str, content: bytes) -> bool:
+    async def store(self, name: str, before: str | None, content: bytes) -> bool:
         """Let this be the session of that name from now on.
 
         Args:
@@ -109,11 +113,11 @@ class LocalMemory:
         found = self._kept.get(name)
         return found and found[1]
 
-    async def store(self, name: str, before: str | None, model: str, content: bytes) -> bool:
+    async def store(self, name: str, before: str | None, content: bytes) -> bool:
         now = await self.load(name)
         if (now and now.version) != before:
             return False
-        self._kept[name] = self._clock() + self._bounds.seconds, Kept(secrets.token_hex(8), model, content)
+        self._kept[name] = self._clock() + self._bounds.seconds, Kept(secrets.token_hex(8), content)
         self._kept.move_to_end(name)
         while len(self._kept) > self._bounds.sessions:
             self._kept.popitem(last=False)
@@ -130,14 +134,17 @@ class LocalMemory:
 
 # Redis runs a script whole, without others in between.
 _LOAD = """
-local key, most = KEYS[1], tonumber(ARGV[1])
+local key, model, most = KEYS[1], ARGV[1], tonumber(ARGV[2])
 local kind = redis.call('TYPE', key)['ok']
 if kind == 'none' then return {} end
 if kind ~= 'hash' then return {'it is a ' .. kind} end
-for _, field in ipairs({'version', 'model', 'content'}) do
+if redis.call('HSTRLEN', key, 'model') ~= #model or redis.call('HGET', key, 'model') ~= model then
+    return {'it is of another model, or of another dtype'}
+end
+for _, field in ipairs({'version', 'content'}) do
     if redis.call('HSTRLEN', key, field) > most then return {'its ' .. field .. ' is too long'} end
 end
-return redis.call('HMGET', key, 'version', 'model', 'content')
+return redis.call('HMGET', key, 'version', 'content')
 """
 _STORE = """
 local key, used = KEYS[1], KEYS[2]
@@ -176,45 +183,50 @@ class RedisMemory:
         self._where = f"Redis at {place}"
         self._bounds = bounds
         self.is_up, self.failures = True, 0
+        self._refuses_until = 0.0
 
     async def check(self) -> None:
         with suppress(Unavailable):
-            await self._answer(self._client.ping())
+            await self._answer(self._client.ping)
 
     async def load(self, name: str) -> Kept | None:
-        found = await self._answer(self._client.eval(_LOAD, 1, f"{_SESSION}{name}", self._bounds.bytes_each))
+        keys, bounds = [f"{_SESSION}{name}"], (self._bounds.model, self._bounds.bytes_each)
+        found = await self._answer(self._client.eval, _LOAD, len(keys), *keys, *bounds)
         if not found:
             return None
         if len(found) == 1:
             raise ValueError(found[0].decode())
         if None in found:
             raise ValueError("it is not whole")
-        version, model, content = found
-        return Kept(version.decode(errors="replace"), model.decode(errors="replace"), content)
+        version, content = found
+        return Kept(version.decode(errors="replace"), content)
 
-    async def store(self, name: str, before: str | None, model: str, content: bytes) -> bool:
-        keys = f"{_SESSION}{name}", f"{_USED}{model}"
-        values = before or "", secrets.token_hex(8), model, content
-        bounds = round(1000 * self._bounds.seconds), self._bounds.sessions
-        stored = await self._answer(self._client.eval(_STORE, 2, *keys, *values, name, _SESSION, *bounds))
-        return bool(stored)
+    async def store(self, name: str, before: str | None, content: bytes) -> bool:
+        model, sessions, milliseconds = self._bounds.model, self._bounds.sessions, round(1000 * self._bounds.seconds)
+        keys = [f"{_SESSION}{name}", f"{_USED}{model}"]
+        values = before or "", secrets.token_hex(8), model, content, name, _SESSION, milliseconds, sessions
+        return bool(await self._answer(self._client.eval, _STORE, len(keys), *keys, *values))
 
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _answer(self, asked: Awaitable[Any]) -> Any:
+    async def _answer(self, asked: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
         """What Redis answers; a sentence on stderr when it stops to, and when it does again."""
-        from redis.exceptions import RedisError
+        if time.monotonic() < self._refuses_until:
+            raise Unavailable(_UNAVAILABLE)
+        from redis.exceptions import RedisError, TimeoutError
 
         try:
-            answer = await asked
+            answer = await asked(*arguments)
         except (RedisError, OSError) as error:
             self.failures += 1
+            if isinstance(error, TimeoutError):  # others shall not wait for that too
+                self._refuses_until = time.monotonic() + SECONDS_UNTIL_UP
             if self.is_up:
                 reason = shortened(first_sentence(error))
                 _tell(f"{self._where} does not answer ({reason}): /infer goes on, sessions are refused until it does.")
             self.is_up = False
-            raise Unavailable("the working memory does not answer; come again later.") from error
+            raise Unavailable(_UNAVAILABLE) from error
         if not self.is_up:
             _tell(f"{self._where} answers again.")
         self.is_up = True

@@ -15,15 +15,14 @@ from hrm.config import ServeConfig
 from hrm.errors import UserError
 from hrm.service.answering import probability, read_inputs
 from hrm.service.engine import Closed, Engine
-from hrm.service.memory import Bounds, Unavailable, open_memory
+from hrm.service.memory import SECONDS_UNTIL_UP, Bounds, Unavailable, open_memory
 from hrm.service.messages import UpdateRequest, UpdateResponse
 from hrm.service.problems import PROBLEMS, Problem, Refused, all_of
 from hrm.service.room import Room
-from hrm.service.sessions import Outputs, Session, SessionFormat, begun, updated
+from hrm.service.sessions import Outputs, Session, SessionFormat, updated
 from hrm.tasks.form import Puzzle
 
 _AT_ONCE = 16  # calls whose states are in this process's hands; others wait with their request alone
-_SECONDS_UNTIL_UP = 2  # after which to try again, where the memory does not answer
 _NAMES_ELSEWHERE = ("L", "H")  # of levels: what is asked for where a model has none
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     **PROBLEMS,
@@ -56,7 +55,8 @@ class Modules:
         self._format = SessionFormat(engine.model)
         most_bytes = self._format.most_bytes
         most = min(config.most_sessions, max(config.most_session_bytes // most_bytes, 1))
-        self.memory = open_memory(config.memory, Bounds(most, most_bytes, config.seconds_per_session))
+        bounds = Bounds(self._format.model_hash, most, most_bytes, config.seconds_per_session)
+        self.memory = open_memory(config.memory, bounds)
         self._room = Room(config.most_waiting)
         self._at_once = asyncio.Semaphore(_AT_ONCE)
         self._levels = list(engine.model.model.model.inner.levels)
@@ -93,7 +93,7 @@ class Modules:
             except Closed as error:
                 raise Refused(503, f"{error}.") from error
             except Unavailable as error:
-                raise Refused(503, str(error), {"Retry-After": str(_SECONDS_UNTIL_UP)}) from error
+                raise Refused(503, str(error), {"Retry-After": str(SECONDS_UNTIL_UP)}) from error
             finally:
                 self._room.give_back(1)
             task_, form = self._engine.model.task, self._engine.model.form
@@ -140,32 +140,30 @@ class Modules:
             Closed: the engine takes no more.
         """
         async with self._at_once:
-            session, version = await self._loaded(name, puzzle)
-            work = updated(self._engine.model, session, level, count)
+            before, version = await self._loaded(name, puzzle)
+            work = updated(self._engine.model, before, level, count)
             session, outputs = await asyncio.wrap_future(self._engine.run(work))
             content = await asyncio.to_thread(self._format.pack, session)
-            if not await self.memory.store(name, version, self._format.model_hash, content):
+            if not await self.memory.store(name, version, content):
                 sentence = f"session {name} was changed by another call meanwhile, and this one counts for nothing"
                 raise Refused(409, f"{sentence}: ask again.")
             self.updates[level] += count
         return session, outputs, content
 
-    async def _loaded(self, name: str, puzzle: Puzzle | None) -> tuple[Session, str | None]:
-        """The session as it is now, and its version; for a puzzle, one that begins."""
+    async def _loaded(self, name: str, puzzle: Puzzle | None) -> tuple[Session | Puzzle, str | None]:
+        """The session as it is now, and its version; the puzzle, where that begins one."""
         try:
             kept = await self.memory.load(name)
             if puzzle is not None:
                 if kept is not None:
                     raise Refused(409, f"session {name} is there already: leave out the inputs, or take another name.")
-                return begun(self._engine.model, puzzle), None
+                return puzzle, None
             if kept is None:
                 raise Refused(
                     404,
                     f"there is no session {name}: it was not begun, was not used for "
                     f"{self._config.seconds_per_session:g} s, or made room for others; give inputs to begin it.",
                 )
-            if kept.model != self._format.model_hash:
-                raise Refused(409, f"session {name} is of another model, or of another dtype: take another name.")
             return await asyncio.to_thread(self._format.unpack, kept.content), kept.version
         except ValueError as error:
             raise Refused(409, f"session {name} cannot be read ({error}): take another name.") from error

@@ -21,7 +21,8 @@ from hrm.inference.model import TrainedModel
 from hrm.reading import parse_npz, sha256_of
 from hrm.tasks.form import Puzzle
 
-_MOST_HEADERS = 1 << 12  # bytes of an archive besides its numbers
+_MOST_HEADERS = 1 << 9  # bytes of an archive besides its numbers, for each array and at its end
+_MOST_UPDATES = 1 << 53  # that are counted exactly
 
 
 class Outputs(NamedTuple):
@@ -52,14 +53,19 @@ def begun(model: TrainedModel, puzzle: Puzzle) -> Session:
 
 
 def updated(
-    model: TrainedModel, session: Session, level: str, count: int
+    model: TrainedModel, session: Session | Puzzle, level: str, count: int
 ) -> Generator[None, None, tuple[Session, Outputs]]:
     """Update a level so many times; yields after each. Updates in the order of an ACT step make one, to the bit.
+
+    Args:
+        session: for a puzzle, one begins.
 
     Returns:
         The session after it, and what the heads read.
     """
     inner = model.model.model.inner
+    if isinstance(session, Puzzle):
+        session = begun(model, session)
     batch = {
         "inputs": torch.from_numpy(session.puzzle.tokens.astype(np.int32))[None].to(model.device),
         "puzzle_identifiers": torch.tensor([session.puzzle.identifier], dtype=torch.int32, device=model.device),
@@ -109,7 +115,7 @@ class SessionFormat:
         }
         self._states = list(inner.initial_states)
         numbers = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self._arrays.values())
-        self.most_bytes = numbers + _MOST_HEADERS
+        self.most_bytes = numbers + _MOST_HEADERS * (len(self._arrays) + 1)
 
     def pack(self, session: Session) -> bytes:
         """A session as an archive."""
@@ -135,10 +141,12 @@ class SessionFormat:
         arrays = parse_npz(content, self._arrays)
         identifier, updates = int(arrays["puzzle_identifier"]), arrays["updates"].tolist()
         try:
-            puzzle = Puzzle(self._form.from_tokens(arrays["inputs"]), self._form.identifier(identifier))
+            puzzle = Puzzle(self._form.from_tokens(arrays["inputs"]), identifier)
         except UserError as error:
             raise ValueError(f"its puzzle is none: {error}") from error
-        if min(updates) < 0:
-            raise ValueError("it counts updates below 0")
+        if not 0 <= identifier < self._form.num_puzzle_identifiers:
+            raise ValueError(f"its puzzle_identifier is {identifier}")
+        if not all(0 <= count < _MOST_UPDATES for count in updates):
+            raise ValueError(f"its updates are {updates}")
         states = {name: arrays[name] for name in self._states}
         return Session(puzzle, states, dict(zip(self._levels, updates, strict=True)))

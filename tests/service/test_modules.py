@@ -189,6 +189,7 @@ def test_puzzles_and_sessions_share_the_engine(model: TrainedModel) -> None:
         'hrm_module_updates_total{level="H"} 0.0',
         'hrm_requests_total{path="/infer/L",status="200"} 9.0',
         "hrm_memory_up 1.0",
+        "hrm_sessions 9.0",
         "hrm_memory_failures_total 0.0",
     ):
         assert line in lines
@@ -228,16 +229,16 @@ def test_it_says_how_to_ask(client: TestClient) -> None:
 def test_local_sessions_expire() -> None:
     async def check() -> None:
         now = 0.0
-        memory = LocalMemory(Bounds(sessions=9, bytes_each=9, seconds=10), clock=lambda: now)
-        assert await memory.store("a", None, "model", b"1")
+        memory = LocalMemory(Bounds("model", sessions=9, bytes_each=9, seconds=10), clock=lambda: now)
+        assert await memory.store("a", None, b"1")
         now = 6
-        assert await memory.store("b", None, "model", b"1")
+        assert await memory.store("b", None, b"1")
         first = await memory.load("a")
         assert first is not None
-        assert await memory.store("a", first.version, "model", b"2"), "used: it is kept for as long again"
-        assert not await memory.store("a", first.version, "model", b"3"), "that version is no longer there"
-        assert not await memory.store("a", None, "model", b"3"), "there is one"
-        assert not await memory.store("x", first.version, "model", b"3"), "there is none"
+        assert await memory.store("a", first.version, b"2"), "used: it is kept for as long again"
+        assert not await memory.store("a", first.version, b"3"), "that version is no longer there"
+        assert not await memory.store("a", None, b"3"), "there is one"
+        assert not await memory.store("x", first.version, b"3"), "there is none"
         now = 15.9
         assert [await memory.load(name) is None for name in ("a", "b")] == [False, False]
         now = 16
@@ -280,8 +281,9 @@ def test_archives_of_others_are_refused(model: TrainedModel) -> None:
         (forged(more=np.zeros(1)), "it holds inputs, more"),
         (forged(inputs=kept["inputs"] + 100), "its puzzle is none"),
         (forged(inputs=kept["inputs"] - 100), "its puzzle is none"),
-        (forged(puzzle_identifier=np.int32(7)), "its puzzle is none"),
-        (forged(updates=np.array([-1, 0])), "it counts updates below 0"),
+        (forged(puzzle_identifier=np.int32(7)), "its puzzle_identifier is 7"),
+        (forged(updates=np.array([-1, 0])), "its updates are"),
+        (forged(updates=np.array([2**63 - 1, 0])), "its updates are"),
     ):
         with pytest.raises(ValueError, match=words):
             format_.unpack(wrong)

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_sessions_of_another_model_are_refused(model: TrainedModel, place: str, 
     with ours, theirs:
         update(theirs, "L", session="a", inputs=[BOARD])
         assert refused(ours, 409, session="a") == (
-            "session a is of another model, or of another dtype: take another name."
+            "session a cannot be read (it is of another model, or of another dtype): take another name."
         )
         assert update(theirs, "L", session="a")["updates"] == {"L": 2, "H": 0}
 
@@ -125,7 +126,9 @@ def test_what_others_wrote_is_refused(model: TrainedModel, place: str) -> None:
         pickled = io.BytesIO()
         np.savez(pickled, z_H=np.array([print], dtype=object))
         for fields, words in (
-            ({"version": "1"}, "it is not whole"),
+            ({"version": "1"}, "it is of another model"),
+            ({"version": "1", "model": hash_}, "it is not whole"),
+            (whole | {"model": b"\xff" * 64}, "it is of another model"),
             (whole | {"content": b"x" * 10_000_000}, "its content is too long"),
             (whole | {"version": b"x" * 10_000_000}, "its version is too long"),
             (whole | {"content": b"PK\x03\x04 and so on"}, "it is no archive of arrays"),
@@ -141,11 +144,8 @@ def test_what_others_wrote_is_refused(model: TrainedModel, place: str) -> None:
         own.set(key, "text")
         assert refused(app, 409, session="a").startswith("session a cannot be read (it is a string)")
         own.delete(key)
-        own.hset(key, mapping=whole | {"model": b"\xff" * 64})
-        assert refused(app, 409, session="a").startswith("session a is of another model")
-        own.delete(key)
         own.hset(key, mapping=whole | {"version": b"\xff\xfe"})
-        assert app.post("/infer/L", json={"session": "a"}).status_code in (200, 409)
+        assert app.post("/infer/L", json={"session": "a"}).status_code == 409, "no call can name such a version"
         assert update(app, "L", session="good")["updates"] == {"L": 2, "H": 0}
         assert "hrm_memory_up 1.0" in app.get("/metrics").text
 
@@ -193,6 +193,37 @@ def test_a_redis_that_is_killed_is_told_of_once_and_comes_back(
     assert "s3cr" not in printed
 
 
+def test_a_redis_that_hangs_holds_up_one_call(
+    model: TrainedModel, place: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hrm.service.memory._SECONDS_FOR_REDIS", 0.2)
+    monkeypatch.setattr("hrm.service.memory.SECONDS_UNTIL_UP", 60)
+    app, _ = app_of(model, place)
+    with app:
+        update(app, "L", session="a", inputs=[BOARD])
+        direct(place).client_pause(700)
+        began = time.monotonic()
+        assert app.post("/infer/L", json={"session": "a"}).status_code == 503
+        assert time.monotonic() - began >= 0.2
+        answers = [app.post("/infer/L", json={"session": "a"}).status_code for _ in range(20)]
+        assert answers == [503] * 20
+        assert "hrm_memory_failures_total 1.0" in app.get("/metrics").text, "these did not ask it"
+    assert "does not answer (Timeout reading from 127.0.0.1" in capfd.readouterr().err
+
+
+def test_a_call_that_is_given_up_leaves_the_others_their_answers(model: TrainedModel, place: str) -> None:
+    """Its connection, on which an answer may still come, is not used again."""
+    app, _ = app_of(model, place, seconds_per_request=0.3)
+    with app:
+        update(app, "L", session="a", inputs=[BOARD], updates=5)
+        update(app, "L", session="b", inputs=[BOARD])
+        direct(place).client_pause(600)
+        assert refused(app, 504, session="a") == "no answer within 0.3 s; ask for fewer updates."
+        wait_for(lambda: app.post("/infer/L", json={"session": "b"}).status_code == 200)
+        for count in range(6, 9):
+            assert update(app, "L", session="a")["updates"] == {"L": count, "H": 0}
+
+
 def test_a_service_starts_without_its_redis(model: TrainedModel, capfd: pytest.CaptureFixture[str]) -> None:
     app, _ = app_of(model, f"redis://:s3cret@127.0.0.1:{servers.free_port()}/0")
     with app:
@@ -219,14 +250,14 @@ def test_a_call_that_is_sent_again_counts_once(place: str, monkeypatch: pytest.M
     monkeypatch.setattr("hrm.service.memory.secrets.token_hex", lambda _: "new")
 
     async def check() -> None:
-        memory = RedisMemory(place, Bounds(sessions=9, bytes_each=99, seconds=60))
+        memory = RedisMemory(place, Bounds("model", sessions=9, bytes_each=99, seconds=60))
         for _ in range(2):
-            assert await memory.store("a", None, "model", b"1")
+            assert await memory.store("a", None, b"1")
         monkeypatch.setattr("hrm.service.memory.secrets.token_hex", lambda _: "newer")
-        assert not await memory.store("a", None, "model", b"2")
+        assert not await memory.store("a", None, b"2")
         for _ in range(2):
-            assert await memory.store("a", "new", "model", b"2")
-        assert await memory.load("a") == ("newer", "model", b"2")
+            assert await memory.store("a", "new", b"2")
+        assert await memory.load("a") == ("newer", b"2")
         await memory.close()
 
     asyncio.run(check())
