@@ -40,7 +40,7 @@ def now() -> datetime:
 class Answer:
     """What a service answered to one puzzle."""
 
-    index: int  # which input of the request it answers
+    input: int  # of the request, by its number, that it answers
     input_hash: str  # SHA-256 of the puzzle as the model gets it
     answer: Any  # as JSON has it
     text: str  # the answer on one line

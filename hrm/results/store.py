@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Select, Table, create_engine, event, insert, inspect, select, update
@@ -186,9 +185,8 @@ class Store:
             arguments = {name: value for name, value in _POSTGRESQL_DEFAULTS.items() if name not in url.query}
         else:
             arguments = {"timeout": _SECONDS_TO_WAIT}
-        engine = create_engine(
-            url, connect_args=arguments, pool_pre_ping=True, json_serializer=partial(json.dumps, allow_nan=False)
-        )
+        as_json = json.JSONEncoder(allow_nan=False).encode
+        engine = create_engine(url, connect_args=arguments, pool_pre_ping=True, json_serializer=as_json)
         if self._url.scheme == "sqlite":
             event.listen(engine, "connect", _set_up_sqlite)
         return engine

@@ -75,7 +75,7 @@ answers = Table(
     METADATA,
     Column("request_id", ForeignKey("hrm_requests.id", ondelete="CASCADE"), primary_key=True),
     Column("number", Integer, primary_key=True),  # in the order of the answers
-    Column("index", Integer, nullable=False),
+    Column("input", Integer, nullable=False),
     Column("input_hash", String(64), nullable=False),
     _json("answer"),
     _text("text"),

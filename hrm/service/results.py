@@ -213,7 +213,7 @@ def _written(record: AnsweredRequest) -> str:
         texts=[answer.text for answer in record.answers],
         q_halt=[answer.q_halt for answer in record.answers],
         steps=[answer.steps for answer in record.answers],
-        index=[answer.index for answer in record.answers],
+        index=[answer.input for answer in record.answers],
         trajectory=[list(map(dict, trajectory)) for trajectory in trajectories] or None,
         model=record.model,
         ms=record.ms,
