@@ -28,7 +28,13 @@ class Answer:
     text: str  # on one line
     q_halt: float  # the probability that it is right, as the model estimates it
     steps: int  # ACT steps, over all augmentations
-    trajectory: list[dict[str, Any]] | None = None  # value and q_halt after every ACT step
+    puzzle: Puzzle
+    given: Sequence[Step]  # after every ACT step where that is asked for, else the last
+    trajectory: list[dict[str, Any]] | None = None  # value, q_halt and how it keeps the rules, after every ACT step
+
+    def tokens(self) -> dict[str, Any]:
+        """The puzzle and what was answered to it, as the model's own tokens."""
+        return {"input": self.puzzle.tokens.tolist(), "answers": [step.tokens.tolist() for step in self.given]}
 
 
 def read_inputs(inputs: Sequence[Any], engine: Engine) -> tuple[list[Puzzle], list[int]]:
@@ -63,7 +69,11 @@ async def answer(
     answers = []
     all_solved = await asyncio.gather(*engine.ask(puzzles, max_steps, keeps_steps=trajectory, request=request))
     for number, (puzzle, solved) in enumerate(zip(puzzles, all_solved, strict=True), start=1):
-        answers.append(_written(engine, puzzle, solved.last, solved.steps, solved.trajectory if trajectory else None))
+        if trajectory:  # in a thread: there is much to write, and rules to check
+            written = await asyncio.to_thread(_written, engine, puzzle, solved.last, solved.steps, solved.trajectory)
+        else:
+            written = _written(engine, puzzle, solved.last, solved.steps)
+        answers.append(written)
         if number % _WRITTEN_AT_ONCE == 0:
             await asyncio.sleep(0)
     return answers
@@ -115,19 +125,33 @@ def _written(
     engine: Engine, puzzle: Puzzle, last: Step, steps: int, trajectory: Sequence[Step] | None = None
 ) -> Answer:
     task, form = engine.model.task, engine.model.form
-    shown = None
-    if trajectory is not None:
-        shown = [
-            {"answer": task.answer_value(step.tokens, puzzle, form), "q_halt": probability(step.q_halt)}
-            for step in trajectory
-        ]
     return Answer(
         task.answer_value(last.tokens, puzzle, form),
         task.answer_text(last.tokens, puzzle, form),
         probability(last.q_halt),
         steps,
-        shown,
+        puzzle,
+        trajectory or [last],
+        None if trajectory is None else _described(engine, puzzle, trajectory),
     )
+
+
+def _described(engine: Engine, puzzle: Puzzle, trajectory: Sequence[Step]) -> list[dict[str, Any]]:
+    """What there is to say of every ACT step."""
+    task, form, rules = engine.model.task, engine.model.form, _rules(engine)
+    shown: list[dict[str, Any]] = [
+        {"answer": task.answer_value(step.tokens, puzzle, form), "q_halt": probability(step.q_halt)}
+        for step in trajectory
+    ]
+    if rules is not None:
+        answers = np.stack([step.tokens for step in trajectory])
+        inputs = np.broadcast_to(puzzle.tokens, answers.shape)
+        for step, keeps in zip(shown, rules.keeps(inputs, answers).tolist(), strict=True):
+            step["keeps_rules"] = keeps
+        if rules.broken_at is not None:
+            for step, broken in zip(shown, rules.broken_at(inputs, answers), strict=True):
+                step["broken"] = np.flatnonzero(broken).tolist()
+    return shown
 
 
 def probability(logit: float) -> float:

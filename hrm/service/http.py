@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hrm.config import ServeConfig
 from hrm.errors import UserError, shortened
+from hrm.service import page
 from hrm.service.answering import answer, places, read_inputs
 from hrm.service.engine import Closed, Engine
 from hrm.service.measures import Measures
@@ -65,7 +66,9 @@ def make_app(engine: Engine, config: ServeConfig, name: str, results: Results | 
     app.add_middleware(_Guard, config=config, measures=measures)
     if results is not None:
         app.include_router(results.router())
+    app.include_router(page.router)
     room = Room(engine.slots + config.most_waiting)
+    drawn = page.drawn(engine.model.task, engine.model.form)
 
     @app.exception_handler(Refused)
     async def refused(_: Request, problem: Refused) -> Response:
@@ -136,6 +139,7 @@ def make_app(engine: Engine, config: ServeConfig, name: str, results: Results | 
                 steps=[each.steps for each in answers],
                 index=index,
                 trajectory=[each.trajectory or [] for each in answers] if request.trajectory else None,
+                tokens=[each.tokens() for each in answers] if request.tokens else None,
                 model=name,
                 ms=round(1000 * (time.perf_counter() - began), 3),
             )
@@ -190,7 +194,7 @@ def make_app(engine: Engine, config: ServeConfig, name: str, results: Results | 
             "device": str(model.device),
             "slots": engine.slots,
         }
-        return {"models": [shown]}
+        return {"models": [shown | drawn]}
 
     @app.get("/metrics")
     async def metrics() -> Response:

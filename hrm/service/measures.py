@@ -12,6 +12,7 @@ from hrm.service.modules import Modules
 from hrm.service.recorder import Recorder
 
 _PATHS = (
+    "/",
     "/infer",
     "/infer/L",
     "/infer/H",

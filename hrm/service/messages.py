@@ -20,6 +20,7 @@ class InferRequest(BaseModel):
     act_max_steps: int | None = Field(None, ge=1, description="ACT steps at most; null: the service's default")
     augmentations: int = Field(1, ge=1, description="symmetric copies of each input to try")
     trajectory: bool = Field(False, description="give what was answered after every ACT step too")
+    tokens: bool = Field(False, description="give inputs and answers as the model's own tokens too")
 
 
 class InferResponse(BaseModel):
@@ -30,7 +31,14 @@ class InferResponse(BaseModel):
     q_halt: list[float] = Field(description="the probability that an answer is right, as the model estimates it")
     steps: list[int] = Field(description="ACT steps spent, over all augmentations")
     index: list[int] = Field(description="which input each answer is to: a task of ARC may hold several puzzles")
-    trajectory: list[list[dict[str, Any]]] | None = Field(None, description="answer and q_halt after every ACT step")
+    trajectory: list[list[dict[str, Any]]] | None = Field(
+        None,
+        description="after every ACT step: answer, q_halt; where the task has rules, keeps_rules, and in broken the "
+        "numbers of the cells that break them",
+    )
+    tokens: list[dict[str, Any]] | None = Field(
+        None, description="of each: input, and answers, of all ACT steps with trajectory, else the last"
+    )
     model: str = Field(description="what answered")
     ms: float = Field(description="from the request's arrival on")
     id: str | None = Field(default=None, description="its name in the results store: GET /results/{id} gives it again")

@@ -272,6 +272,14 @@ class Arc(Task):
             value = value.tolist()
         return _top_left(parse_grid(value))
 
+    def example(self, form: PuzzleForm) -> dict[str, Any]:
+        """A grid that is made up, of the first task that the model knows."""
+        grid = [[0, 0, 0, 0, 0], [0, 3, 3, 0, 0], [0, 3, 0, 0, 2], [0, 0, 0, 0, 2], [0, 0, 0, 2, 2]]
+        if form.num_puzzle_identifiers == 1:
+            return {"input": grid}
+        names = form.identifiers[1:]
+        return {"input": grid, "puzzle": next((name for name in names if not is_augmented(name)), 1)}
+
     def is_cell(self, value: object, form: PuzzleForm) -> bool:
         return False
 

@@ -271,6 +271,14 @@ class Task(ABC):
 
     # ---- from what a user gives to tokens, and from answers to what a user reads
 
+    def view_of(self, form: PuzzleForm) -> View:
+        """How puzzles are drawn, as far as a model knows it without its pack."""
+        return self.view(PuzzleSize(form.seq_len, form.vocab_size))
+
+    def example(self, form: PuzzleForm) -> Any:
+        """A puzzle as a user may give it, so that one can see how they are written; None where there is none."""
+        return None
+
     def grid(self, form: PuzzleForm) -> tuple[int, int] | None:
         """Rows and columns of a puzzle; None where it is a list."""
         if form.shape is not None:

@@ -31,6 +31,7 @@ from hrm.tasks.base import (
     View,
 )
 from hrm.tasks.dihedral import NUM_DIHEDRAL, dihedral
+from hrm.tasks.form import PuzzleForm
 
 Tokens = NDArray[np.uint8]  # of one maze [n*n]
 Mazes = NDArray[np.uint8]  # tokens [N, n, n]
@@ -210,6 +211,27 @@ class MazeTask(Task):
         if not is_maze(maze[None])[0]:
             raise UserError("A maze to solve has one S, one G and no o.")
         return maze
+
+    def example(self, form: PuzzleForm) -> str:
+        """A random maze whose path is longest among a few, a line for each row."""
+        side = side_of(form.seq_len)
+        rows = min((_random_rows(side, seed) for seed in range(16)), key=lambda found: -found[0])[1]
+        return "\n".join(rows)
+
+
+def _random_rows(side: int, seed: int) -> tuple[int, list[str]]:
+    """The moves from start to goal, the cell farthest from it, of a maze of random walls; and its rows."""
+    rng = np.random.default_rng(seed)
+    free = rng.random((1, side, side)) < 0.65
+    start = np.zeros_like(free)
+    start[0, rng.integers(side), rng.integers(side)] = True
+    reached = list(waves(to_words(free | start), to_words(start)))  # in 0, 1, 2, ... moves
+    goal = int(from_words(reached[-1], 1).reshape(-1).argmax())
+    tokens = np.where(free | start, FREE, WALL)
+    tokens[start] = START
+    tokens.reshape(-1)[goal] = GOAL
+    text = "".join(CHARSET[token - 1] for token in tokens.reshape(-1))
+    return len(reached) - 1, [text[at : at + side] for at in range(0, len(text), side)]
 
 
 TASK = MazeTask()

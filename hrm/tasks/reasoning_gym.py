@@ -272,8 +272,7 @@ class ReasoningGym(AnyTokens):
     name = "reasoning_gym"
 
     def view(self, size: PuzzleSize, folder: Path | None = None) -> View:
-        view = super().view(size, folder)
-        return View(tuple(_SHOWN.get(symbol, symbol) for symbol in view.symbols))
+        return _with_spaces_seen(super().view(size, folder))
 
     def evaluators(self, pack: Pack) -> list[Evaluator]:
         return [Verified(pack)] if pack.split == "test" else []
@@ -282,6 +281,12 @@ class ReasoningGym(AnyTokens):
         return Origin.read(folder).template
 
     # ---- from what a user gives to tokens, and from answers to what a user reads
+
+    def view_of(self, form: PuzzleForm) -> View:
+        return _with_spaces_seen(super().view_of(form))
+
+    def example(self, form: PuzzleForm) -> None:
+        """None: a model does not keep a question."""
 
     def is_cell(self, value: object, form: PuzzleForm) -> bool:
         return False
@@ -300,6 +305,10 @@ class ReasoningGym(AnyTokens):
 
     def answer_text(self, answer: Tokens, puzzle: Puzzle, form: PuzzleForm) -> str:
         return json.dumps(self.answer_value(answer, puzzle, form), ensure_ascii=False)
+
+
+def _with_spaces_seen(view: View) -> View:
+    return View(tuple(_SHOWN.get(symbol, symbol) for symbol in view.symbols))
 
 
 TASK = ReasoningGym()

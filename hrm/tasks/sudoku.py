@@ -211,6 +211,12 @@ def _random_line_order(count: int, blocks: int, size: int, rng: np.random.Genera
 
 # The task.
 
+_EXAMPLES = {  # by side
+    4: "1...3.2..1.22...",
+    6: ".4.12.1..3...3..6.46.........2.5..4.",
+    9: "6.57...9.4.....1.....3....5..2...8.7..6..3......9...46..9.....27..4....1.2.1.96..",
+}
+
 
 class Sudoku(Task):
     """Boards of 4x4, 6x6 and 9x9 cells."""
@@ -286,6 +292,9 @@ class Sudoku(Task):
                 "than once in a row, column or box."
             )
         return encode_tokens(puzzle)
+
+    def example(self, form: PuzzleForm) -> str:
+        return _EXAMPLES[BoxShape.from_cells(form.seq_len).side]
 
     def answer_value(self, answer: Tokens, puzzle: Puzzle, form: PuzzleForm) -> list[list[int]]:
         """The rows of digits, 0 for a blank."""

@@ -116,6 +116,15 @@ class AnyTokens(Task):
 
     # ---- from what a user gives to tokens, and from answers to what a user reads
 
+    def view_of(self, form: PuzzleForm) -> View:
+        return View(("", *map(str, vocabulary_of(form).symbols)), form.shape[1] if form.shape else None)
+
+    def example(self, form: PuzzleForm) -> Any:
+        """The symbols in turn."""
+        symbols = vocabulary_of(form).symbols
+        tokens = np.arange(form.seq_len) % len(symbols) + 1
+        return vocabulary_of(form).decode(tokens.reshape(form.shape or -1))
+
     def grid(self, form: PuzzleForm) -> tuple[int, int] | None:
         return form.shape
 

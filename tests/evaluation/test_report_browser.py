@@ -7,10 +7,6 @@ Chromium prints the page after a script of ours has used it, so no driver is nee
 import base64
 import html
 import io
-import json
-import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from hrm.evaluation.breakdown import Rating
 from hrm.evaluation.report.page import write_report
 from hrm.evaluation.report.recorder import Recording, kinds
 from hrm.tasks.sudoku import BoxShape
+from tests.helpers.browser import needs_chromium, seen_by
 from tests.helpers.recordings import (
     ARC_NAMES,
     ARC_PAIRS,
@@ -37,16 +34,11 @@ from tests.helpers.recordings import (
     tool_names,
 )
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")]
+pytestmark = [pytest.mark.slow, needs_chromium]
 
 FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
     "--allow-file-access-from-files",  # the probe looks into frames
-    "--enable-logging=stderr",  # what scripts write to the console, uncaught errors among it
     "--virtual-time-budget=30000",  # waits pass at once; what is still undone then fails the test
-    "--dump-dom",
 ]
 
 # Uses the report in a frame as wide as a phone, and one as wide as a desk's screen, and notes what it sees.
@@ -126,17 +118,9 @@ addEventListener("load", async () => {
 
 
 def use(folder: Path) -> dict[str, Any]:
-    """What the probe saw of `<folder>/report.html`; fails if the browser's console says anything."""
+    """What the probe saw of `<folder>/report.html`."""
     (folder / "probe.html").write_text(PROBE, encoding="utf-8")
-    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={folder / 'profile'}", (folder / "probe.html").as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    complaints = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
-    assert not complaints
-    text = re.search(r'<script type="application/json" id="seen">(.*?)</script>', result.stdout, re.S)
-    assert text is not None
-    assert text[1], "the probe did not come to its end"
-    seen: dict[str, Any] = json.loads(text[1])
-    return seen
+    return seen_by(folder, (folder / "probe.html").as_uri(), *FLAGS)
 
 
 def arc_report(folder: Path) -> Recording:

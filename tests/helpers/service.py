@@ -1,8 +1,9 @@
-"""The service as a process, how tests ask it for sessions, and waiting for what other threads and processes do."""
+"""The service in a thread and as a process, how tests ask it for sessions, and waiting for what others do."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -13,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from hrm.config import ServeConfig
+from hrm.service.command import settings_of
 from hrm.service.engine import Engine
 from tests.helpers.entry_points import ROOT
 
@@ -39,6 +44,21 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < until, "it never came to be"
         time.sleep(0.005)
+
+
+@contextmanager
+def running(app: FastAPI, config: ServeConfig) -> Iterator[tuple[uvicorn.Server, tuple[str, int]]]:
+    """The service in a thread, with real connections."""
+    server = uvicorn.Server(settings_of(app, config))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            wait_for(lambda: server.started)
+            yield server, listener.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join(60)
 
 
 @contextmanager

@@ -27,12 +27,11 @@ from hrm.errors import UserError
 from hrm.inference.model import TrainedModel
 from hrm.service import connection
 from hrm.service.answering import probability as probability_of
-from hrm.service.command import settings_of
 from hrm.service.engine import Engine
 from hrm.service.http import make_app
 from hrm.tasks.form import PuzzleForm
 from tests.helpers.inference import tiny, untrained, untrained_halting_apart
-from tests.helpers.service import served, wait_for
+from tests.helpers.service import running, served, wait_for
 
 FORM = PuzzleForm("sudoku", 16, 6)
 SOLUTION = np.array([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1])
@@ -85,17 +84,8 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 def listening(model: TrainedModel, **options: Any) -> Iterator[tuple[uvicorn.Server, Engine, tuple[str, int]]]:
     """The service in a thread, with real connections."""
     engine, config = Engine(model, 4), ServeConfig(checkpoint="none", **options)
-    server = uvicorn.Server(settings_of(make_app(engine, config, "small"), config))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = listener.getsockname()
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            wait_for(lambda: server.started)
-            yield server, engine, address
-        finally:
-            server.should_exit = True
-            thread.join(60)
+    with running(make_app(engine, config, "small"), config) as (server, address):
+        yield server, engine, address
 
 
 def written(body: bytes, length: int | None = None) -> bytes:

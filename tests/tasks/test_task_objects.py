@@ -10,7 +10,8 @@ from hrm.errors import UserError
 from hrm.evaluation.symmetries import DeviceSymmetry
 from hrm.tasks import all_tasks, parse_puzzle
 from hrm.tasks.base import PuzzleSize, Tokens
-from hrm.tasks.maze import is_shortest_path
+from hrm.tasks.form import PuzzleForm
+from hrm.tasks.maze import PATH, is_maze, is_shortest_path
 from hrm.tasks.sudoku import BoxShape, decode_tokens, encode_tokens, is_solved
 from hrm.tasks.sudoku_solver import count_solutions
 
@@ -118,3 +119,21 @@ def test_a_task_that_is_named_is_not_guessed() -> None:
         parse_puzzle("1...............", 6, "maze")
     with pytest.raises(UserError, match="symbols are no single characters"):
         parse_puzzle("ab", 300, "tokens")
+
+
+@pytest.mark.parametrize("box", ["2x2", "2x3", "3x3"])
+def test_the_example_board_has_one_solution(box: str) -> None:
+    shape = BoxShape.parse(box)
+    form = PuzzleForm("sudoku", shape.cells, shape.vocab_size)
+    (puzzle,) = SUDOKU.puzzles_of(SUDOKU.example(form), form)
+    assert count_solutions(decode_tokens(puzzle.tokens[None]), shape)[0] == 1
+
+
+@pytest.mark.parametrize("side", [2, 3, 5, 30])
+def test_the_example_maze_has_a_long_path(side: int) -> None:
+    form = PuzzleForm("maze", side**2, 6)
+    (puzzle,) = MAZE.puzzles_of(MAZE.example(form), form)
+    maze = puzzle.tokens.astype(np.uint8).reshape(1, side, side)
+    assert is_maze(puzzle.tokens[None])[0]
+    assert (shortest_paths(maze) == PATH).sum() >= side - 2
+    assert MAZE.example(form) == MAZE.example(form)

@@ -402,7 +402,7 @@ const ICONS = { Play: "M3 1v14l12-7z", Pause: "M2 1h4v14H2zM10 1h4v14h-4z" };
 // Goes through the steps from 0 on, by the page's button #play, its slider #step, arrow keys, space bar and clicks on
 // charts. `show` draws a step and returns it in a sentence.
 function player(show) {
-  let [steps, step, timer] = [1, 0, null];
+  let [steps, step, timer] = [0, 0, null]; // no steps: there is nothing to show
 
   function setPlay(name) {
     $("play").setAttribute("aria-label", name);
@@ -462,12 +462,12 @@ function player(show) {
     }),
   );
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea")) return;
+    if (!steps || event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, pre")) return;
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (by) {
       stop();
       goTo(step + by);
-    } else if (event.key === " " && !event.target.closest("button")) play();
+    } else if (event.key === " " && !event.target.closest("button, summary")) play();
     else return;
     event.preventDefault();
   });
