@@ -53,6 +53,8 @@ def asked_for(request: InferRequest, puzzles: Sequence[Puzzle], index: Sequence[
     """
     if key is not None and not (0 < len(key) <= _MOST_KEY_CHARACTERS and key.isascii() and key.isprintable()):
         raise Refused(422, f"Idempotency-Key has 1 to {_MOST_KEY_CHARACTERS} printable characters of ASCII.")
+    if key is not None and request.tokens:
+        raise Refused(422, "tokens cannot be combined with Idempotency-Key: they are not recorded.")
     hashes = [
         hashlib.sha256(np.append(puzzle.tokens, puzzle.identifier).astype("<i8").tobytes()).hexdigest()
         for puzzle in puzzles
@@ -215,6 +217,7 @@ def _written(record: AnsweredRequest) -> str:
         steps=[answer.steps for answer in record.answers],
         index=[answer.input for answer in record.answers],
         trajectory=[list(map(dict, trajectory)) for trajectory in trajectories] or None,
+        tokens=None,
         model=record.model,
         ms=record.ms,
         id=record.id,

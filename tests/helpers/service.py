@@ -47,7 +47,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 @contextmanager
-def running(app: FastAPI, config: ServeConfig) -> Iterator[tuple[uvicorn.Server, tuple[str, int]]]:
+def in_a_thread(app: FastAPI, config: ServeConfig) -> Iterator[tuple[uvicorn.Server, tuple[str, int]]]:
     """The service in a thread, with real connections."""
     server = uvicorn.Server(settings_of(app, config))
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -31,7 +31,7 @@ from hrm.service.engine import Engine
 from hrm.service.http import make_app
 from hrm.tasks.form import PuzzleForm
 from tests.helpers.inference import tiny, untrained, untrained_halting_apart
-from tests.helpers.service import running, served, wait_for
+from tests.helpers.service import in_a_thread, served, wait_for
 
 FORM = PuzzleForm("sudoku", 16, 6)
 SOLUTION = np.array([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1])
@@ -84,7 +84,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 def listening(model: TrainedModel, **options: Any) -> Iterator[tuple[uvicorn.Server, Engine, tuple[str, int]]]:
     """The service in a thread, with real connections."""
     engine, config = Engine(model, 4), ServeConfig(checkpoint="none", **options)
-    with running(make_app(engine, config, "small"), config) as (server, address):
+    with in_a_thread(make_app(engine, config, "small"), config) as (server, address):
         yield server, engine, address
 
 

@@ -21,7 +21,7 @@ from hrm.service.http import make_app
 from hrm.tasks.form import PuzzleForm
 from tests.helpers.browser import needs_chromium, seen_by
 from tests.helpers.inference import tiny
-from tests.helpers.service import running
+from tests.helpers.service import in_a_thread
 
 SUDOKU = PuzzleForm("sudoku", 16, 6)
 ARC = PuzzleForm("arc", 900, 12, 3, identifiers=("<blank>", "00576224", "00576224_t1_0123456789"))
@@ -196,7 +196,7 @@ def served(model: TrainedModel, script: str) -> Iterator[str]:
     async def is_done() -> None:
         done.set()
 
-    with running(app, config) as (_, address):
+    with in_a_thread(app, config) as (_, address):
         yield f"http://127.0.0.1:{address[1]}"
 
 

@@ -205,6 +205,11 @@ def test_keys_of_no_use_are_refused(client: TestClient, key: str) -> None:
     assert error_of(ask(client, BOARDS[0], key=key), 422).startswith("Idempotency-Key has 1 to 255 printable")
 
 
+def test_what_is_not_recorded_cannot_be_repeated(client: TestClient) -> None:
+    assert "tokens" in answered(client, BOARDS[0], tokens=True)
+    assert error_of(ask(client, BOARDS[0], key="k", tokens=True), 422).startswith("tokens cannot be combined")
+
+
 def test_of_two_requests_of_a_key_one_is_answered(
     model: TrainedModel, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
