@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import math
 import multiprocessing
@@ -29,7 +30,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle, islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from hrm.evaluation.early_halting import EarlyHalting
 from hrm.evaluation.report.picture import PALETTE, new_picture, save_picture
 from hrm.inference.model import TrainedModel, from_pretrained
 from hrm.inference.predictor import as_batch, sequences_at_once
-from hrm.service.command import run
+from hrm.service.command import results_of, run
 from hrm.service.engine import Engine
 from hrm.tasks.form import Puzzle
 
@@ -100,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", default="sudoku", help="as for hrm serve")
     parser.add_argument("--slots", type=int, help="of the services that have several; default: what suits the device")
     parser.add_argument("--services", default=",".join(SERVICES), help=f"several of: {', '.join(SERVICES)}")
+    parser.add_argument("--results", default="none", help="where they record answers; several, as for hrm serve")
     parser.add_argument("--boards", type=int, default=2000, help="requests of the saturated service")
     parser.add_argument("--clients", type=int, default=64, help="that ask in parallel there, for a puzzle each")
     parser.add_argument("--inputs", default="1", help="puzzles of a request, of fewer clients; several")
@@ -138,19 +139,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(about, flush=True)
     del model
     rates: list[float] = []
-    for name in names:
-        with _service(name, arguments, ServeConfig(arguments.checkpoint)) as (address, process):
+    for name, results in itertools.product(names, arguments.results.split(",")):
+        config = ServeConfig(arguments.checkpoint, results=results)
+        with _service(name, arguments, config) as (address, process):
+            kind = {"slots": name, "results": results.partition(":")[0]}
             for inputs in map(int, arguments.inputs.split(",")):
                 load = _measured(process.pid, _saturate(address, tokens, max(1, arguments.clients // inputs), inputs))
                 found = load.answered / load.seconds
                 rates = rates or [float(share) * found for share in arguments.shares.split(",") if share]
                 differ = sum(text != expected.texts[number] for number, text in load.texts.items())
-                row = {"slots": name, "asked/s": "saturated", "puzzles a request": inputs, **load.row()}
+                row = {**kind, "asked/s": "saturated", "puzzles a request": inputs, **load.row()}
                 rows.append(row | {"of offline": found / offline, "unlike predict": differ})
                 print(rows[-1], flush=True)
             for rate in rates:
                 load = _measured(process.pid, _arrive(address, tokens, rate, arguments))
-                rows.append({"slots": name, "asked/s": rate, "puzzles a request": 1, **load.row()})
+                rows.append({**kind, "asked/s": rate, "puzzles a request": 1, **load.row()})
                 print(rows[-1], flush=True)
     print(write_results("serve", about, rows, arguments.output_dir))
     if arguments.picture:
@@ -183,11 +186,12 @@ def _offline(model: TrainedModel, tokens: np.ndarray[Any, Any], slots: int | Non
 def _serve(name: str, arguments: argparse.Namespace, config: ServeConfig, ready: Connection) -> None:
     """Run a service, in a process of its own."""
     model = from_pretrained(arguments.checkpoint, device=arguments.device)
+    results = results_of(config, model, arguments.checkpoint)
     engine = SERVICES[name](model, arguments.slots)
     engine.warm_up()
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     ready.send(listener.getsockname())
-    run(engine, config, arguments.checkpoint, listener)
+    run(engine, config, arguments.checkpoint, listener, results)
 
 
 @contextmanager
@@ -334,7 +338,11 @@ async def _arrive(
 def _abused(arguments: argparse.Namespace, tokens: np.ndarray[Any, Any], texts: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of what a service answered, and of the memory that it takes."""
     config = ServeConfig(
-        arguments.checkpoint, most_body_bytes=_MOST_BYTES, seconds_per_request=_SECONDS_TO_ARRIVE, most_inputs=8
+        arguments.checkpoint,
+        results=arguments.results.split(",")[0],
+        most_body_bytes=_MOST_BYTES,
+        seconds_per_request=_SECONDS_TO_ARRIVE,
+        most_inputs=8,
     )
     with _service("refilled", arguments, config) as (address, process):
         rows: list[dict[str, Any]] = []
@@ -370,7 +378,7 @@ async def _abuse(address: tuple[str, int], tokens: np.ndarray[Any, Any], count: 
         "gone": partial(_sent, address, _request(many), wait=False),
     }
     ends: Counter[str] = Counter()
-    todo = islice(cycle(kinds.items()), count)
+    todo = itertools.islice(itertools.cycle(kinds.items()), count)
 
     async def client() -> None:
         for kind, send in todo:
@@ -418,8 +426,10 @@ def _draw(rows: Sequence[Mapping[str, Any]], about: Mapping[str, str], picture: 
     """Of each service: waiting times, and puzzles answered, by the rate of arrival."""
     figure, ((times, rates),) = new_picture(1, 2, size=(8, 3.2))
     open_loop = [row for row in rows if row["asked/s"] != "saturated"]
-    for name, color in zip(dict.fromkeys(row["slots"] for row in rows), PALETTE, strict=False):
-        of_service = [row for row in open_loop if row["slots"] == name]
+    services = dict.fromkeys((row["slots"], row["results"]) for row in rows)
+    for (slots, results), color in zip(services, PALETTE, strict=False):
+        name = slots if results == "none" else f"{slots}, results in {results}"
+        of_service = [row for row in open_loop if (row["slots"], row["results"]) == (slots, results)]
         asked = [row["asked/s"] for row in of_service]
         times.plot(asked, [row["p50 ms"] for row in of_service], "--", color=color)
         times.plot(asked, [row["p99 ms"] for row in of_service], "o-", color=color, markersize=3, label=name)

@@ -123,12 +123,13 @@ def test_services_under_load(tmp_path: Path) -> None:
     make_pack(tmp_path / "pack")
     folder = untrained(tmp_path / "run", BOARDS)
     service = [str(tmp_path / "pack"), "--checkpoint", str(folder), "--boards", "5", "--device", "cpu"]
-    load = ["--services", "refilled,one at a time", "--clients", "3", "--shares", "0.5,1", "--seconds", "0.3"]
-    load += ["--inputs", "1,2"]
+    load = ["--services", "refilled", "--clients", "3", "--shares", "0.5,1", "--seconds", "0.3"]
+    load += ["--inputs", "1,2", "--results", f"none,sqlite:///{tmp_path}/results.sqlite"]
     serve.main([*service, *load, "--output-dir", str(tmp_path / "load"), "--picture", str(tmp_path / "load.svg")])
     (file,) = (tmp_path / "load").glob("*-serve.json")
     rows = json.loads(file.read_text())["rows"]
-    assert [row["slots"] for row in rows] == ["refilled"] * 4 + ["one at a time"] * 4
+    assert [row["slots"] for row in rows] == ["refilled"] * 8
+    assert [row["results"] for row in rows] == ["none"] * 4 + ["sqlite"] * 4
     assert [row["asked/s"] == "saturated" for row in rows] == [True, True, False, False] * 2
     assert [row["puzzles a request"] for row in rows] == [1, 2, 1, 1] * 2
     for row in rows:

@@ -7,14 +7,13 @@ import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
 
 from hrm.config import ServeConfig
 from hrm.errors import UserError, printable_lines
-from hrm.inference.model import from_pretrained
+from hrm.inference.model import TrainedModel, from_pretrained
 from hrm.reading import sha256_of
 from hrm.results import open_store
 from hrm.results.records import StoreError
@@ -23,9 +22,6 @@ from hrm.service.engine import Engine
 from hrm.service.http import make_app
 from hrm.service.memory import check_memory
 from hrm.service.results import Results
-
-if TYPE_CHECKING:
-    from hrm.results.store import Store
 
 _SECONDS_TO_SWITCH = 0.0002  # after which a thread of Python has to let another one go on; Python's own: 0.005
 
@@ -52,14 +48,10 @@ def serve(config: ServeConfig) -> None:
             kernels=config.kernels,
             data_path=config.data_path,
         )
-        store = _store(config)
+        name = Path(config.checkpoint).name or config.checkpoint
+        results = results_of(config, model, name)
         engine = Engine(model, config.slots)
         engine.warm_up()
-        name = Path(config.checkpoint).name or config.checkpoint
-        results = None
-        if store is not None:
-            weights_hash = sha256_of(model.checkpoint.weights_file)
-            results = Results(store, config.most_unrecorded_bytes, name, weights_hash)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(
@@ -67,12 +59,19 @@ def serve(config: ServeConfig) -> None:
             flush=True,
         )
         run(engine, config, name, listener, results)
-    if results is not None and results.recorder.kept:
-        raise UserError(f"{results.recorder.kept} answers that were given could not be recorded: {store} did not work.")
+    if results is not None and (lost := results.recorder.kept):
+        raise UserError(f"{lost} answers that were given could not be recorded: {results.recorder.store} did not work.")
 
 
-def _store(config: ServeConfig) -> Store | None:
-    """Where answers are recorded."""
+def results_of(config: ServeConfig, model: TrainedModel, name: str) -> Results | None:
+    """Where answers are recorded.
+
+    Args:
+        name: what the service calls the model.
+
+    Raises:
+        UserError: that cannot be used.
+    """
     if config.results == "none":
         return None
     try:
@@ -80,7 +79,7 @@ def _store(config: ServeConfig) -> Store | None:
         store.check_writable()
     except StoreError as error:
         raise UserError(f"{error.problem}: put that right, give another, or results=none to record nothing.") from error
-    return store
+    return Results(store, config.most_unrecorded_bytes, name, sha256_of(model.checkpoint.weights_file))
 
 
 def run(
