@@ -141,7 +141,7 @@ def test_an_answer_can_be_asked_for_again(model: TrainedModel, client: TestClien
     record = open_store(url).request(content["id"])
     assert record is not None
     assert (record.model, record.weights_hash, record.key, record.ms) == ("small", "w", None, content["ms"])
-    assert record.options == {"act_max_steps": None, "augmentations": 1, "trajectory": True}
+    assert record.options == {"act_max_steps": None, "augmentations": 1, "trajectory": True, "tokens": False}
     tokens = np.array([0 if cell == "." else int(cell) for cell in BOARDS[0]]) + 1
     hashed = hashlib.sha256(np.append(tokens, 0).astype("<i8").tobytes()).hexdigest()
     first = record.answers[0]
