@@ -54,10 +54,8 @@ def serve(config: ServeConfig) -> None:
         engine.warm_up()
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        print(
-            printable_lines(f"{model!r}\nServing {name} at http://{shown}:{port} with {engine.slots} slots."),
-            flush=True,
-        )
+        listens = f"Serving {name} at http://{shown}:{port} with {engine.slots} slots; a browser shows a page there."
+        print(printable_lines(f"{model!r}\n{listens}"), flush=True)
         run(engine, config, name, listener, results)
     if results is not None and (lost := results.recorder.kept):
         raise UserError(f"{lost} answers that were given could not be recorded: {results.recorder.store} did not work.")

@@ -80,15 +80,27 @@
     return isObject ? (given.puzzle || given.name ? given : { ...given, puzzle }) : { input: given, puzzle };
   }
 
+  // The tokens of what is typed, as far as they can be told without asking.
+  function typedTokens() {
+    const text = $("text").value;
+    if (isEdited) return tokensIn(text);
+    if (isBoard) return written(text).length === length ? tokensIn(text) : null;
+    const given = value();
+    const cells = Array.isArray(given) ? given.flat() : String(given).split(/\s+/).filter(Boolean);
+    const tokens = cells.map((cell) => (cell === null ? 0 : symbols.get(String(cell))));
+    const isWhole = view.columns ? tokens.length === length : tokens.length > 0 && tokens.length <= length;
+    return isWhole && !tokens.includes(undefined) ? tokens.concat(new Array(length - tokens.length).fill(0)) : null;
+  }
+
   // The puzzle as it is typed, before it is asked for.
   function preview() {
     const given = view.drawing === "colors" ? value() : null;
+    const input = given ? null : typedTokens();
     let drawn = "";
-    if (isEdited || (isBoard && written($("text").value).length === length)) {
-      const input = tokensIn($("text").value);
+    if (input) {
       const puzzle = { input, label: null, answers: [] };
       drawn = boards(puzzle, 0, seen(puzzle, 0), isEdited ? "" : "The puzzle");
-      if (isEdited) [...$("cells").children].forEach((cell, i) => (cell.value = input[i] === view.blank ? "" : view.symbols[input[i]]));
+      [...$("cells").children].forEach((cell, i) => (cell.value = input[i] === view.blank ? "" : view.symbols[input[i]]));
     } else if (given) {
       const grids = [given, given.input, given.test && given.test[0] && given.test[0].input];
       const grid = grids.find(isGrid);

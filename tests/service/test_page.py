@@ -433,6 +433,7 @@ def test_a_task_of_arc_in_the_browser(tmp_path: Path) -> None:
 LISTS = """
 const seen = { hint: $("hint").textContent };
 write('["search", "<b>", "search"]');
+seen.drawn = [...$("boards").querySelectorAll(".input li")].map((chip) => chip.textContent);
 await solve();
 seen.outcome = outcome();
 seen.steps = steps();
@@ -450,6 +451,7 @@ def test_a_list_of_symbols_in_the_browser(tmp_path: Path) -> None:
     seen, (answer, problem) = use(tmp_path, model, LISTS, ["search", "<b>", "search"], "search nothing")
     for found in seen.values():
         assert found["hint"] == "symbols: search <b> read_file"
+        assert found["drawn"] == ["search", "<b>", "search", "·", "·", "·"]
         assert found["outcome"].startswith("Answered after ")
         for shown, step in zip(found["steps"][1:], answer["trajectory"][0], strict=True):
             assert shown["texts"] == ["·" if symbol is None else symbol for symbol in step["answer"]]
