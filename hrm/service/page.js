@@ -41,12 +41,6 @@
   const tokenOf = (symbol) => symbols.get(symbol) ?? ([".", "0", " "].includes(symbol) ? view.blank : undefined);
   const written = (text) => (symbols.has(" ") ? text.replace(/\n/g, "") : text.replace(/\s/g, ""));
 
-  // The cells of a board that stand in a text, as far as they do.
-  function tokensIn(text) {
-    const found = [...written(text)].slice(0, length).map((symbol) => tokenOf(symbol) ?? view.blank);
-    return found.concat(new Array(length - found.length).fill(view.blank));
-  }
-
   // How a puzzle is written.
   function hint() {
     if (view.drawing === "path") return "# wall, space free, S start, G goal; a row a line, or all in one";
@@ -80,11 +74,21 @@
     return isObject ? (given.puzzle || given.name ? given : { ...given, puzzle }) : { input: given, puzzle };
   }
 
+  // The symbols of the board that is typed, as text or JSON.
+  function typedSymbols() {
+    const given = value().input ?? value();
+    return [...written(Array.isArray(given) ? given.flat().join("") : String(given))];
+  }
+
+  // The tokens of that board, blank where it has none yet.
+  function typedBoard() {
+    const found = typedSymbols().slice(0, length).map((symbol) => tokenOf(symbol) ?? view.blank);
+    return found.concat(new Array(length - found.length).fill(view.blank));
+  }
+
   // The tokens of what is typed, as far as they can be told without asking.
   function typedTokens() {
-    const text = $("text").value;
-    if (isEdited) return tokensIn(text);
-    if (isBoard) return written(text).length === length ? tokensIn(text) : null;
+    if (isBoard) return isEdited || typedSymbols().length === length ? typedBoard() : null;
     const given = value();
     const cells = Array.isArray(given) ? given.flat() : String(given).split(/\s+/).filter(Boolean);
     const tokens = cells.map((cell) => (cell === null ? 0 : symbols.get(String(cell))));
@@ -111,8 +115,8 @@
     const pairs = train.map((pair) => [pair && pair.input, pair && pair.output]).filter((pair) => pair.every(isGrid));
     $("task").innerHTML = pairs.length ? demonstrations(pairs) : "";
     $("task").hidden = !pairs.length;
-    const count = written($("text").value).length;
-    $("hint").textContent = (isBoard && count ? `${count} of ${length} cells; ` : "") + HINT;
+    const count = isBoard ? typedSymbols().length : 0;
+    $("hint").textContent = (count ? `${count} of ${length} cells; ` : "") + HINT;
   }
 
   // After every change: answers to what stood there before are gone.
@@ -154,7 +158,7 @@
     const cells = [...$("cells").children];
     const goTo = (i) => cells[Math.min(Math.max(i, 0), length - 1)].focus();
     const write = (first, tokens) => {
-      const all = tokensIn($("text").value);
+      const all = typedBoard();
       all.splice(first, tokens.length, ...tokens);
       setText(all.map((token) => (token === view.blank ? "." : view.symbols[token])).join(""));
     };
@@ -197,11 +201,10 @@
       const text = event.clipboardData.getData("text");
       const found = [...written(text)];
       const i = cells.indexOf(event.target);
-      // A part of a board goes into cells from here on. All else is the whole, if it is one: the service tells.
-      const isPart = found.length < length && found.every((symbol) => tokenOf(symbol) !== undefined);
-      if (!isPart) return setText(text.trim());
-      write(i, found.slice(0, length - i).map(tokenOf));
-      goTo(i + found.length);
+      if (found.length > length || !found.every((symbol) => tokenOf(symbol) !== undefined)) return setText(text.trim());
+      const first = found.length === length ? 0 : i; // a part goes into the cells from here on
+      write(first, found.slice(0, length - first).map(tokenOf));
+      goTo(first + found.length);
     });
   }
 
@@ -311,6 +314,7 @@
   $("names").append(...model.puzzles.map((name) => new Option(name, name)));
   if (isEdited) makeCells();
   changed();
+  $("solve").disabled = false;
 
   function showExample() {
     const { example } = model;

@@ -236,7 +236,7 @@ def changes(answer: dict[str, Any]) -> list[int]:
 
 
 BOARD = "...7..2....8.6....6....4.87....8.........357.1.5..2....24......81.3...9.3.....1.6"
-TYPING = """
+TYPING = r"""
 const seen = { prompt: outcome(), count: cells().length, first: cells()[10].getAttribute("aria-label") };
 cells()[0].focus();
 type("BOARD");
@@ -264,8 +264,13 @@ seen.erased = [$("text").value, at()];
 cells()[2].focus();
 paste("..1..");
 seen.part = [$("text").value, at()];
-paste("BOARD".replace(/.{9}/g, "$&\\\\n"));
-seen.pasted = $("text").value.replace(/\\\\s/g, "");
+paste("BOARD".replace(/.{9}/g, "$&\n"));
+seen.pasted = $("text").value;
+paste("no board");
+seen.refused = $("text").value;
+const digits = [..."BOARD"].map((symbol) => (symbol === "." ? 0 : +symbol));
+write(JSON.stringify(Array.from({ length: 9 }, (_, row) => digits.slice(9 * row, 9 * row + 9))));
+seen.json = cells().map((cell) => cell.value || ".").join("");
 
 await solve();
 seen.outcome = outcome();
@@ -302,7 +307,7 @@ return seen;
 @needs_chromium
 def test_a_board_is_typed_solved_and_watched(tmp_path: Path) -> None:
     model = hrm.from_pretrained("sudoku_small", device="cpu")
-    script = TYPING.replace("BOARD", BOARD).replace("\\\\", "\\")
+    script = TYPING.replace("BOARD", BOARD)
     seen, (answer, clash, short) = use(tmp_path, model, script, BOARD, "55" + "." * 79, BOARD[1:])
     (trajectory,), (text,), num_steps = answer["trajectory"], answer["texts"], answer["steps"][0]
     assert trajectory[-1]["keeps_rules"], "the model solves it"
@@ -310,7 +315,8 @@ def test_a_board_is_typed_solved_and_watched(tmp_path: Path) -> None:
     for found in seen.values():
         assert (found["prompt"], found["count"]) == ("Type or paste a puzzle, or take the example.", 81)
         assert found["first"] == "Row 2, column 2"
-        assert found["typed"] == found["drawn"] == found["afterNonsense"] == found["pasted"] == BOARD
+        assert found["typed"] == found["drawn"] == found["afterNonsense"] == found["pasted"] == found["json"] == BOARD
+        assert found["refused"] == "no board"
         assert found["last"] == 80
         assert found["hint"].startswith("81 of 81 cells")
         assert found["moves"] == [39, 30, 31, 40, 36, 36, 44, 44]
