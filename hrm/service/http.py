@@ -41,7 +41,7 @@ def make_app(engine: Engine, config: ServeConfig, name: str, results: Results | 
         results: where answers are recorded; written to its end when the application ends.
     """
     modules = Modules(engine, config, name)
-    measures = Measures(engine, modules, results.recorder if results else None)
+    measures = Measures(engine, modules, results.recorder if results else None, config.most_waiting)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
@@ -26,10 +26,15 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Measures:
-    """Requests, their times, and the engine's work."""
+    """Requests, their times, and the engine's work.
 
-    def __init__(self, engine: Engine, modules: Modules, recorder: Recorder | None) -> None:
+    Args:
+        most_waiting: puzzles that may wait for a slot.
+    """
+
+    def __init__(self, engine: Engine, modules: Modules, recorder: Recorder | None, most_waiting: int) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # memory, processor time, open files; on Linux
         self._requests = Counter(
             "hrm_requests", "Requests by path and status", ["path", "status"], registry=self.registry
         )
@@ -45,6 +50,7 @@ class Measures:
             "hrm_slots": ("Puzzles that can be computed at a time", lambda: engine.slots),
             "hrm_slots_in_use": ("Puzzles being computed", lambda: engine.work.in_slots),
             "hrm_queue": ("Puzzles that wait for a slot", lambda: engine.work.waiting),
+            "hrm_queue_limit": ("Puzzles that may wait for a slot", lambda: most_waiting),
             "hrm_memory_up": ("Whether the working memory answered last", lambda: modules.memory.is_up),
         }
         if recorder:
