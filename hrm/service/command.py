@@ -17,7 +17,7 @@ from hrm.inference.model import TrainedModel, from_pretrained
 from hrm.reading import sha256_of
 from hrm.results import open_store
 from hrm.results.records import StoreError
-from hrm.service.connection import connection_class, connections_allowed
+from hrm.service.connection import BACKLOG, connection_class, connections_allowed
 from hrm.service.engine import Engine
 from hrm.service.http import make_app
 from hrm.service.memory import check_memory
@@ -99,6 +99,7 @@ def settings_of(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
         app,
         http=connection_class(config.seconds_per_request, config.most_connections),
         ws="none",
+        backlog=BACKLOG,
         log_level="error",  # not a line for everything that clients send
         access_log=False,
         lifespan="on",
@@ -116,7 +117,7 @@ def _listening(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-            listener.listen(2048)
+            listener.listen(BACKLOG)
         except OSError:
             listener.close()
             raise

@@ -11,6 +11,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hrm.errors import UserError
 
+BACKLOG = 128
+"""Connections that wait to be accepted. asyncio accepts as many in a row before it looks at any of them."""
+
+_ACCEPTED_BEFORE_CLOSED = 4 * (BACKLOG + 1)  # it has gone on to a fourth row when the first can be closed
 _TOLD_SO = 64  # connections beyond the limit that get a sentence; those beyond are closed at once
 _SECONDS_FOR_THAT = 1.0
 _OTHER_FILES = 128  # that a process has open: its libraries, weights, stores
@@ -96,7 +100,8 @@ def connections_allowed(wanted: int) -> int:
     except ImportError:  # on Windows
         return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + _TOLD_SO + _OTHER_FILES
+    beside = _TOLD_SO + _ACCEPTED_BEFORE_CLOSED + _OTHER_FILES
+    needed = wanted + beside
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted
     with suppress(ValueError, OSError):  # more than the system lets a process have, whatever its limit
@@ -104,7 +109,7 @@ def connections_allowed(wanted: int) -> int:
             resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard)
         )
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = min(wanted, soft - _TOLD_SO - _OTHER_FILES)
+    allowed = min(wanted, soft - beside)
     if allowed < 1:
         raise UserError(f"this process may have only {soft} files open: raise the limit, as by ulimit -n 4096.")
     return allowed

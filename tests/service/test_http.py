@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import socket
 import subprocess
@@ -461,17 +462,56 @@ def test_there_are_no_more_connections_than_may_be(model: TrainedModel, monkeypa
             client.close()
 
 
+CROWD = """
+import socket, sys
+clients = [socket.socket() for _ in range(800)]
+for client in clients:
+    client.setblocking(False)
+    client.connect_ex(("127.0.0.1", int(sys.argv[1])))
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to count open files")
+def test_a_crowd_does_not_exhaust_the_files_of_the_process(
+    model: TrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who comes at once is accepted before anyone is looked at."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(connection, "_TOLD_SO", 2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with (
+        listening(model, most_connections=3) as (server, _, address),
+        subprocess.Popen([sys.executable, "-S", "-c", CROWD, str(address[1])], stdin=-1, stdout=-1) as crowd,
+    ):
+        assert crowd.stdin is not None
+        assert crowd.stdout is not None
+        files = len(os.listdir("/proc/self/fd")) + 3 + 2 + connection._ACCEPTED_BEFORE_CLOSED + 10
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+        try:
+            assert crowd.stdout.readline() == b"\n"
+            wait_for(lambda: len(server.server_state.connections) == 3)
+            crowd.stdin.close()
+            wait_for(lambda: not server.server_state.connections)
+            assert httpx.get(f"http://127.0.0.1:{address[1]}/healthz").status_code == 200
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caplog.text == ""
+
+
 def test_files_that_the_process_may_open(monkeypatch: pytest.MonkeyPatch) -> None:
     resource = pytest.importorskip("resource")
-    limits = [256, 1000]
+    limits = [1000, 2000]
     monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.__setitem__(slice(None), new))
+    beside = 64 + 4 * 129 + 128
     assert connection.connections_allowed(50) == 50
-    assert limits == [256, 1000], "enough as it is"
+    assert limits == [1000, 2000], "enough as it is"
     assert connection.connections_allowed(500) == 500
-    assert limits == [500 + 64 + 128, 1000]
-    assert connection.connections_allowed(4096) == 1000 - 64 - 128
-    assert limits == [1000, 1000]
+    assert limits == [500 + beside, 2000]
+    assert connection.connections_allowed(4096) == 2000 - beside
+    assert limits == [2000, 2000]
     limits[:] = [100, 100]
     with pytest.raises(UserError, match="only 100 files open"):
         connection.connections_allowed(4096)
