@@ -80,7 +80,9 @@ class Store:
         """
         with self._writing() as connection:
             statement = self._insert(tables.requests).on_conflict_do_nothing().returning(tables.requests.c.id)
-            new = set(connection.scalars(statement, [_row(tables.requests, record) for record in records]))
+            # In order: processes that write the same keys wait for one another in turn, not in a circle.
+            rows = [_row(tables.requests, record) for record in sorted(records, key=lambda record: record.key or "")]
+            new = set(connection.scalars(statement, rows))
             answers = [
                 {"request_id": record.id, "number": number, **vars(answer)}
                 for record in {each.id: each for each in records}.values()

@@ -55,10 +55,11 @@ def serve(config: ServeConfig) -> None:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         listens = f"Serving {name} at http://{shown}:{port} with {engine.slots} slots; a browser shows a page there."
-        print(printable_lines(f"{model!r}\n{listens}"), flush=True)
+        records = "Answers are not recorded: results=none." if results is None else f"Answers are recorded: {results}."
+        print(printable_lines(f"{model!r}\n{records}\n{listens}"), flush=True)
         run(engine, config, name, listener, results)
     if results is not None and (lost := results.recorder.kept):
-        raise UserError(f"{lost} answers that were given could not be recorded: {results.recorder.store} did not work.")
+        raise UserError(f"{lost} answers that were given could not be recorded: {results} does not work.")
 
 
 def results_of(config: ServeConfig, model: TrainedModel, name: str) -> Results | None:

@@ -49,7 +49,7 @@ class Recorder:
     """
 
     def __init__(self, store: Store, most_bytes: int) -> None:
-        self.store = store
+        self._store = store
         self._most_bytes = most_bytes
         self._kept: dict[str, _Kept] = {}  # by id, the oldest first
         self._bytes = 0
@@ -111,7 +111,7 @@ class Recorder:
             self._give_up_at = time.monotonic() + seconds
             self._changed.notify()
         self._thread.join(seconds + 10)  # a database that does not even fail is left alone
-        self.store.close()
+        self._store.close()
         with self._changed:
             self._dropped += len(self._kept)
         return len(self._kept)
@@ -129,7 +129,7 @@ class Recorder:
                 if batch:
                     self._write(batch)
                 else:
-                    self.store.check_writable()
+                    self._store.check_writable()
             except StoreError as error:
                 self._fails(error)
             else:
@@ -161,13 +161,13 @@ class Recorder:
         """Record all, or each that can be."""
         problem: Exception | None = None
         try:
-            self.store.add_requests([kept.entry.record() for kept in batch])
+            self._store.add_requests([kept.entry.record() for kept in batch])
         except StoreError:
             raise
         except Exception as error:
-            if len(batch) > 1:
-                for kept in batch:
-                    self._write([kept])
+            if half := len(batch) // 2:
+                self._write(batch[:half])
+                self._write(batch[half:])
                 return
             problem = error if isinstance(error, RecordError) else RecordError(f"{type(error).__name__}: {error}.")
             _warn(f"one answer is not recorded: {problem}")
@@ -212,7 +212,7 @@ class Recorder:
             self._delay = self._next_attempt = 0.0
         if is_news:
             with suppress(OSError, ValueError):
-                print(printable(f"{self.store} works again."), flush=True)
+                print(printable(f"{self._store} works again."), flush=True)
 
 
 def _new_future() -> Future[None]:

@@ -79,6 +79,9 @@ class Results:
         self._keys_at_hand: set[str] = set()
         self._reads = asyncio.Semaphore(_READS_AT_ONCE)
 
+    def __str__(self) -> str:
+        return str(self._store)
+
     async def answered(self, asked: Asked, compute: Callable[[], Awaitable[InferResponse]]) -> str:
         """The answer to a request, as JSON: a recorded one if its key has been seen, else what `compute` gives.
 
@@ -173,7 +176,7 @@ class Results:
         try:
             return await asyncio.wait_for(result, _SECONDS_TO_READ)
         except RecordError as error:
-            raise Refused(500, "the answer cannot be recorded, as its Idempotency-Key asks for.") from error
+            raise Refused(500, "the answer cannot be recorded.") from error
         except (StoreError, TimeoutError) as error:
             raise Refused(
                 503, "the results store cannot be used now: come again later.", {"Retry-After": "2"}

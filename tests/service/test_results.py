@@ -483,6 +483,13 @@ def test_a_service_that_is_killed_and_one_that_ends(model: TrainedModel, folder:
         assert ask(client, board, key=key).text == content
 
 
+def test_help_shows_no_password(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["serve", "results=postgresql://me:secret@host/d", "--help"])
+    said = capsys.readouterr().out
+    assert "results=postgresql://me:***@host/d" in said
+    assert "secret" not in said
+
+
 @pytest.mark.parametrize(
     ("results", "words"),
     [
