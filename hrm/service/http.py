@@ -111,27 +111,21 @@ def make_app(engine: Engine, config: ServeConfig, name: str, results: Results | 
             raise Refused(422, str(error)) from error
 
         async def computed() -> InferResponse:
-            if not room.has(wanted):
-                seconds = room.seconds_until(wanted)
-                sentence = f"{room.taken} puzzles wait already; come again in {seconds} s."
-                raise Refused(429, sentence, {"Retry-After": str(seconds)})
-            room.take(wanted)
-            asked = answer(
-                puzzles,
-                engine,
-                max_steps,
-                augmentations=request.augmentations,
-                trajectory=request.trajectory,
-                request=http,
-            )
-            try:
-                (answers,) = await all_of([asyncio.ensure_future(asked)], http, config.seconds_per_request)
-            except Closed as error:
-                raise Refused(503, f"{error}.") from error
-            except UserError as error:
-                raise Refused(422, str(error)) from error
-            finally:
-                room.give_back(wanted)
+            with room.held(wanted, "puzzles"):
+                asked = answer(
+                    puzzles,
+                    engine,
+                    max_steps,
+                    augmentations=request.augmentations,
+                    trajectory=request.trajectory,
+                    request=http,
+                )
+                try:
+                    (answers,) = await all_of([asyncio.ensure_future(asked)], http, config.seconds_per_request)
+                except Closed as error:
+                    raise Refused(503, f"{error}.") from error
+                except UserError as error:
+                    raise Refused(422, str(error)) from error
             return InferResponse(
                 answers=[each.value for each in answers],
                 texts=[each.text for each in answers],

@@ -81,26 +81,21 @@ class Modules:
         async def update(request: UpdateRequest, http: Request) -> Response:
             began = time.perf_counter()
             puzzle = await self._checked(request)
-            if not self._room.has(1):
-                seconds = self._room.seconds_until(1)
-                sentence = f"{self._room.taken} calls wait already; come again in {seconds} s."
-                raise Refused(429, sentence, {"Retry-After": str(seconds)})
-            self._room.take(1)
             name = request.session or secrets.token_urlsafe(16)
-            task = asyncio.ensure_future(self._update(level, name, puzzle, request.updates))
-            try:
-                ((session, outputs, content),) = await all_of([task], http, self._config.seconds_per_request, "updates")
-            except Closed as error:
-                raise Refused(503, f"{error}.") from error
-            except Unavailable as error:
-                raise Refused(503, str(error), {"Retry-After": str(SECONDS_UNTIL_UP)}) from error
-            finally:
-                self._room.give_back(1)
-            task_, form = self._engine.model.task, self._engine.model.form
+            with self._room.held(1, "calls"):
+                task = asyncio.ensure_future(self._update(level, name, puzzle, request.updates))
+                seconds = self._config.seconds_per_request
+                try:
+                    ((session, outputs, content),) = await all_of([task], http, seconds, "updates")
+                except Closed as error:
+                    raise Refused(503, f"{error}.") from error
+                except Unavailable as error:
+                    raise Refused(503, str(error), {"Retry-After": str(SECONDS_UNTIL_UP)}) from error
+            model = self._engine.model
             answer = UpdateResponse(
                 session=name,
-                answers=[task_.answer_value(outputs.tokens, session.puzzle, form)],
-                texts=[task_.answer_text(outputs.tokens, session.puzzle, form)],
+                answers=[model.task.answer_value(outputs.tokens, session.puzzle, model.form)],
+                texts=[model.task.answer_text(outputs.tokens, session.puzzle, model.form)],
                 q_halt=[probability(outputs.q_halt)],
                 q_continue=[probability(outputs.q_continue)],
                 updates=dict(session.updates),

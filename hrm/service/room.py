@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from hrm.service.problems import Refused
 
 _SECONDS_MEASURED = 60.0  # how far back the estimate looks
 _LONGEST_WAIT = 60  # seconds that a client is told to wait at most
@@ -39,6 +42,26 @@ class Room:
         self.taken -= places
         self._freed.append((self._clock(), places))
         self._forget()
+
+    @contextmanager
+    def held(self, places: int, what: str) -> Iterator[None]:
+        """So many of them while the body runs.
+
+        Args:
+            what: takes them, for the sentence.
+
+        Raises:
+            Refused: not so many are free now.
+        """
+        if not self.has(places):
+            seconds = self.seconds_until(places)
+            sentence = f"{self.taken} {what} wait already; come again in {seconds} s."
+            raise Refused(429, sentence, {"Retry-After": str(seconds)})
+        self.take(places)
+        try:
+            yield
+        finally:
+            self.give_back(places)
 
     def seconds_until(self, places: int) -> int:
         """About when so many will be free, at the rate at which places became free lately: 1 to 60."""
