@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from hrm.checkpoint.fetching import local_files
+from hrm.checkpoint.quantized import from_int8
 from hrm.checkpoint.run_folder import CONFIG_FILE, replacing
 from hrm.errors import UserError, first_sentence, shortened
 from hrm.reading import read_yaml_text
@@ -133,7 +134,7 @@ def pretrained() -> list[str]:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Tensors of a weights file by their names in a plain model, on the CPU.
+    """Tensors of a weights file by their names in a plain model, on the CPU; int8 (`quantized`) as float32.
 
     The file is a `state_dict()`, or holds one as `model` or `state_dict`, as whole training states and Lightning's
     checkpoints do. What torch.compile, DistributedDataParallel and a module around the model add to names is left out.
@@ -170,7 +171,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     if len(set(plain)) < len(plain):
         twice = next(name for name in plain if plain.count(name) > 1)
         raise UserError(f"{file} has {shortened(twice)} several times, under prefixes: keep one of them.")
-    return dict(zip(plain, held.values(), strict=True))
+    return from_int8(dict(zip(plain, held.values(), strict=True)), file)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
@@ -211,7 +212,7 @@ def _is_weight(value: object) -> bool:
         and value.layout is torch.strided
         and not value.is_nested
         and value.device.type == "cpu"  # not meta, which holds no numbers
-        and value.is_floating_point()
+        and (value.is_floating_point() or value.dtype == torch.int8)
     )
 
 

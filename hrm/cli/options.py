@@ -11,8 +11,8 @@ HEAD = """\
 # Options
 
 All that can be set on the command lines of `pretrain.py` and `evaluate.py` (`hrm train` and `hrm evaluate` in a package
-that was installed), of `hrm serve` and of `hrm export`, as `option=value`, and in YAML files of your own, in a folder
-given by `--config-dir`. A group is a choice among YAML files, `group=choice`, each of which sets options; what is typed
+that was installed), of `hrm serve`, `hrm export` and `hrm quantize`, as `option=value`, and in YAML files of your own, in
+a folder given by `--config-dir`. A group is a choice among YAML files, `group=choice`, each of which sets options; what is typed
 wins over what a file sets.
 
 Made by `hrm options > docs/options.md` from the comments beside the options in the source.
@@ -36,6 +36,7 @@ def page() -> str:
         ("Evaluation", "evaluate.py", "evaluate"),
         ("Service", "hrm serve", "serve"),
         ("Export", "hrm export", "export"),
+        ("8 bit", "hrm quantize", "quantize"),
     ):
         lines += [f"## {title}: `{command}`", "", *_entry_point(config_name, described)]
     return "\n".join(lines).rstrip()

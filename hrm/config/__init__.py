@@ -14,6 +14,7 @@ from hrm.config.kernels import KernelsConfig, kernels_config
 from hrm.config.optim import OPTIMIZERS, OptimConfig
 from hrm.config.parallel import ParallelConfig
 from hrm.config.paths import CONFIG_DIR, PROJECT_DIR
+from hrm.config.quantize import QuantizeConfig
 from hrm.config.service import ServeConfig
 from hrm.config.store import register_schemas
 from hrm.config.training import PretrainConfig
@@ -33,6 +34,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "PretrainConfig",
+    "QuantizeConfig",
     "ServeConfig",
     "kernels_config",
     "neighbours",

@@ -2,6 +2,7 @@
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 DTYPES = ("auto", "bfloat16", "float32", "float16", "float64")
+QUANTIZE = ("none", "int8", "fp8")
 SAVEABLE_OUTPUTS = (
     "inputs",
     "labels",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from hrm.config.checks import MOST_WORKERS, at_least, at_most, choice, positive
-from hrm.config.entry import DEVICES, DTYPES, SAVEABLE_OUTPUTS
+from hrm.config.entry import DEVICES, DTYPES, QUANTIZE, SAVEABLE_OUTPUTS
 from hrm.config.kernels import KernelsConfig
 
 MOST_ANSWERS = 1024  # to a puzzle; each votes on each: the vote of more would not fit in memory
@@ -89,12 +89,16 @@ class EvaluateConfig:
     # What to compute in: bfloat16, float32, float16 or float64; auto: as in training, but float32 where a CPU has no
     # instructions for bfloat16.
     dtype: str = "auto"
+    # 8 bit for the matmuls. int8: integers, on CPUs and NVIDIA GPUs; fp8: e4m3, on NVIDIA GPUs from Ada and Hopper on.
+    # It changes answers: `hrm quantize` says how many.
+    quantize: str = "none"
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is available
     num_workers: int = 0  # processes that load data; any number gives the same batches
 
     def __post_init__(self) -> None:
         choice("device", self.device, DEVICES)
         choice("dtype", self.dtype, DTYPES)
+        choice("quantize", self.quantize, QUANTIZE)
         for output in self.save_outputs:
             choice("save_outputs", output, SAVEABLE_OUTPUTS)
         at_least("show", self.show, 0)

@@ -28,6 +28,7 @@ class KernelsConfig:
     by_core: bool = True  # on a CPU, let each core work on sequences of its own, not all on every operation
     chunk: int = 0  # sequences at a time where no gradient is needed, to stay in the cache; 0: all, by core a few
     fp8: str = "none"  # modules whose passes without gradient are computed in 8 bit (e4m3): none, all, or one's name
+    int8: str = "none"  # the same in 8-bit integers
     # Activation checkpointing, what training keeps for its backward pass, which computes the rest again. none: all that
     # it needs; block: the inputs of each block; module: the inputs of each update. Results are the same.
     recompute: str = "none"
@@ -35,6 +36,8 @@ class KernelsConfig:
     def __post_init__(self) -> None:
         at_least("kernels.chunk", self.chunk, 0)
         choice("kernels.recompute", self.recompute, RECOMPUTES)
+        if "none" not in (self.fp8, self.int8):
+            raise UserError(f"kernels.fp8={self.fp8} cannot be combined with kernels.int8={self.int8}: drop one.")
         if self.fp8 == "both":  # its name when all architectures had two modules
             self.fp8 = "all"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from hrm.config.checks import at_least, at_most, choice
-from hrm.config.entry import DEVICES, DTYPES
+from hrm.config.entry import DEVICES, DTYPES, QUANTIZE
 from hrm.config.kernels import KernelsConfig
 from hrm.errors import UserError
 
@@ -47,11 +47,15 @@ class ServeConfig:
     # What to compute in: bfloat16, float32, float16 or float64; auto: as in training, but float32 where a CPU has no
     # instructions for bfloat16.
     dtype: str = "auto"
+    # 8 bit for the matmuls. int8: integers, on CPUs and NVIDIA GPUs; fp8: e4m3, on NVIDIA GPUs from Ada and Hopper on.
+    # It changes answers: `hrm quantize` says how many.
+    quantize: str = "none"
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is available
 
     def __post_init__(self) -> None:
         choice("device", self.device, DEVICES)
         choice("dtype", self.dtype, DTYPES)
+        choice("quantize", self.quantize, QUANTIZE)
         at_least("port", self.port, 0)
         at_most("port", self.port, 65535)
         for name in ("slots", "act_max_steps"):

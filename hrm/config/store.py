@@ -6,6 +6,7 @@ from hydra.core.config_store import ConfigStore
 
 from hrm.config.evaluation import EvaluateConfig
 from hrm.config.export import ExportConfig
+from hrm.config.quantize import QuantizeConfig
 from hrm.config.service import ServeConfig
 from hrm.config.training import PretrainConfig
 
@@ -14,6 +15,7 @@ SCHEMAS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "serve": ServeConfig,
     "export": ExportConfig,
+    "quantize": QuantizeConfig,
 }
 """Of each entry point, by the name of its YAML file."""
 

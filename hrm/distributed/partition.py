@@ -26,6 +26,7 @@ from hrm.distributed import tensor as tensor_parallel
 from hrm.distributed.world import World, sum_over_ranks
 from hrm.errors import UserError
 from hrm.kernels import attention, tensor_parallel_backends
+from hrm.kernels.choice import EIGHT_BIT
 from hrm.kernels.recompute import recomputed
 from hrm.kernels.schedule import chunked, looped
 from hrm.models import ACTLossHead
@@ -216,10 +217,11 @@ class SharedModel:
         world, inner = self._world, self._model.model.inner
         kernels = inner.kernels
         config = kernels.config
-        if config.fp8 != "none":
-            raise UserError(
-                f"kernels.fp8={config.fp8} cannot be used with parallel.tensor or parallel.pipeline: drop it."
-            )
+        for option in EIGHT_BIT:
+            if (named := getattr(config, option)) != "none":
+                raise UserError(
+                    f"kernels.{option}={named} cannot be used with parallel.tensor or parallel.pipeline: drop it."
+                )
         if config.chunk and world.pipeline.size > 1:
             raise UserError(
                 "kernels.chunk cannot be used with parallel.pipeline: choose parallel.micro_batches instead."

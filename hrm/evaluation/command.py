@@ -214,6 +214,7 @@ def _load(
         config.dtype,
         config.puzzle_emb,
         one_of_several and one_of_several.rows,
+        config.quantize,
     )
 
 

@@ -95,12 +95,14 @@ def by_definition(model: ACTLossHead) -> Iterator[None]:
     own, module = inner.kernels, naive.reasoning_module
     inner.kernels = replace(
         own,
-        config=replace(own.config, backend="naive", compile=False, cuda_graphs=False, fused_step=False, fp8="none"),
+        config=replace(
+            own.config, backend="naive", compile=False, cuda_graphs=False, fused_step=False, fp8="none", int8="none"
+        ),
         module=module,
         run=looped(module),
         first_token_block=naive.first_token_block,
         reset_carry=naive.reset_carry,
-        fp8_modules=frozenset(),
+        eight_bit={},
     )
     try:
         yield

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hrm.checkpoint.weights import PUZZLE_TABLE, Checkpoint, load_weights, nonfinite_weights, refilled
-from hrm.config import KernelsConfig
+from hrm.config import KernelsConfig, kernels_config
 from hrm.data.identity import identifiers_hash
 from hrm.data.pack import Pack
 from hrm.distributed.world import World
 from hrm.errors import UserError, printable
 from hrm.kernels import describe
 from hrm.kernels.dtypes import AUTO, computing_dtype, describe_dtype
+from hrm.kernels.quantize import dtype_beside, quantized
 from hrm.models import ACTLossHead, arch_config, build_model
 from hrm.models.size_guard import ALWAYS_ALLOWED, at_most
 
@@ -55,6 +56,7 @@ def load_model(
     dtype: str = AUTO,
     puzzle_emb: str = "trained",
     rows: slice | None = None,
+    quantize: str = "none",
 ) -> ACTLossHead:
     """The checkpoint's model in evaluation mode.
 
@@ -63,6 +65,7 @@ def load_model(
         dtype: to compute in, as `hrm.kernels.dtypes.computing_dtype` takes it.
         puzzle_emb: what the rows of the puzzle table are, as in `hrm.config.EvaluateConfig`.
         rows: those of the puzzle table that stand for the identifiers of the pack, if not all.
+        quantize: the precision of matmuls, as `hrm.kernels.quantize.quantized` takes it.
 
     Raises:
         UserError: the checkpoint is of no use, or was trained on puzzles of another kind than `sizes` are of.
@@ -73,6 +76,8 @@ def load_model(
         weights = {**weights, PUZZLE_TABLE: refilled(weights[PUZZLE_TABLE], puzzle_emb, sizes.num_puzzle_identifiers)}
     _check_kind(checkpoint, weights, sizes)
     arch = arch_config(checkpoint.config["arch"], sizes.of_data(), where=f"{checkpoint.config_file}: arch")
+    kernels = quantized(kernels_config(kernels), quantize, world.device)
+    dtype = dtype_beside(quantize, dtype, world.device)
     arch = replace(arch, forward_dtype=computing_dtype(dtype, arch.forward_dtype, world.device))
     if act_max_steps is not None:
         arch = replace(arch, halt_max_steps=act_max_steps)

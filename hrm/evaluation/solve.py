@@ -82,7 +82,8 @@ def _model_for(
             f"{size.vocab_size}: leave it out of ensemble.checkpoints."
         )
     sizes = ModelSizes(1, size.seq_len, vocab_size, num_identifiers)
-    return load_model(checkpoint, weights, sizes, config.kernels, world, config.act_max_steps, config.dtype)
+    kernels, dtype, quantize = config.kernels, config.dtype, config.quantize
+    return load_model(checkpoint, weights, sizes, kernels, world, config.act_max_steps, dtype, quantize=quantize)
 
 
 def _answer(

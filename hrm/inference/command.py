@@ -61,6 +61,7 @@ def _model(config: EvaluateConfig) -> TrainedModel:
         device=config.device,
         dtype=config.dtype,
         kernels=config.kernels,
+        quantize=config.quantize,
         data_path=config.data_path,
     )
 

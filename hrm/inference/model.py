@@ -12,8 +12,17 @@ import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from safetensors.torch import save_file
+from torch import Tensor
 
-from hrm.checkpoint.weights import PRETRAINED_CONFIG, PRETRAINED_WEIGHTS, Checkpoint, find_checkpoint, read_weights
+from hrm.checkpoint.quantized import to_int8
+from hrm.checkpoint.weights import (
+    PRETRAINED_CONFIG,
+    PRETRAINED_WEIGHTS,
+    PUZZLE_TABLE,
+    Checkpoint,
+    find_checkpoint,
+    read_weights,
+)
 from hrm.config import KernelsConfig, kernels_config
 from hrm.config.checks import at_least, choice
 from hrm.config.entry import DTYPES
@@ -255,10 +264,20 @@ class TrainedModel(ModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        if self.model.kernels.int8 != "none":
+            weights = to_int8(weights, self._matrices(weights))
         save_file(weights, save_directory / PRETRAINED_WEIGHTS, {"format": "pt"})
         self.form.save(save_directory)
         text = json.dumps(self._config(), indent=1, ensure_ascii=False)
         (save_directory / PRETRAINED_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+    def _matrices(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """The names of what is stored in 8 bit: matrices of the blocks that are computed so, and the puzzle table."""
+        inner = self.model.model.inner
+        stacks = [stack for name, stack in inner.stacks.items() if name in inner.kernels.eight_bit]
+        of_blocks = {id(weight) for stack in stacks for block in stack.weights() for weight in block}
+        names = [name for name, weight in self.model.named_parameters() if id(weight) in of_blocks]
+        return names + [name for name in (PUZZLE_TABLE,) if name in weights and len(weights[name]) > 1]
 
     def _config(self) -> dict[str, Any]:
         """What others need to build the model, without the paths of this machine."""
@@ -288,6 +307,7 @@ class TrainedModel(ModelHubMixin):
         device: str | torch.device = "auto",
         dtype: str = "auto",
         kernels: str | Mapping[str, Any] | KernelsConfig = "auto",
+        quantize: str = "none",
         data_path: str | None = None,
     ) -> Self:
         """See `from_pretrained`."""
@@ -299,11 +319,12 @@ class TrainedModel(ModelHubMixin):
         sizes = ModelSizes(
             1 if place.type == "cpu" else _LIKELY_BATCH, form.seq_len, form.vocab_size, form.num_puzzle_identifiers
         )
-        model = load_model(checkpoint, weights, sizes, kernels_config(kernels), World(0, 1, place), dtype=dtype)
+        world = World(0, 1, place)
+        model = load_model(checkpoint, weights, sizes, kernels_config(kernels), world, dtype=dtype, quantize=quantize)
         return cls(model, form, checkpoint, place)
 
 
-_LOADING = ("device", "dtype", "kernels", "data_path")
+_LOADING = ("device", "dtype", "kernels", "quantize", "data_path")
 
 
 def _device(name: str) -> torch.device:
@@ -318,6 +339,7 @@ def from_pretrained(
     device: str | torch.device = "auto",
     dtype: str = "auto",
     kernels: str | Mapping[str, Any] | KernelsConfig = "auto",
+    quantize: str = "none",
     data_path: str | None = None,
 ) -> TrainedModel:
     """A trained model, ready to answer puzzles.
@@ -329,10 +351,12 @@ def from_pretrained(
         dtype: to compute in, such as float32; auto: as in training, but float32 where a CPU has no instructions for
             bfloat16.
         kernels: a preset of `kernels=`, or its fields.
+        quantize: int8 or fp8: matmuls in 8 bit, which changes answers (`hrm quantize` says how many). fp8 needs an
+            NVIDIA GPU, from Ada and Hopper on. A model that is loaded in int8 is saved in int8.
         data_path: the pack that the model was trained on, or its URL, for checkpoints that do not say what their tokens
             mean.
 
     Raises:
         UserError: there is no such model, or it is broken, or an option is of no use.
     """
-    return TrainedModel.load(name, device=device, dtype=dtype, kernels=kernels, data_path=data_path)
+    return TrainedModel.load(name, device=device, dtype=dtype, kernels=kernels, quantize=quantize, data_path=data_path)

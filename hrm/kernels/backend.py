@@ -70,7 +70,7 @@ class Backend:
     compiles_gradients_alone: bool = False  # whether `run` is used beside a compiled `reasoning_module` too
     takes_attention: bool = False  # whether kernels.attention chooses the core of its attention
     compiles: bool = True  # whether torch.compile can take it into a graph
-    fp8: bool = True  # whether kernels.fp8 can take schedules without gradient from it
+    eight_bit: bool = True  # whether kernels.fp8 and kernels.int8 can take schedules without gradient from it
     tensor_parallel: bool = False  # whether parallel.tensor can divide its blocks over processes
     by_core: bool = False  # whether, on a CPU, each core can take other sequences through it (`hrm.kernels.cores`)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -14,11 +15,14 @@ from hrm.config import KernelsConfig, neighbours
 from hrm.errors import UserError
 from hrm.kernels import attention, naive
 from hrm.kernels.backend import Backend, FirstTokenBlock, KernelRequest, ReasoningModule
-from hrm.kernels.cores import module_by_core, run_by_core
+from hrm.kernels.cores import WIDEST, WIDEST_IN_INT8, module_by_core, run_by_core
+from hrm.kernels.naive import Attend
 from hrm.kernels.recompute import recomputed
 from hrm.kernels.registry import BACKENDS, backend_names, load_backend
 from hrm.kernels.requirements import why_not_compiled, why_not_triton
 from hrm.kernels.schedule import Run, chunked, looped
+
+EIGHT_BIT = ("fp8", "int8")  # options of modules, computed by the file of that name
 
 
 class ResetCarry(Protocol):
@@ -35,6 +39,18 @@ class ResetCarry(Protocol):
     ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]: ...
 
 
+class EightBit(Protocol):
+    """What `hrm.kernels.fp8` and `hrm.kernels.int8` have in common."""
+
+    BLOCK_TYPES: Sequence[type]  # of weights that it computes
+
+    def quantize_blocks(self, blocks: Sequence[Any]) -> Sequence[Any]:
+        """Blocks as the modules below want them."""
+
+    def module(self, *, compiled: bool, attend: Attend = naive.sdpa) -> ReasoningModule:
+        """As `naive.reasoning_module` without gradient, through torch.compile where it gains by that."""
+
+
 @dataclass(frozen=True)
 class Kernels:
     """What computes a model."""
@@ -44,16 +60,12 @@ class Kernels:
     run: Run  # whole schedules without gradient
     first_token_block: FirstTokenBlock
     reset_carry: ResetCarry
-    fp8_modules: frozenset[str] = frozenset()  # by name, those that `run` computes in 8 bit
+    eight_bit: Mapping[str, EightBit] = field(default_factory=dict)  # modules that `run` computes in 8 bit, by name
     tensor_parallel: bool = False  # whether `parallel.tensor` can divide the blocks over processes
 
     def prepare(self, module: str, blocks: Sequence[Any]) -> Sequence[Any]:
         """The blocks of the module of that name as `run` wants them."""
-        if module not in self.fp8_modules:
-            return blocks
-        from hrm.kernels import fp8
-
-        return fp8.quantize_blocks(blocks)
+        return self.eight_bit[module].quantize_blocks(blocks) if module in self.eight_bit else blocks
 
 
 def resolve(config: KernelsConfig, request: KernelRequest) -> KernelsConfig:
@@ -79,7 +91,7 @@ def resolve(config: KernelsConfig, request: KernelRequest) -> KernelsConfig:
         raise UserError(f"kernels.cuda_graphs=true needs an NVIDIA GPU, not {request.device.type}; take kernels=naive.")
     if config.fused_step and (reason := why_not_triton(request)):
         raise UserError(f"kernels.fused_step=true cannot run: {reason}; take kernels=naive.")
-    _check_fp8(config, backend, request)
+    _check_eight_bit(config, backend, request)
     # Cores that compile at the same time would compile the same several times over, beyond PyTorch's limit.
     by_core = config.by_core and backend.by_core and not config.compile and request.device.type == "cpu"
     return replace(config, attention=_resolve_attention(config, backend, request), by_core=by_core)
@@ -101,31 +113,41 @@ def _fastest(config: KernelsConfig, request: KernelRequest) -> KernelsConfig:
     raise UserError(f"no backend computes blocks of {blocks}: see docs/add-a-backend.md.")
 
 
-def _check_fp8(config: KernelsConfig, backend: Backend, request: KernelRequest) -> None:
-    _fp8_modules(config.fp8, request.modules)  # refuses names that are none
-    if config.fp8 == "none":
-        return
-    from hrm.kernels import fp8
+def _check_eight_bit(config: KernelsConfig, backend: Backend, request: KernelRequest) -> None:
+    for option in EIGHT_BIT:
+        named = getattr(config, option)
+        if not _named_modules(option, named, request.modules) and named == "none":
+            continue
+        known = _eight_bit(option).BLOCK_TYPES
+        if unknown := [block.__name__ for block in request.block_types if block not in known]:
+            raise UserError(f"kernels.{option}={named} cannot compute blocks of {' and '.join(unknown)}: drop it.")
+        if not backend.eight_bit:
+            others = [name for name in backend_names(BACKENDS) if load_backend(name).eight_bit]
+            raise UserError(
+                f"kernels.{option}={named} cannot be combined with kernels.backend={config.backend}: "
+                f"take kernels.backend={' or '.join(others)}."
+            )
 
-    if unknown := [block.__name__ for block in request.block_types if block not in fp8.BLOCK_TYPES]:
-        raise UserError(f"kernels.fp8={config.fp8} cannot compute blocks of {' and '.join(unknown)}: drop it.")
-    if not backend.fp8:
-        raise UserError(
-            f"kernels.fp8={config.fp8} cannot be combined with kernels.backend={config.backend}: "
-            f"take kernels.backend={' or '.join(name for name in backend_names(BACKENDS) if load_backend(name).fp8)}."
-        )
+
+def _eight_bit(option: str) -> EightBit:
+    """What `kernels.fp8` or `kernels.int8` stands for."""
+    return cast(EightBit, importlib.import_module(f"hrm.kernels.{option}"))
 
 
-def _fp8_modules(fp8: str, modules: tuple[str, ...]) -> tuple[str, ...]:
-    """The modules that `kernels.fp8` names: `all`, or one by its name or the first part of that."""
-    if fp8 == "none":
+def _named_modules(option: str, named: str, modules: tuple[str, ...]) -> tuple[str, ...]:
+    """The modules that `kernels.fp8` or `int8` names: `all`, or one by its name or the first part of that.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if named == "none":
         return ()
-    if fp8 == "all":
+    if named == "all":
         return modules
-    named = tuple(name for name in modules if fp8 in (name, name.partition("_")[0]))
-    if not named:
-        raise UserError(f"kernels.fp8={fp8} is not a choice; {neighbours(fp8, ['none', 'all', *modules])}")
-    return named
+    found = tuple(name for name in modules if named in (name, name.partition("_")[0]))
+    if not found:
+        raise UserError(f"kernels.{option}={named} is not a choice; {neighbours(named, ['none', 'all', *modules])}")
+    return found
 
 
 def _resolve_attention(config: KernelsConfig, backend: Backend, request: KernelRequest) -> str:
@@ -145,28 +167,35 @@ def describe(config: KernelsConfig) -> str:
     attend = [] if config.attention == "own" else [f"attention {config.attention}"]
     switches = [name for name in ("compile", "cuda_graphs", "fused_step", "by_core") if getattr(config, name)]
     chunk = [f"chunks of {config.chunk}"] if config.chunk else []
-    fp8 = [f"fp8 in {config.fp8}"] if config.fp8 != "none" else []
+    eight_bit = [f"{option} in {named}" for option in EIGHT_BIT if (named := getattr(config, option)) != "none"]
     recompute = [f"recompute by {config.recompute}"] if config.recompute != "none" else []
-    return ", ".join([config.backend, *attend, *switches, *chunk, *fp8, *recompute])
+    return ", ".join([config.backend, *attend, *switches, *chunk, *eight_bit, *recompute])
 
 
 def make_kernels(config: KernelsConfig, modules: Sequence[str]) -> Kernels:
     """The functions behind a choice that `resolve` returned, for a model whose modules have these names."""
     backend = load_backend(config.backend)
     module, first_token_block = _functions(config.backend, config.attention, config.compile)
-    fp8_modules = _fp8_modules(config.fp8, tuple(modules))
+    eight_bit = {
+        name: _eight_bit(option)
+        for option in EIGHT_BIT
+        for name in _named_modules(option, getattr(config, option), tuple(modules))
+    }
     run: Run
-    if fp8_modules:
-        from hrm.kernels import fp8
-
-        run = looped(module, dict.fromkeys(fp8_modules, fp8.reasoning_module))
+    if eight_bit:
+        found = {
+            name: in_8_bit.module(compiled=config.compile, **_attend(config.attention))
+            for name, in_8_bit in eight_bit.items()
+        }
+        run = looped(module, found)
     elif backend.run and (backend.compiles_gradients_alone or not config.compile):
         run = functools.partial(backend.run, **_attend(config.attention))
     else:
         run = looped(module)
     module = recomputed(module, config.recompute)
     if config.by_core:
-        module, run = module_by_core(module), run_by_core(run, config.chunk)
+        most = WIDEST if config.int8 == "none" else WIDEST_IN_INT8
+        module, run = module_by_core(module), run_by_core(run, config.chunk, most)
     elif config.chunk:
         run = chunked(run, config.chunk)
     reset_carry: ResetCarry = naive.reset_carry
@@ -180,7 +209,7 @@ def make_kernels(config: KernelsConfig, modules: Sequence[str]) -> Kernels:
         run,
         first_token_block,
         reset_carry,
-        frozenset(fp8_modules),
+        eight_bit,
         tensor_parallel=backend.tensor_parallel and not config.compile,
     )
 

@@ -30,7 +30,8 @@ from hrm.kernels.schedule import Run, Schedule, States
 
 # The widest tensor of a block, for all sequences of a part, with which passes are fastest: one a few times as wide no
 # longer stays in the cache, and from 32 MiB on the C library takes fresh pages for every tensor.
-_WIDEST = 10 << 20
+WIDEST = 10 << 20
+WIDEST_IN_INT8 = 3 << 20  # rounding goes over each tensor several times
 # The least work in a part: below, weights are read again for few tokens, and Python takes as long as the operations.
 _LEAST_ROWS = 256
 _LEAST_PRODUCTS = 4 << 20  # rows * width * width
@@ -38,11 +39,15 @@ _PARTS_A_CORE = 2  # so that a core that is shared with other programs can leave
 _MOST_THREADS = 8  # beyond, they would wait for Python's lock
 
 
-def parts_of(z: Tensor) -> list[slice]:
-    """How to divide the sequences of a state `z` [B, T, D] that lies on the CPU: evenly."""
+def parts_of(z: Tensor, most: int = WIDEST) -> list[slice]:
+    """How to divide the sequences of a state `z` [B, T, D] that lies on the CPU: evenly.
+
+    Args:
+        most: bytes that the widest tensor of a part should have.
+    """
     batch, tokens, width = z.shape
     widest = 6 * z.numel() * z.element_size()  # gates and ups of all sequences, as published
-    parts = math.ceil(widest / _WIDEST)
+    parts = math.ceil(widest / most)
     if (threads := _threads()) > 1:
         rows = max(_LEAST_ROWS, math.ceil(_LEAST_PRODUCTS / width**2))
         enough = min(batch * tokens // rows, batch)
@@ -51,7 +56,7 @@ def parts_of(z: Tensor) -> list[slice]:
     return _slices(batch, math.ceil(batch / max(1, min(parts, batch))) or 1)
 
 
-def run_by_core(run: Run, sequences: int = 0) -> Run:
+def run_by_core(run: Run, sequences: int = 0, most: int = WIDEST) -> Run:
     """`run`, so many sequences at a time (0: as `parts_of` says), each core with others."""
 
     def in_parts(
@@ -60,7 +65,7 @@ def run_by_core(run: Run, sequences: int = 0) -> Run:
         if not schedule:
             return dict(states)
         first = states[schedule[0].state]
-        parts = _slices(len(first), sequences) if sequences else parts_of(first)
+        parts = _slices(len(first), sequences) if sequences else parts_of(first, most)
         if len(parts) < 2:
             return run(states, schedule, modules, context)
         new = {update.state: torch.empty_like(states[update.state]) for update in schedule}

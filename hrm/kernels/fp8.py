@@ -1,11 +1,12 @@
 """Reasoning modules in 8-bit floating point (e4m3), for passes that need no gradient.
 
-Operands of the four matmuls of a block are rounded to e4m3; sums, the norms and the residual stream keep the precision
+Operands of the matmuls of a block are rounded to e4m3; sums, the norms and the residual stream keep the precision
 they have elsewhere, and so does attention between its projections. Three ways compute the same:
 
 - `hrm.kernels.ops.hopper.fp8`, where the rounding is an epilogue of the kernel before: GPUs of compute capability 9.0,
-  in 16 bit;
-- the library's fp8 matmul: other NVIDIA GPUs from 8.9 on, and sizes that the kernels for Hopper are not made for;
+  in 16 bit, for blocks with attention and SwiGLU (`BlockWeights`);
+- the library's fp8 matmul: other blocks, other NVIDIA GPUs from 8.9 on, and sizes that the kernels for Hopper are not
+  made for;
 - `naive_reasoning_module`, matmuls of the rounded numbers in float32: anywhere, and what the others are tested against.
 
 Nothing is scaled by what the data is. From 2^-6 to 448, e4m3 is equally precise, and below it keeps an absolute error
@@ -19,30 +20,52 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hrm.kernels import naive
 from hrm.kernels.context import KernelContext
-from hrm.kernels.naive import BlockWeights, rms_norm, sdpa
+from hrm.kernels.naive import Attend, BlockWeights, rms_norm, sdpa
 from hrm.kernels.ops.e4m3 import WEIGHT_SCALE, Fp8BlockWeights, to_e4m3
 from hrm.kernels.ops.hopper import device as hopper
+from hrm.kernels.schedule import Module
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
 
-BLOCK_TYPES = (BlockWeights,)  # of weights that it computes
+BLOCK_TYPES = naive.BLOCK_TYPES  # of weights that it computes
+
+_MULTIPLE = 16  # sizes that the library's matmul takes
 
 
-def quantize_blocks(blocks: Sequence[BlockWeights]) -> list[Fp8BlockWeights]:
-    """Round weights to e4m3 on their device, without waiting for it; what lies beyond ±14 becomes ±14."""
+def quantize_blocks(blocks: Sequence[Any]) -> list[Any]:
+    """Round weights to e4m3 on their device, without waiting for it; what lies beyond ±14 becomes ±14.
+
+    Returns:
+        `Fp8BlockWeights` for `BlockWeights`; blocks of the same type, of matrices times WEIGHT_SCALE, for others.
+    """
     return [_quantize_block(weights) for weights in blocks]
+
+
+def module(*, compiled: bool, attend: Attend = sdpa) -> Module[Any]:
+    """`reasoning_module`; blocks that have no kernels of their own go through torch.compile where it says so."""
+    other_module = functools.partial(_other_module, attend=attend)
+    if compiled:
+        other_module = torch.compile(other_module, dynamic=False, fullgraph=True)
+
+    def by_blocks(state: Tensor, injection: Tensor, blocks: Sequence[Any], context: KernelContext) -> Tensor:
+        compute = reasoning_module if _have_kernels(blocks) else other_module
+        return compute(state, injection, blocks, context)
+
+    return by_blocks
 
 
 def reasoning_module(
     state: Tensor,
     injection: Tensor,
-    blocks: Sequence[Fp8BlockWeights],
+    blocks: Sequence[Any],
     context: KernelContext,
 ) -> Tensor:
     """As `hrm.kernels.naive.reasoning_module`, with weights from `quantize_blocks`; it cannot be differentiated.
@@ -50,6 +73,8 @@ def reasoning_module(
     Args:
         state, injection: [B, T, D] of one dtype, which is the result's too.
     """
+    if not _have_kernels(blocks):
+        return _other_module(state, injection, blocks, context)
     kernels = _hopper(state.device)
     if kernels is not None and kernels.fits(state, blocks, context.num_heads):
         result: Tensor = kernels.reasoning_module(state, injection, blocks, context)
@@ -61,11 +86,47 @@ def reasoning_module(
 def naive_reasoning_module(
     state: Tensor,
     injection: Tensor,
-    blocks: Sequence[Fp8BlockWeights],
+    blocks: Sequence[Any],
     context: KernelContext,
 ) -> Tensor:
     """The definition of `reasoning_module`, in plain PyTorch."""
-    return _reasoning_module(state, injection, blocks, context, _naive_matmul)
+    if _have_kernels(blocks):
+        return _reasoning_module(state, injection, blocks, context, _naive_matmul)
+    return naive.reasoning_module(state, injection, blocks, context, linear=_naive_linear)
+
+
+def _have_kernels(blocks: Sequence[Any]) -> bool:
+    """Whether `hrm.kernels.ops.hopper.fp8` has kernels for them."""
+    return all(isinstance(weights, Fp8BlockWeights) for weights in blocks)
+
+
+@torch.no_grad()
+def _other_module(
+    state: Tensor, injection: Tensor, blocks: Sequence[Any], context: KernelContext, attend: Attend = sdpa
+) -> Tensor:
+    """`reasoning_module` for blocks without kernels of their own."""
+    linear = _library_linear if _has_fp8(state.device) else _naive_linear
+    return naive.reasoning_module(state, injection, blocks, context, attend, linear)
+
+
+def _naive_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The product of x [..., K], rounded, and a rounded weight [N, K], in the dtype of `x`."""
+    return _naive_matmul(to_e4m3(x), weight).to(x.dtype)
+
+
+def _library_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`_naive_linear` on the matrix units of an NVIDIA GPU, for weights of any size."""
+    columns, inputs = weight.shape
+    product = _library_matmul(_padded(to_e4m3(x), inputs), _padded(weight, inputs, columns))
+    return product[..., :columns].to(x.dtype)
+
+
+def _padded(values: Tensor, *sizes: int) -> Tensor:
+    """`values` in e4m3, with zeros behind the last dimensions, whose sizes, last first, are made multiples."""
+    padding = [size for each in sizes for size in (0, -each % _MULTIPLE)]
+    if not any(padding):
+        return values
+    return F.pad(values.view(torch.uint8), padding).view(values.dtype)
 
 
 @torch.no_grad()
@@ -89,12 +150,11 @@ def _reasoning_module(
     return x
 
 
-def _quantize_block(weights: BlockWeights) -> Fp8BlockWeights:
-    kernels = _hopper(weights.qkv.device)
-    if kernels is not None:
-        quantized: Fp8BlockWeights = kernels.quantize_block(weights)
-        return quantized
-    return Fp8BlockWeights(*(to_e4m3(WEIGHT_SCALE * matrix.detach().float()) for matrix in weights))
+def _quantize_block(weights: Any) -> Any:
+    if isinstance(weights, BlockWeights) and (kernels := _hopper(weights.qkv.device)) is not None:
+        return kernels.quantize_block(weights)
+    kind = Fp8BlockWeights if isinstance(weights, BlockWeights) else type(weights)
+    return kind(*(to_e4m3(WEIGHT_SCALE * matrix.detach().float()) for matrix in weights))
 
 
 def _naive_matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -112,8 +172,11 @@ def _library_matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 def _library_takes(device: torch.device, blocks: Sequence[Fp8BlockWeights]) -> bool:
     """Whether the library has a matmul in e4m3 for these weights on `device`."""
-    has_fp8 = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
-    return has_fp8 and all(size % 16 == 0 for weights in blocks for size in weights.down.shape)
+    return _has_fp8(device) and all(size % _MULTIPLE == 0 for weights in blocks for size in weights.down.shape)
+
+
+def _has_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ gated MLP.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ _MIXERS = (MixerWeights, NormGatedMixerWeights)
 _NORM_GATED = (NormGatedBlockWeights, NormGatedMixerWeights, NormedBlockWeights)
 BLOCK_TYPES = (BlockWeights, MixerWeights, NormGatedBlockWeights, NormGatedMixerWeights, NormedBlockWeights)
 Attend: TypeAlias = Callable[[Tensor, RotaryTables | None, int], Tensor]  # qkv, rotary, num_heads: see `sdpa`
+Linear: TypeAlias = Callable[[Tensor, Any], Tensor]  # x [..., K] and a matrix [N, K], as it is held: see `F.linear`
 
 
 def rotary_tables(num_tokens: int, head_size: int, theta: float) -> RotaryTables:
@@ -95,23 +96,24 @@ def attention(
     num_heads: int,
     attend: Attend = sdpa,
     eps: float = 1e-5,
+    linear: Linear = F.linear,
 ) -> Tensor:
     """Non-causal self-attention over `x` [B, T, D] with its two projections; `eps` is of the norm between, if any."""
-    return _project(attend(F.linear(x, weights.qkv), rotary, num_heads), weights, eps)
+    return _project(attend(linear(x, weights.qkv), rotary, num_heads), weights, eps, linear)
 
 
-def _project(mixed: Tensor, weights: _AttentionBlock, eps: float) -> Tensor:
+def _project(mixed: Tensor, weights: _AttentionBlock, eps: float, linear: Linear = F.linear) -> Tensor:
     """The second projection of what was attended to, [..., D]."""
-    return F.linear(rms_norm(mixed, eps) if isinstance(weights, NormedBlockWeights) else mixed, weights.o)
+    return linear(rms_norm(mixed, eps) if isinstance(weights, NormedBlockWeights) else mixed, weights.o)
 
 
-def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def swiglu(x: Tensor, gate_up: Tensor, down: Tensor, linear: Linear = F.linear) -> Tensor:
     """Gated MLP over the last dimension of `x`."""
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down)
+    gate, up = linear(x, gate_up).chunk(2, dim=-1)
+    return linear(F.silu(gate) * up, down)
 
 
-def norm_gated(x: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
+def norm_gated(x: Tensor, gate_up: Tensor, down: Tensor, eps: float, linear: Linear = F.linear) -> Tensor:
     """An MLP gated by sigmoid(gate) * rms_norm(gate * up), of which the product has no size that could grow.
 
     The gate of "Speed is Confidence" (arXiv 2601.19085). Between the two matmuls it is computed in float32 at least,
@@ -127,21 +129,24 @@ def norm_gated(x: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
         [..., I] in the dtype of `x`.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    gate, up = F.linear(x, gate_up).to(wide).chunk(2, dim=-1)
-    return F.linear((gate.sigmoid() * rms_norm(gate * up, eps)).to(x.dtype), down)
+    gate, up = linear(x, gate_up).to(wide).chunk(2, dim=-1)
+    return linear((gate.sigmoid() * rms_norm(gate * up, eps)).to(x.dtype), down)
 
 
-def _mlp(weights: AnyBlock, x: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
+def _mlp(weights: AnyBlock, x: Tensor, gate_up: Tensor, down: Tensor, eps: float, linear: Linear = F.linear) -> Tensor:
     """The MLP of a block, with two of its matrices."""
     if isinstance(weights, _NORM_GATED):
-        return norm_gated(x, gate_up, down, eps)
-    return swiglu(x, gate_up, down)
+        return norm_gated(x, gate_up, down, eps, linear)
+    return swiglu(x, gate_up, down, linear)
 
 
-def mix_tokens(x: Tensor, weights: MixerWeights | NormGatedMixerWeights, eps: float) -> Tensor:
+def mix_tokens(
+    x: Tensor, weights: MixerWeights | NormGatedMixerWeights, eps: float, linear: Linear = F.linear
+) -> Tensor:
     """The first half of a block with an MLP over the tokens of `x` [B, T, D]: its norm, too, is over the tokens."""
     features = x.mT
-    return rms_norm(features + _mlp(weights, features, weights.token_gate_up, weights.token_down, eps), eps).mT
+    mixed = _mlp(weights, features, weights.token_gate_up, weights.token_down, eps, linear)
+    return rms_norm(features + mixed, eps).mT
 
 
 def reasoning_module(
@@ -150,13 +155,15 @@ def reasoning_module(
     blocks: Sequence[AnyBlock],
     context: KernelContext,
     attend: Attend = sdpa,
+    linear: Linear = F.linear,
 ) -> Tensor:
     """Add the injection to the state and run the post-norm blocks (paper section 2).
 
     Args:
         state, injection: [B, T, D] of one dtype.
-        blocks: weights of each block, in the same dtype.
+        blocks: weights of each block, in the same dtype, or what `linear` takes for them.
         attend: the core of attention, one that `hrm.kernels.attention.get` gives.
+        linear: what multiplies by the weights.
 
     Returns:
         The new state [B, T, D].
@@ -164,11 +171,11 @@ def reasoning_module(
     x = state + injection
     for weights in blocks:
         if isinstance(weights, _MIXERS):
-            x = mix_tokens(x, weights, context.eps)
+            x = mix_tokens(x, weights, context.eps, linear)
         else:
-            mixed = attention(x, weights, context.rotary, context.num_heads, attend, context.eps)
+            mixed = attention(x, weights, context.rotary, context.num_heads, attend, context.eps, linear)
             x = rms_norm(x + mixed, context.eps)
-        x = rms_norm(x + _mlp(weights, x, weights.gate_up, weights.down, context.eps), context.eps)
+        x = rms_norm(x + _mlp(weights, x, weights.gate_up, weights.down, context.eps, linear), context.eps)
     return x
 
 

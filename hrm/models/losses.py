@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from hrm.batch import IGNORE_LABEL_ID, Batch
 from hrm.config.checks import at_least, choice, fraction
-from hrm.models.layers import copies_at_hand
 
 if TYPE_CHECKING:
     from hrm.config import KernelsConfig
@@ -195,7 +194,7 @@ class ACTLossHead(nn.Module):
 
     def weights_at_hand(self) -> AbstractContextManager[None]:
         """A context in which weights do not change and are cast to the compute dtype once, not at every ACT step."""
-        return copies_at_hand(self.parameters(), self.model.inner.dtype)
+        return self.model.inner.weights_at_hand()
 
     def initial_carry(self, batch: Batch) -> Carry:
         """A carry in which every sequence has halted, so that the first call takes `batch`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple
@@ -28,7 +29,7 @@ from hrm.kernels.naive import grid_rotary_tables, rotary_tables
 from hrm.kernels.schedule import Schedule, Update, looped
 from hrm.models.act import ACTConfig
 from hrm.models.blocks import BLOCKS, Block, BlockSizes, NormedAttentionBlock, Stack
-from hrm.models.layers import Embedding, Linear, SparseEmbedding, in_dtype, truncated_normal
+from hrm.models.layers import Embedding, Linear, SparseEmbedding, copies_at_hand, in_dtype, truncated_normal
 
 POS_ENCODINGS = ("rope", "rope_2d", "learned", "rope+learned", "rope_2d+learned", "none")
 FORWARD_DTYPES = ("bfloat16", "float32", "float16", "float64")
@@ -240,6 +241,7 @@ class RecurrentModel(nn.Module):
         self.num_tokens = self.prefix_len + sizes.seq_len
         self.stacks: dict[str, Stack] = {}  # the modules that have blocks, by their names in updates and `state_dict()`
         self._initial: dict[str, str] = {}  # the buffer of each state
+        self._no_grad_blocks: dict[str, Sequence[Any]] | None = None  # in 8 bit, while weights are at hand
 
         self.embed_tokens = self._new_table(sizes.vocab_size, generator)
         self._learns_positions, self._rotates = config.learns_positions, config.rotation is not None
@@ -338,6 +340,16 @@ class RecurrentModel(nn.Module):
         shape = (batch["inputs"].shape[0], self.num_tokens, self.config.hidden_size)
         return {name: torch.zeros(shape, dtype=self.dtype, device=batch["inputs"].device) for name in self._initial}
 
+    @contextmanager
+    def weights_at_hand(self) -> Iterator[None]:
+        """A context in which weights do not change: they are cast once, and on a CPU rounded to 8 bit once."""
+        outer, self._no_grad_blocks = self._no_grad_blocks, {}
+        try:
+            with copies_at_hand(self.parameters(), self.dtype):
+                yield
+        finally:
+            self._no_grad_blocks = outer
+
     # ---- one ACT step
 
     def prepare(self, batch: Batch) -> Prepared:
@@ -353,10 +365,20 @@ class RecurrentModel(nn.Module):
         blocks: dict[str, Sequence[Any]] = {
             name: [type(block)(*islice(cast, len(block))) for block in stack] for name, stack in masters.items()
         }
-        with torch.no_grad():
-            no_grad_blocks = {name: self.kernels.prepare(name, stack) for name, stack in blocks.items()}
+        no_grad_blocks = self._prepare_without_gradient(blocks)
         context = KernelContext(rotary, self.config.num_heads, self.config.rms_norm_eps)
         return Prepared(embeddings, blocks, no_grad_blocks, context)
+
+    @torch.no_grad()
+    def _prepare_without_gradient(self, blocks: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+        """The blocks of each module as `Kernels.run` wants them."""
+        kept = self._no_grad_blocks
+        if not self.kernels.eight_bit or kept is None or self.lm_head.weight.device.type != "cpu":
+            return {name: self.kernels.prepare(name, stack) for name, stack in blocks.items()}
+        for name, stack in blocks.items():
+            if name not in kept:
+                kept[name] = self.kernels.prepare(name, stack)
+        return dict(kept)
 
     def _embed(self, inputs: Tensor, puzzle_identifiers: Tensor) -> Tensor:
         width = self.config.hidden_size

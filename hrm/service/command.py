@@ -46,6 +46,7 @@ def serve(config: ServeConfig) -> None:
             device=config.device,
             dtype=config.dtype,
             kernels=config.kernels,
+            quantize=config.quantize,
             data_path=config.data_path,
         )
         name = Path(config.checkpoint).name or config.checkpoint

@@ -62,5 +62,4 @@ BACKEND = Backend(
     why_not=why_not,
     default=_default,
     compiles_gradients_alone=True,
-    fp8=False,
 )

@@ -517,5 +517,5 @@ BACKEND = Backend(
     triton_module.first_token_block,
     run=run,
     why_not=why_not_triton_attention,
-    fp8=False,
+    eight_bit=False,
 )
