@@ -11,9 +11,9 @@ HEAD = """\
 # Options
 
 All that can be set on the command lines of `pretrain.py` and `evaluate.py` (`hrm train` and `hrm evaluate` in a package
-that was installed), of `hrm serve`, `hrm export` and `hrm quantize`, as `option=value`, and in YAML files of your own, in
-a folder given by `--config-dir`. A group is a choice among YAML files, `group=choice`, each of which sets options; what is typed
-wins over what a file sets.
+that was installed), of `hrm serve`, `hrm export` and `hrm quantize`, as `option=value`, and in YAML files of your own,
+in a folder given by `--config-dir`. A group is a choice among YAML files, `group=choice`, each of which sets options;
+what is typed wins over what a file sets.
 
 Made by `hrm options > docs/options.md` from the comments beside the options in the source.
 """

@@ -17,7 +17,8 @@ class QuantizeConfig:
     # The model: a run folder, a weights file, a hub id such as owner/name, or sudoku, which comes with the package.
     checkpoint: str = MISSING
     quantize: str = "int8"  # what is compared with the model as it is: int8 or fp8
-    # With int8, the folder to write, which `checkpoint=` then takes: an earlier one there is replaced. null: only compare.
+    # With int8, the folder to write, which `checkpoint=` then takes; an earlier one there is replaced. null: compare
+    # and write nothing.
     output: str | None = None
     gate: float = 0.01  # how much exact accuracy may fall, as a share of the puzzles; else the command fails
     puzzles: int = 1000  # to compare accuracy on

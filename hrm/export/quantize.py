@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,13 @@ def measure(
     act_max_steps: int | None = None,
     *,
     has_file: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Measured, NDArray[np.int64]]:
     """Answer the puzzles, and time that.
+
+    Args:
+        has_file: whether the model is what its file holds, whose size is then told.
+        clock: seconds of the kind that counts.
 
     Returns:
         What was measured, and the answers [N, S].
@@ -113,9 +118,9 @@ def measure(
     alone = PredictOptions(act_max_steps, batch_size=1)
 
     def timed(some: Sequence[Puzzle], options: PredictOptions) -> tuple[NDArray[np.int64], NDArray[np.int64], float]:
-        start = time.perf_counter()
+        start = clock()
         out = model.predictor.answer(some, range(len(some)), options)
-        return out.answers, out.steps, time.perf_counter() - start
+        return out.answers, out.steps, clock() - start
 
     for options in (together, alone):  # what is compiled, recorded and prepared is not timed
         for _ in range(2):
@@ -168,7 +173,9 @@ def _stored(config: QuantizeConfig, model: TrainedModel, folder: Path) -> Traine
         (folder / REPORT_FILE).write_text('{"passed": null}\n', encoding="utf-8")  # until it has been compared
         model.save_pretrained(folder)
     except OSError as error:
-        raise UserError(f"output={folder} cannot be written ({error.strerror or error}): give another folder.") from error
+        raise UserError(
+            f"output={folder} cannot be written ({error.strerror or error}): give another folder."
+        ) from error
     print(f"Wrote {printable(str(folder))}.", flush=True)
     return _load(config, str(folder), config.quantize)
 

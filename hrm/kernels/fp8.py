@@ -51,7 +51,7 @@ def quantize_blocks(blocks: Sequence[Any]) -> list[Any]:
 
 def module(*, compiled: bool, attend: Attend = sdpa) -> Module[Any]:
     """`reasoning_module`; blocks that have no kernels of their own go through torch.compile where it says so."""
-    other_module = functools.partial(_other_module, attend=attend)
+    other_module: Module[Any] = functools.partial(_other_module, attend=attend)
     if compiled:
         other_module = torch.compile(other_module, dynamic=False, fullgraph=True)
 
@@ -117,8 +117,8 @@ def _naive_linear(x: Tensor, weight: Tensor) -> Tensor:
 def _library_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`_naive_linear` on the matrix units of an NVIDIA GPU, for weights of any size."""
     columns, inputs = weight.shape
-    product = _library_matmul(_padded(to_e4m3(x), inputs), _padded(weight, inputs, columns))
-    return product[..., :columns].to(x.dtype)
+    product = _library_matmul(_padded(to_e4m3(x), inputs), _padded(weight, inputs, columns), x.dtype)
+    return product[..., :columns]
 
 
 def _padded(values: Tensor, *sizes: int) -> Tensor:
@@ -162,11 +162,11 @@ def _naive_matmul(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x.float(), weight.float()) / WEIGHT_SCALE
 
 
-def _library_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """`_naive_matmul` on the matrix units of an NVIDIA GPU."""
+def _library_matmul(x: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`_naive_matmul` on the matrix units of an NVIDIA GPU, rounded to `dtype`."""
     one, unscale = _scales(x.device)
     rows = x.reshape(-1, x.shape[-1])
-    product = torch._scaled_mm(rows, weight.T, one, unscale, out_dtype=torch.float32, use_fast_accum=True)
+    product = torch._scaled_mm(rows, weight.T, one, unscale, out_dtype=dtype, use_fast_accum=True)
     return product.view(*x.shape[:-1], -1)
 
 

@@ -118,12 +118,17 @@ def _product_on_cuda(x: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(x, weight.T)[:rows, :columns].float()
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def cpu_sums_exactly() -> bool:
     """Whether this CPU's product of int8 is right: without VNNI, instructions are used that sum pairs in 16 bits.
 
     Where it is not, the same numbers are multiplied in float32.
     """
+    return _cpu_sums_exactly()
+
+
+@functools.cache
+def _cpu_sums_exactly() -> bool:
     large = torch.full((16, 64), _LARGEST, dtype=torch.int8)
     sums: Tensor = torch._int_mm(large, large.T)
     return bool((sums == 64 * _LARGEST**2).all())

@@ -27,7 +27,7 @@ def quantized(kernels: KernelsConfig, quantize: str, device: torch.device) -> Ke
         return kernels
     if reason := why_not_quantized(quantize, device):
         raise UserError(f"quantize={quantize} cannot run: {reason}.")
-    return replace(kernels, **{quantize: "all"})
+    return replace(kernels, int8="all") if quantize == "int8" else replace(kernels, fp8="all")
 
 
 def why_not_quantized(quantize: str, device: torch.device) -> str | None:

@@ -264,7 +264,7 @@ def test_gradients_flow_through_the_last_cycle(L_cycles: int) -> None:
         ),
         (KernelsConfig("head_parallel"), "it has kernels for BlockWeights, not for blocks of MixerWeights"),
         (KernelsConfig("triton_unrolled"), "it has kernels for BlockWeights, not for blocks of MixerWeights"),
-        (KernelsConfig(fp8="both"), "kernels.fp8=all cannot compute blocks of MixerWeights: drop it."),
+        (KernelsConfig("triton_unrolled", int8="all"), "it has kernels for BlockWeights"),
         (KernelsConfig("naive", attention="spda"), "kernels.attention=spda is not one"),
     ],
 )
