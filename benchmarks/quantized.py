@@ -72,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "computed": found.computed,
                 }
             )
-            print(rows[-1], flush=True)
-        table = write_results("quantized", about, rows, arguments.output_dir)
-    print(table)
+            print(write_results("quantized", about, rows, arguments.output_dir), flush=True)
 
 
 def _loaded(checkpoint: str, device: torch.device, precision: str, folder: Path) -> TrainedModel:
