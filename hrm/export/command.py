@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def export(config: ExportConfig) -> None:
     }
     _replace(folder, earlier, graphs, chosen, report)
     for graph in graphs:
-        _write(lambda graph=graph: chosen.write(graph, model, folder, config.max_batch_size))  # type: ignore[misc]
+        _write(graph, model, chosen, config)
         size = sum(_sizes(folder, chosen.files(graph.name)).values())
         print(f"Wrote {printable(str(folder / chosen.files(graph.name)[0]))}, {size / 1e6:.1f} MB.", flush=True)
     _write_pages(model, config, chosen, graphs, num_steps, puzzles)
@@ -133,9 +133,9 @@ def _replace(
     _write_report(folder, report)
 
 
-def _write(write: Callable[[], None]) -> None:
+def _write(graph: Graph, model: TrainedModel, chosen: Format, config: ExportConfig) -> None:
     try:
-        write()
+        chosen.write(graph, model, Path(config.output), config.max_batch_size)
     except OSError as error:
         raise UserError(f"the model cannot be written ({error.strerror or error}): give another folder.") from error
 

@@ -28,7 +28,8 @@ class Run(Protocol):
 class Snippets(NamedTuple):
     """Python that the program in an exported folder is made of."""
 
-    imports: str
+    standard: tuple[str, ...]  # modules of Python's own library
+    imports: str  # of other packages
     array: str  # the name of what makes its arrays: np or torch
     load: str  # defines `load(name)`, which gives a graph as a function of its inputs by name to its outputs in order
 
@@ -82,9 +83,10 @@ def by_tensors(compute: Callable[..., Sequence[Tensor]], graph: Graph, device: t
     return run
 
 
-def default_device(device: torch.device) -> str:
-    """Python that lets PyTorch make its tensors on a device."""
-    return "" if device.type == "cpu" else f'torch.set_default_device("{device.type}")\n'
+def torch_settings(device: torch.device) -> str:
+    """Python by which PyTorch makes its tensors on a device, and keeps nothing for gradients."""
+    where = "" if device.type == "cpu" else f'torch.set_default_device("{device.type}")\n'
+    return f"torch.set_grad_enabled(False)\n{where}"
 
 
 def device_for(name: str, chosen: Format, device: str) -> torch.device:

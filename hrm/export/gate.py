@@ -230,4 +230,6 @@ def _numpy(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def _apart(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    return float(np.abs(one - other).max())
+    """The largest difference; the largest number that there is where one is no number."""
+    most = float(np.finfo(np.float32).max)
+    return float(np.nan_to_num(np.abs(one - other), nan=most, posinf=most).max())

@@ -17,8 +17,7 @@ PROGRAM_FILE = "solve.py"
 _PROGRAM = '''\
 """Answer puzzles: `python solve.py PUZZLE ...`, or one a line from the standard input."""
 
-import math
-import sys
+{standard}
 from pathlib import Path
 
 {imports}
@@ -54,14 +53,16 @@ _BY_STEP = (
 _BY_MODULES = (
     """\
 embed, heads = load("embed"), load("heads")
-modules = {{name: load(name) for name in {levels}}}
-schedule = {schedule}  # the updates of an ACT step: the module, and the states that it takes, the one it replaces first
+# What an update takes, the state that it replaces first; and the updates of an ACT step in order.
+takes = {inputs}
+order = "{order}".split()
+updates = {{name: load(name) for name in takes}}
 """,
     """\
     known = dict(zip({known}, embed(**puzzles)))
     for number in range({num_steps}):
-        for module, names in schedule:
-            (known[names[0]],) = modules[module](**{{name: known[name] for name in names}})
+        for name in order:
+            (known[takes[name][0]],) = updates[name](**{{state: known[state] for state in takes[name]}})
     logits, q_halt, q_continue = heads({output_state}=known["{output_state}"])""",
 )
 
@@ -137,13 +138,14 @@ def program(model: TrainedModel, chosen: Format, graphs: Sequence[Graph], num_st
             "cells": "puzzle.split()",
             "joint": '" "',
         }
-    return _PROGRAM.format(**snippets._asdict(), **written_as, setup=setup, solve=solve)
+    standard = "\n".join(f"import {name}" for name in sorted({"math", "sys", *snippets.standard}))
+    return _PROGRAM.format(**snippets._asdict() | {"standard": standard}, **written_as, setup=setup, solve=solve)
 
 
 def _solving(model: TrainedModel, snippets: Snippets, graphs: set[str], num_steps: int) -> tuple[str, str]:
     """What the program does before the first puzzle, and for each."""
     inner = model.model.model.inner
-    states = list(inner.initial_states)
+    states, levels = list(inner.initial_states), schedule(model) if inner.levels else []
     fields = {
         "array": snippets.array,
         "num_steps": num_steps,
@@ -151,8 +153,8 @@ def _solving(model: TrainedModel, snippets: Snippets, graphs: set[str], num_step
         "states": states,
         "known": ["embeddings", *states],
         "output_state": inner.output_state,
-        "levels": list(inner.levels),
-        "schedule": [(level.graph, level.inputs) for level in schedule(model)] if inner.levels else [],
+        "inputs": dict(levels),
+        "order": " ".join(level.graph for level in levels),
     }
     chosen = _BY_SOLVE if SOLVE in graphs else _BY_STEP if STEP in graphs else _BY_MODULES
     setup, solve = (text.format(**fields) for text in chosen)

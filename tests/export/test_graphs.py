@@ -80,3 +80,16 @@ def test_a_model_without_levels_has_no_modules(tmp_path: Path) -> None:
         UserError, match=r"step_7 cannot be exported apart: transformer has no levels; give parts=whole"
     ):
         list(module_graphs(model))
+
+
+def test_files_that_give_no_numbers_fail_the_gate(tmp_path: Path) -> None:
+    model = loaded(run_folder(tmp_path, ARCHITECTURES["trm-mixer"]))
+    graphs = whole_graphs(model, ACT_STEPS, solve=True)
+    runs = {graph.name: eager(graph, model) for graph in graphs}
+    solve, inputs = runs["solve"], boards(4)
+    runs["solve"] = lambda values: {name: array * np.float32(np.nan) for name, array in solve(values).items()}
+    puzzles = Puzzles(inputs, answers_of(model, inputs), np.zeros(4, dtype=np.int64), "random tokens")
+    found = gate.compare(model, runs, ACT_STEPS, puzzles, batch_size=4)
+    assert not found.passes(0.5)
+    assert found.solved["solve"].logits_difference > 1e38
+    assert found.first_steps["step"].logits < 1e-4

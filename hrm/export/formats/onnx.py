@@ -56,7 +56,7 @@ class Onnx(Format):
         return _USAGE.format(opset=OPSET)
 
     def snippets(self, graphs: Sequence[Graph], device: torch.device) -> Snippets:
-        return Snippets("import numpy as np\nimport onnxruntime", "np", _LOAD)
+        return Snippets((), "import numpy as np\nimport onnxruntime", "np", _LOAD)
 
 
 FORMAT = Onnx()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch._inductor
 
-from hrm.export.format import Format, Run, Snippets, by_tensors, default_device
+from hrm.export.format import Format, Run, Snippets, by_tensors, torch_settings
 from hrm.export.graphs import Graph, cannot_write, traced
 from hrm.inference.model import TrainedModel
 from hrm.kernels.requirements import why_no_inductor
@@ -25,7 +25,7 @@ _USAGE = """\
 PyTorch is needed, and not the package that wrote this folder: `pip install torch`. Files `..._compiled.pt2` are machine
 code for a {device} like that of the machine that wrote them, compiled by AOTInductor of PyTorch {version};
 `torch._inductor.aoti_load_package` loads them, and in C++ `torch::inductor::AOTIModelPackageLoader`. Beside each stands
-the same as a program of `torch.export`, for any machine, which `torch.export.load(file).module()` runs, and
+the same as a program of `torch.export`, for any {device}, which `torch.export.load(file).module()` runs, and
 `torch._inductor.aoti_compile_and_package(torch.export.load(file))` compiles elsewhere.
 """
 
@@ -64,7 +64,7 @@ class Program(Format):
 
     def snippets(self, graphs: Sequence[Graph], device: torch.device) -> Snippets:
         imports = "import torch\nimport torch._inductor"
-        return Snippets(imports, "torch", default_device(device) + _LOAD)
+        return Snippets((), imports, "torch", torch_settings(device) + _LOAD)
 
 
 FORMAT = Program()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hrm.errors import first_sentence
-from hrm.export.format import Format, Run, Snippets, by_tensors, default_device
+from hrm.export.format import Format, Run, Snippets, by_tensors, torch_settings
 from hrm.export.graphs import Graph, cannot_write, traced
 from hrm.inference.model import TrainedModel
 
@@ -83,7 +83,7 @@ class TensorRT(Format):
 
     def snippets(self, graphs: Sequence[Graph], device: torch.device) -> Snippets:
         imports = "import torch\nimport torch_tensorrt  # its operators are what the files call"
-        return Snippets(imports, "torch", default_device(device) + _LOAD)
+        return Snippets((), imports, "torch", torch_settings(device) + _LOAD)
 
 
 FORMAT = TensorRT()

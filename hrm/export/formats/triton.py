@@ -19,7 +19,9 @@ _TYPES = {torch.bool: "TYPE_BOOL", torch.int64: "TYPE_INT64", torch.float32: "TY
 
 _LOAD = """\
 SERVER = "http://localhost:8000"
-OUTPUTS = {outputs}
+OUTPUTS = {{
+{outputs}
+}}
 TYPES = {{"bool": "BOOL", "int64": "INT64", "float32": "FP32"}}
 
 
@@ -73,8 +75,8 @@ class Triton(Onnx):
 
     def snippets(self, graphs: Sequence[Graph], device: torch.device) -> Snippets:
         outputs = {graph.name: [each.name for each in graph.outputs] for graph in graphs}
-        imports = "import json\nimport urllib.request\n\nimport numpy as np"
-        return Snippets(imports, "np", _LOAD.format(outputs=outputs))
+        load = _LOAD.format(outputs="\n".join(f"    {name!r}: {names}," for name, names in outputs.items()))
+        return Snippets(("json", "urllib.request"), "import numpy as np", "np", load)
 
 
 FORMAT = Triton()
