@@ -45,6 +45,7 @@
   function hint() {
     if (view.drawing === "path") return "# wall, space free, S start, G goal; a row a line, or all in one";
     if (view.drawing === "colors") return "a grid, as JSON or rows of digits, or a task as its file holds it";
+    if (model.example === null) return ""; // a question, of which symbols say little
     const names = [...symbols.keys()];
     const shown = names.length > 24 ? `${names.slice(0, 24).join(" ")} …` : names.join(" ");
     return isBoard ? `${shown}, and . for a blank` : `symbols: ${shown}`;
@@ -56,17 +57,21 @@
     grid.every((row) => Array.isArray(row) && row.length > 0 && row.length === grid[0].length && row.length <= view.columns &&
       row.every((cell) => Number.isInteger(cell) && cell >= 0 && cell < COLORS.length));
 
-  // What is sent: JSON where it is some, else the text as it is; with the name of its task, if it does not say one.
-  function value() {
+  // What is typed: JSON where it is some, else the text as it is.
+  function typed() {
     const text = $("text").value;
-    let given = text;
-    if (/^\s*[[{]/.test(text)) {
-      try {
-        given = JSON.parse(text);
-      } catch {
-        // The service says what is wrong with a text that it cannot read.
-      }
+    try {
+      return /^\s*[[{]/.test(text) ? JSON.parse(text) : text;
+    } catch {
+      return text;
     }
+  }
+
+  const isBrokenJson = () => typeof typed() === "string" && /^\s*[[{]/.test(typed()) && !symbols.has("[") && !symbols.has("{");
+
+  // What is sent: with the name of its task, where it does not say one itself.
+  function value() {
+    const given = typed();
     const name = $("name").value.trim();
     if (!name) return given;
     const isObject = typeof given === "object" && !Array.isArray(given);
@@ -76,7 +81,7 @@
 
   // The symbols of the board that is typed, as text or JSON.
   function typedSymbols() {
-    const given = value().input ?? value();
+    const given = typed().input ?? typed();
     return [...written(Array.isArray(given) ? given.flat().join("") : String(given))];
   }
 
@@ -89,7 +94,7 @@
   // The tokens of what is typed, as far as they can be told without asking.
   function typedTokens() {
     if (isBoard) return isEdited || typedSymbols().length === length ? typedBoard() : null;
-    const given = value();
+    const given = typed();
     const cells = Array.isArray(given) ? given.flat() : String(given).split(/\s+/).filter(Boolean);
     const tokens = cells.map((cell) => (cell === null ? 0 : symbols.get(String(cell))));
     const isWhole = view.columns ? tokens.length === length : tokens.length > 0 && tokens.length <= length;
@@ -98,7 +103,7 @@
 
   // The puzzle as it is typed, before it is asked for.
   function preview() {
-    const given = view.drawing === "colors" ? value() : null;
+    const given = view.drawing === "colors" ? typed() : null;
     const input = given ? null : typedTokens();
     let drawn = "";
     if (input) {
@@ -276,6 +281,7 @@
     $("solve").disabled = true;
     say("Solving …");
     try {
+      if (isBrokenJson()) throw new Error("The puzzle begins as JSON does, but is none: check brackets, commas and quotes.");
       const response = await ask("infer", {
         method: "POST",
         headers: { "Content-Type": "application/json" },

@@ -389,6 +389,9 @@ def test_a_maze_in_the_browser(tmp_path: Path) -> None:
 
 GRIDS = """
 const seen = {};
+write('{"train": [');
+await solve();
+seen.broken = outcome();
 write(JSON.stringify(TASK));
 await solve();
 seen.nameless = outcome();
@@ -418,6 +421,7 @@ def test_a_task_of_arc_in_the_browser(tmp_path: Path) -> None:
     script = GRIDS.replace("TASK", json.dumps(task))
     seen, (answer, problem) = use(tmp_path, model, script, task | {"puzzle": "00576224"}, task)
     for found in seen.values():
+        assert found["broken"] == ("The puzzle begins as JSON does, but is none: check brackets, commas and quotes.")
         assert found["nameless"].lower() == problem["error"].removeprefix("input 0: ").lower()
         assert found["demonstrations"] == 2
         assert found["captions"] == ["Input, 2 × 2"]
