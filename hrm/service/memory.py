@@ -6,6 +6,7 @@ calls that overlap, the second to end is told so. A call that dies leaves nothin
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import sys
@@ -184,6 +185,8 @@ class RedisMemory:
         self._bounds = bounds
         self.is_up, self.failures = True, 0
         self._refuses_until = 0.0
+        self._takes_nothing = False  # though it may answer: it is full, or may only be read
+        self._watch: asyncio.Task[None] | None = None
 
     async def check(self) -> None:
         with suppress(Unavailable):
@@ -205,32 +208,52 @@ class RedisMemory:
         model, sessions, milliseconds = self._bounds.model, self._bounds.sessions, round(1000 * self._bounds.seconds)
         keys = [f"{_SESSION}{name}", f"{_USED}{model}"]
         values = before or "", secrets.token_hex(8), model, content, name, _SESSION, milliseconds, sessions
-        return bool(await self._answer(self._client.eval, _STORE, len(keys), *keys, *values))
+        stored = await self._answer(self._client.eval, _STORE, len(keys), *keys, *values)
+        self._takes_nothing = False
+        self._note_answer()
+        return bool(stored)
 
     async def close(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
         await self._client.aclose()
 
     async def _answer(self, asked: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
-        """What Redis answers; a sentence on stderr when it stops to, and when it does again."""
+        """What Redis answers; a sentence on stderr when it ceases to work, and when it works again."""
+        from redis.exceptions import RedisError, ResponseError, TimeoutError
+
         if time.monotonic() < self._refuses_until:
             raise Unavailable(_UNAVAILABLE)
-        from redis.exceptions import RedisError, TimeoutError
-
         try:
             answer = await asked(*arguments)
         except (RedisError, OSError) as error:
             self.failures += 1
             if isinstance(error, TimeoutError):  # others shall not wait for that too
                 self._refuses_until = time.monotonic() + SECONDS_UNTIL_UP
+            self._takes_nothing |= isinstance(error, ResponseError)
             if self.is_up:
                 reason = shortened(first_sentence(error))
-                _tell(f"{self._where} does not answer ({reason}): /infer goes on, sessions are refused until it does.")
-            self.is_up = False
+                _tell(f"{self._where} does not work ({reason}): /infer goes on, sessions are refused until it does.")
+                self.is_up = False
+                self._watch = asyncio.create_task(self._watched())
             raise Unavailable(_UNAVAILABLE) from error
-        if not self.is_up:
-            _tell(f"{self._where} answers again.")
-        self.is_up = True
+        self._note_answer()
         return answer
+
+    async def _watched(self) -> None:
+        """Ask Redis until it answers, though no request may come."""
+        from redis.exceptions import RedisError
+
+        while not self.is_up:
+            await asyncio.sleep(SECONDS_UNTIL_UP)
+            with suppress(RedisError, OSError):
+                await self._client.ping()
+                self._note_answer()
+
+    def _note_answer(self) -> None:
+        if not self.is_up and not self._takes_nothing:
+            _tell(f"{self._where} works again.")
+            self.is_up = True
 
 
 def open_memory(place: str, bounds: Bounds) -> Memory:

@@ -150,16 +150,27 @@ def test_what_others_wrote_is_refused(model: TrainedModel, place: str) -> None:
         assert "hrm_memory_up 1.0" in app.get("/metrics").text
 
 
-def test_a_full_redis_is_told_of(model: TrainedModel, place: str) -> None:
+def test_a_full_redis_is_told_of_once(
+    model: TrainedModel, place: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Although it answers what it is asked."""
+    monkeypatch.setattr("hrm.service.memory.SECONDS_UNTIL_UP", 0.01)
     app, _ = app_of(model, place)
     with app:
+        update(app, "L", session="a", inputs=[BOARD])
         direct(place).config_set("maxmemory", 1)
         try:
-            response = app.post("/infer/L", json={"inputs": [BOARD]})
+            for _ in range(3):
+                response = app.post("/infer/L", json={"session": "a"})
+                assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
+                time.sleep(0.05)
         finally:
             direct(place).config_set("maxmemory", 0)
-        assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
-        assert update(app, "L", inputs=[BOARD])["updates"] == {"L": 1, "H": 0}
+        assert update(app, "L", session="a")["updates"] == {"L": 2, "H": 0}
+        assert "hrm_memory_up 1.0" in app.get("/metrics").text
+    first, second = capfd.readouterr().err.splitlines()
+    assert "does not work (command not allowed when used memory" in first
+    assert second.endswith("works again.")
 
 
 def test_a_redis_that_is_killed_is_told_of_once_and_comes_back(
@@ -188,8 +199,8 @@ def test_a_redis_that_is_killed_is_told_of_once_and_comes_back(
         assert update(app, "L", session="a")["updates"] == {"L": 3, "H": 0}
     printed = capfd.readouterr().err
     assert len(printed.splitlines()) == 2
-    assert f"Redis at 127.0.0.1:{server.port} does not answer (" in printed
-    assert f"Redis at 127.0.0.1:{server.port} answers again." in printed
+    assert f"Redis at 127.0.0.1:{server.port} does not work (" in printed
+    assert f"Redis at 127.0.0.1:{server.port} works again." in printed
     assert "s3cr" not in printed
 
 
@@ -208,7 +219,7 @@ def test_a_redis_that_hangs_holds_up_one_call(
         answers = [app.post("/infer/L", json={"session": "a"}).status_code for _ in range(20)]
         assert answers == [503] * 20
         assert "hrm_memory_failures_total 1.0" in app.get("/metrics").text, "these did not ask it"
-    assert "does not answer (Timeout reading from 127.0.0.1" in capfd.readouterr().err
+    assert "does not work (Timeout reading from 127.0.0.1" in capfd.readouterr().err
 
 
 def test_a_call_that_is_given_up_leaves_the_others_their_answers(model: TrainedModel, place: str) -> None:
@@ -222,6 +233,23 @@ def test_a_call_that_is_given_up_leaves_the_others_their_answers(model: TrainedM
         wait_for(lambda: app.post("/infer/L", json={"session": "b"}).status_code == 200)
         for count in range(6, 9):
             assert update(app, "L", session="a")["updates"] == {"L": count, "H": 0}
+
+
+def test_a_redis_that_comes_back_is_noticed_without_a_request(
+    model: TrainedModel, running: tuple[servers.Server, str], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hrm.service.memory.SECONDS_UNTIL_UP", 0.1)
+    server, _ = running
+    server.kill()
+    try:
+        app, _ = app_of(model, place)
+        with app:
+            lines = app.get("/metrics").text.splitlines()
+            assert {"hrm_memory_up 0.0", "hrm_memory_failures_total 1.0"} <= set(lines), "it is asked at the start"
+            server.start()
+            wait_for(lambda: "hrm_memory_up 1.0" in app.get("/metrics").text)
+    finally:
+        server.start()
 
 
 def test_a_service_starts_without_its_redis(model: TrainedModel, capfd: pytest.CaptureFixture[str]) -> None:
