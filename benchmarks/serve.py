@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := [name for name in names if name not in SERVICES]:
         parser.error(f"--services {','.join(unknown)}: there are {', '.join(SERVICES)}")
 
-    tokens = _tokens(arguments.data_path, arguments.boards)
+    tokens = first_puzzles(arguments.data_path, arguments.boards)
     model = from_pretrained(arguments.checkpoint, device=arguments.device)
     about = machine(model.device) | {
         "model": f"{arguments.checkpoint}, {model.dtype}",
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _draw(rows, about, arguments.picture)
 
 
-def _tokens(data_path: str, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def first_puzzles(data_path: str, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The first puzzles [N, S] of a pack's test split."""
     pack = open_pack(data_path, "test")
     inputs = np.concatenate([each.inputs for each in pack.sets.values()])
@@ -218,7 +218,7 @@ def _service(
 # ---- requests
 
 
-class _Clients:
+class Clients:
     """Connections to one address, as many as there are requests at a time, kept open."""
 
     def __init__(self, address: tuple[str, int]) -> None:
@@ -233,7 +233,7 @@ class _Clients:
             OSError, asyncio.IncompleteReadError: the connection breaks.
         """
         body = json.dumps({"inputs": [{"tokens": row} for row in tokens.tolist()]}).encode()
-        status, content = await self.ask(_request(body))
+        status, content = await self.ask(request_of(body))
         if status != 200:
             raise RuntimeError(str(status))
         texts: list[str] = json.loads(content)["texts"]
@@ -264,10 +264,23 @@ class _Clients:
             writer.close()
 
 
-def _request(body: bytes, path: str = "/infer", length: int | None = None) -> bytes:
-    declared = len(body) if length is None else length
-    head = f"POST {path} HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: {declared}\r\n\r\n"
-    return head.encode() + body
+def request_of(
+    body: bytes,
+    path: str = "/infer",
+    *,
+    method: str = "POST",
+    headers: Mapping[str, str] | None = None,
+    length: int | None = None,
+) -> bytes:
+    """A request as it is sent.
+
+    Args:
+        length: what it says that its body has; None: the truth.
+    """
+    fields = {"Host": "h", "Content-Type": "application/json", **(headers or {})}
+    fields["Content-Length"] = str(len(body) if length is None else length)
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 def _measured(process: int | None, work: Coroutine[Any, Any, _Load]) -> _Load:
@@ -278,7 +291,7 @@ def _measured(process: int | None, work: Coroutine[Any, Any, _Load]) -> _Load:
     return load
 
 
-async def _asked(clients: _Clients, tokens: np.ndarray[Any, Any], numbers: range, load: _Load, due: float) -> None:
+async def _asked(clients: Clients, tokens: np.ndarray[Any, Any], numbers: range, load: _Load, due: float) -> None:
     try:
         texts = await clients.infer(tokens[numbers.start : numbers.stop])
         load.texts.update(zip(numbers, texts, strict=True))
@@ -292,7 +305,7 @@ async def _asked(clients: _Clients, tokens: np.ndarray[Any, Any], numbers: range
 
 async def _saturate(address: tuple[str, int], tokens: np.ndarray[Any, Any], count: int, inputs: int = 1) -> _Load:
     """Every puzzle once, so many a request, by so many clients that are never idle."""
-    load, clients = _Load(), _Clients(address)
+    load, clients = _Load(), Clients(address)
     parts = iter([range(first, min(first + inputs, len(tokens))) for first in range(0, len(tokens), inputs)])
 
     async def client() -> None:
@@ -310,7 +323,7 @@ async def _arrive(
     address: tuple[str, int], tokens: np.ndarray[Any, Any], rate: float, arguments: argparse.Namespace
 ) -> _Load:
     """Puzzles that arrive at random, `rate` a second."""
-    load, clients = _Load(), _Clients(address)
+    load, clients = _Load(), Clients(address)
     generator = np.random.default_rng(arguments.seed)
     times = np.cumsum(generator.exponential(1 / rate, round(rate * arguments.seconds)))
     flying: set[asyncio.Task[None]] = set()
@@ -364,18 +377,18 @@ async def _abuse(address: tuple[str, int], tokens: np.ndarray[Any, Any], count: 
     puzzle = {"tokens": tokens[0].tolist()}
     many = json.dumps({"inputs": [puzzle] * 8, "act_max_steps": 64}).encode()
     kinds: dict[str, Callable[[], Awaitable[str]]] = {
-        "no JSON": partial(_sent, address, _request(b'{"inputs": [')),
-        "no puzzle": partial(_sent, address, _request(b'{"inputs": ["12", null]}')),
-        "no number": partial(_sent, address, _request(b'{"inputs": [[NaN, 1e999]]}')),
-        "nested": partial(_sent, address, _request(b"[" * 50_000)),
+        "no JSON": partial(_sent, address, request_of(b'{"inputs": [')),
+        "no puzzle": partial(_sent, address, request_of(b'{"inputs": ["12", null]}')),
+        "no number": partial(_sent, address, request_of(b'{"inputs": [[NaN, 1e999]]}')),
+        "nested": partial(_sent, address, request_of(b"[" * 50_000)),
         "no HTTP": partial(_sent, address, b"\x16\x03\x01\x02\x00 hello\r\n\r\n"),
-        "too many": partial(_sent, address, _request(json.dumps({"inputs": [puzzle] * 9}).encode())),
-        "too long": partial(_sent, address, _request(b" " * (_MOST_BYTES + 1))),
-        "declared too long": partial(_sent, address, _request(b"", length=10**12)),
+        "too many": partial(_sent, address, request_of(json.dumps({"inputs": [puzzle] * 9}).encode())),
+        "too long": partial(_sent, address, request_of(b" " * (_MOST_BYTES + 1))),
+        "declared too long": partial(_sent, address, request_of(b"", length=10**12)),
         "slow head": partial(_sent, address, b"POST /infer HTTP/1.1\r\nHost"),
-        "slow body": partial(_sent, address, _request(b'{"inputs"', length=1000)),
+        "slow body": partial(_sent, address, request_of(b'{"inputs"', length=1000)),
         "silent": partial(_sent, address, b""),
-        "gone": partial(_sent, address, _request(many), wait=False),
+        "gone": partial(_sent, address, request_of(many), wait=False),
     }
     ends: Counter[str] = Counter()
     todo = itertools.islice(itertools.cycle(kinds.items()), count)
