@@ -78,7 +78,7 @@ class Outcome:
             "answered without a key, not recorded": self.not_recorded,
             "repeated with a key": self.repeated,
             "updates of sessions": self.updates,
-            "asked again": sum(self.asked_again.values()),
+            "refused with 503": sum(count for why, count in self.asked_again.items() if why.endswith("503")),
             "service up after, median s": float(np.median(self.seconds_until_up or [np.nan])),
         }
 
@@ -89,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", default="sudoku_small", help="as for hrm serve")
     parser.add_argument("--boards", type=int, default=64, help="puzzles that are asked for")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of load before each, on average")
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims")
     arguments = parser.parse_args(argv)
     tokens = first_puzzles(arguments.data_path, arguments.boards)
@@ -163,7 +164,7 @@ class _Chaos:
             else:
                 count = int(generator.choice([1, 2, 3], p=[0.6, 0.25, 0.15]))
                 chosen = generator.choice(names, count, replace=False).tolist()
-            await asyncio.sleep(float(generator.uniform(0.1, 1.0)))
+            await asyncio.sleep(float(generator.uniform(0.0, 2 * self._arguments.seconds)))
             await self._kill(chosen, float(generator.uniform(0.0, 0.5)))
             outcome.rounds += 1
         self._is_over = True

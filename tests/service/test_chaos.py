@@ -16,7 +16,8 @@ pytestmark = pytest.mark.slow
 def test_nothing_recorded_is_lost_or_wrong_after_kills(tmp_path: Path) -> None:
     boards = np.random.default_rng(0).integers(1, 6, (20, 16))
     folder = untrained_halting_apart(tmp_path, PuzzleForm("sudoku", 16, 6), boards, halt_max_steps=5)
-    outcome = run_chaos(argparse.Namespace(checkpoint=str(folder), device="cpu", rounds=3, seed=0), boards)
+    options = argparse.Namespace(checkpoint=str(folder), device="cpu", rounds=3, seconds=0.5, seed=0)
+    outcome = run_chaos(options, boards)
     assert outcome.problems == {}
     assert outcome.killed == {"service": 2, "redis": 2, "postgresql": 1}
     assert outcome.rows > 20
