@@ -125,7 +125,8 @@ class FakeGluon:
     constexpr = int32 = torch.int32
     float32, int64 = torch.float32, torch.int64
     bfloat16, float16 = torch.bfloat16, torch.float16
-    exp, exp2, log2, rsqrt, erf, minimum = torch.exp, torch.exp2, torch.log2, torch.rsqrt, torch.erf, min
+    abs, exp, exp2, log2, rsqrt = torch.abs, torch.exp, torch.exp2, torch.log2, torch.rsqrt
+    minimum = min
     MBarrierLayout = NVMMADistributedLayout = DotOperandLayout = SliceLayout = staticmethod(lambda *_: None)
     static_range = staticmethod(lambda *bounds: map(Number, range(*bounds)))
 

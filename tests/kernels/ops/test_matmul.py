@@ -98,6 +98,30 @@ def test_large_and_missing_values(device: str, activation: str | None) -> None:
     assert not out[:3].isnan().any()
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # the interpreter's, where 0 is what comes out
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_activations_of_numbers_of_16_bits(device: str, dtype: torch.dtype, activation: str) -> None:
+    """Within a rounding of float64, the interpreter, which cuts off where it makes bfloat16, for every 17th number.
+
+    Slopes pass zero, where cancellation leaves an absolute error.
+    """
+    numbers = torch.arange(-(2**15), 2**15, 17 if device == "cpu" else 1).short().view(dtype).to(device)
+    numbers = numbers[numbers.isfinite()]
+    nothing = numbers.new_zeros(1, 16), numbers.new_zeros(16, len(numbers))
+    wide = numbers.double()
+    exact = F.silu(wide) if activation == "silu" else wide * 0.5 * torch.special.erfc(-wide * 0.5**0.5)
+    slope = wide.clone().requires_grad_()
+    (F.silu(slope) if activation == "silu" else F.gelu(slope)).sum().backward()
+    bias = numbers.clone().requires_grad_()
+    out = ops.matmul(*nothing, bias, activation)
+    out.backward(torch.ones_like(out))
+    rounding = torch.finfo(dtype).eps * (1.0 if device == "cpu" and dtype == torch.bfloat16 else 0.55)
+    for found, wanted, least in ((out[0], exact, torch.finfo(torch.float16).tiny), (bias.grad, slope.grad, 0.1)):
+        assert ((found.double() - wanted).abs() <= rounding * wanted.abs().clamp_min(least)).all()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("activation", [None, "gelu", "relu"])
 def test_operator(device: str, activation: str | None) -> None:

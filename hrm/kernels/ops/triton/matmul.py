@@ -37,14 +37,38 @@ class Epilogue(NamedTuple):
 
 
 @triton.jit
-def _activate(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+def _reciprocal(x: tl.tensor) -> tl.tensor:
+    """1 / x for x > 0, to about 22 bits: a division takes several times as many instructions."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
+def _normal(x: tl.tensor) -> tl.tuple:
+    """The normal distribution function of x, to a relative 4e-5, and exp(-x² / 2).
+
+    The form of Abramowitz and Stegun, 7.1.26, with coefficients fitted to the least relative error.
+    """
+    t = _reciprocal(1 + 0.38 * tl.abs(x))
+    density = tl.exp2(x * (x * -0.7213475204444817))  # log2(e) / 2
+    p = -0.08992946147918701 * t + 0.18887804448604584
+    p = p * t + 0.09197960048913956
+    p = p * t + 0.15782897174358368
+    p = p * t + 0.151225283741951
+    tail = p * t * density
+    return tl.where(x > 0, 1 - tail, tail), density
+
+
+@triton.jit
+def _activate(x: tl.tensor, ACTIVATION: tl.constexpr, EXACT: tl.constexpr) -> tl.tensor:
+    """EXACT: to float32, otherwise by far fewer instructions to what 16 bits show."""
     if ACTIVATION == "relu":
         # not tl.maximum, which would make 0 of NaN
         return tl.where(x < 0, 0.0, x)
     elif ACTIVATION == "silu":
-        return x * tl.sigmoid(x)
+        return x * (tl.sigmoid(x) if EXACT else _reciprocal(1 + tl.exp(-x)))
     elif ACTIVATION == "gelu":
-        return x * (0.5 + 0.5 * tl.erf(x * _SQRT_HALF))
+        return x * (0.5 + 0.5 * tl.erf(x * _SQRT_HALF) if EXACT else _normal(x)[0])
     else:
         return x
 
@@ -117,6 +141,7 @@ def _matmul_kernel(
     a_stride: tl.tensor,
     b_stride: tl.tensor,
     ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     DESCRIBED: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -124,7 +149,10 @@ def _matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """TRANSPOSED: `b` is [N, K] in memory. DESCRIBED: all are descriptors. SPLIT: results are stored by halves."""
+    """TRANSPOSED: `b` is [N, K] in memory. DESCRIBED: all are descriptors. SPLIT: results are stored by halves.
+
+    EXACT: the activation is, to float32.
+    """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     # Flattened with the loop over K, so that a tile's epilogue overlaps with loads for the next one.
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
@@ -154,11 +182,11 @@ def _matmul_kernel(
                 some = at_n + tl.arange(0, BLOCK_N // 2)
                 if before is not None:
                     _store(before, halves[i], m, at_n, rows, some, M, N, DESCRIBED)
-                _store(out, _activate(halves[i], ACTIVATION), m, at_n, rows, some, M, N, DESCRIBED)
+                _store(out, _activate(halves[i], ACTIVATION, EXACT), m, at_n, rows, some, M, N, DESCRIBED)
         else:
             if before is not None:
                 _store(before, acc, m, n, rows, columns, M, N, DESCRIBED)
-            _store(out, _activate(acc, ACTIVATION), m, n, rows, columns, M, N, DESCRIBED)
+            _store(out, _activate(acc, ACTIVATION, EXACT), m, n, rows, columns, M, N, DESCRIBED)
 
 
 @triton.jit
@@ -174,8 +202,11 @@ def _activation_backward_kernel(
     elif ACTIVATION == "silu":
         sigmoid = tl.sigmoid(x)
         dx = dy * sigmoid * (1 + x * (1 - sigmoid))
-    else:
+    elif out.dtype.element_ty == tl.float32:
         dx = dy * (0.5 + 0.5 * tl.erf(x * _SQRT_HALF) + x * _GAUSS * tl.exp(-0.5 * x * x))
+    else:
+        below, density = _normal(x)
+        dx = dy * (below + x * _GAUSS * density)
     tl.store(out + at, dx, inside)
 
 
@@ -267,6 +298,7 @@ def multiply(
         a.stride(0),
         stored.stride(0),
         epilogue.activation,
+        out.dtype == torch.float32,
         transposed,
         described,
         halves,
