@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hrm.errors import UserError
-from hrm.kernels.ops.operator import check_shape, check_tensors, dtype_name, operation, runs_triton, triton_kernels
+from hrm.kernels.ops.operator import (
+    check_shape,
+    check_tensors,
+    dtype_name,
+    is_traced,
+    operation,
+    runs_triton,
+    triton_kernels,
+)
 
 MOST_ROWS = 128  # of a tile
 
@@ -229,8 +237,9 @@ def memory_mlp_forward_loss(k: Tensor, v: Tensor, w1: Tensor, b1: Tensor, w2: Te
         with torch.no_grad():
             return naive_forward_loss(k, v, w1, b1, w2, b2)
     k, v = k.detach().contiguous(), v.contiguous()
+    run = _forward_loss if is_traced(k) else triton_kernels("memory_mlp", k).forward_loss
     with torch.no_grad():
-        loss, z1, h, y, *others = _forward_loss(k, v, w1, b1, w2, b2)
+        loss, z1, h, y, *others = run(k, v, w1, b1, w2, b2)
     return MemorySaved(loss, z1, h, y, k, *others)
 
 
@@ -283,18 +292,28 @@ def memory_mlp_backward_update_(
                 raise UserError(f"{name}: {which} is on {gate.device} and k is on {k.device}; move both to one device.")
     if not saved.counters.numel():  # the definition made it
         return naive_backward_update_(saved, w, momentum, alpha, eta, theta, max_grad_norm)
-    fixed = [0.0 if isinstance(gate, Tensor) else float(gate) for gate in gates.values()]
-    tensors = [
-        gate.detach().float().expand(saved.loss.shape).contiguous() if isinstance(gate, Tensor) else None
-        for gate in gates.values()
-    ]
     loss, z1, h, _, k, error, w2_copy, error_sums, counters = saved
+    tensors = [_gate_of_each(gate, loss) if isinstance(gate, Tensor) else None for gate in gates.values()]
+    fixed = [0.0 if isinstance(gate, Tensor) else float(gate) for gate in gates.values()]
     limit = float("inf") if max_grad_norm is None else max_grad_norm
+    if not is_traced(k):
+        kept = (loss, z1, h, k, error, w2_copy, error_sums, counters)
+        each = [number if tensor is None else tensor for number, tensor in zip(fixed, tensors, strict=True)]
+        with torch.no_grad():
+            found: Tensor = triton_kernels("memory_mlp", k).backward_update_(kept, w, momentum, each, limit)
+        return found
     with torch.no_grad():
         norm: Tensor = _backward_update_(
             loss, z1, h, k, error, w2_copy, error_sums, counters, *w, *momentum, fixed, *tensors, limit
         )
     return norm
+
+
+def _gate_of_each(gate: Tensor, loss: Tensor) -> Tensor:
+    """A gate as the kernels read it: float32, one for each memory."""
+    if gate.dtype == torch.float32 and gate.shape == loss.shape and gate.is_contiguous():
+        return gate
+    return gate.detach().float().expand(loss.shape).contiguous()
 
 
 def _check_weights(name: str, k: Tensor, weights: dict[str, Tensor], hidden: int) -> None:
@@ -304,7 +323,8 @@ def _check_weights(name: str, k: Tensor, weights: dict[str, Tensor], hidden: int
     *memories, _, width = k.shape
     shapes = [(*memories, hidden, width), (*memories, hidden), (*memories, width, hidden), (*memories, width)]
     for (which, weight), shape in zip(weights.items(), shapes, strict=True):
-        check_shape(name, which, weight, shape, f"for k [..., N, D] = {list(k.shape)} and H = {hidden}")
+        if weight.shape != shape:  # a sentence takes longer to write than a shape to compare
+            check_shape(name, which, weight, shape, f"for k [..., N, D] = {list(k.shape)} and H = {hidden}")
         if weight.dtype != torch.float32 and not (weight.dtype == k.dtype == torch.float64):
             raise UserError(f"{name}: {which} is {dtype_name(weight.dtype)}; give float32.")
         if weight.device != k.device:

@@ -49,6 +49,15 @@ def runs_triton(tensor: Tensor) -> bool:
     return (_HAS_TRITON and tensor.is_cuda) or (_INTERPRETED and tensor.device.type == "cpu")
 
 
+def is_traced(tensor: Tensor) -> bool:
+    """Whether somebody writes down which operators are called on `tensor`: torch.compile, torch.export, a mode.
+
+    Where nobody does and there is no gradient, kernels may be launched without their operator, which takes the host
+    longer than the launch.
+    """
+    return torch.compiler.is_compiling() or type(tensor) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+
+
 def triton_kernels(name: str, tensor: Tensor) -> ModuleType:
     """The file of kernels `hrm.kernels.ops.triton.<name>`, for an operator that was called on `tensor`.
 

@@ -37,7 +37,7 @@ class Epilogue(NamedTuple):
 
 
 @triton.jit
-def _reciprocal(x: tl.tensor) -> tl.tensor:
+def reciprocal(x: tl.tensor) -> tl.tensor:
     """1 / x for x > 0, to about 22 bits: a division takes several times as many instructions."""
     root = tl.rsqrt(x)
     return root * root
@@ -49,7 +49,7 @@ def _normal(x: tl.tensor) -> tl.tuple:
 
     The form of Abramowitz and Stegun, 7.1.26, with coefficients fitted to the least relative error.
     """
-    t = _reciprocal(1 + 0.38 * tl.abs(x))
+    t = reciprocal(1 + 0.38 * tl.abs(x))
     density = tl.exp2(x * (x * -0.7213475204444817))  # log2(e) / 2
     p = -0.08992946147918701 * t + 0.18887804448604584
     p = p * t + 0.09197960048913956
@@ -66,7 +66,7 @@ def _activate(x: tl.tensor, ACTIVATION: tl.constexpr, EXACT: tl.constexpr) -> tl
         # not tl.maximum, which would make 0 of NaN
         return tl.where(x < 0, 0.0, x)
     elif ACTIVATION == "silu":
-        return x * (tl.sigmoid(x) if EXACT else _reciprocal(1 + tl.exp(-x)))
+        return x * (tl.sigmoid(x) if EXACT else reciprocal(1 + tl.exp(-x)))
     elif ACTIVATION == "gelu":
         return x * (0.5 + 0.5 * tl.erf(x * _SQRT_HALF) if EXACT else _normal(x)[0])
     else:

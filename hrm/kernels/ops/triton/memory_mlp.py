@@ -14,9 +14,10 @@ Shapes: M memories, N tokens, D width, H hidden width; each memory has its own w
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,8 +26,10 @@ from torch import Tensor
 
 from hrm.kernels.ops.memory_mlp import MemoryWeights, row_tile
 from hrm.kernels.ops.triton.common import multiprocessor_count, shared_memory
+from hrm.kernels.ops.triton.matmul import reciprocal
 
-_APPLY_TILE = 1024  # weights that a program updates at a time
+_APPLY_TILE = 4096  # weights that a program updates at a time
+_BIAS_CHUNK = 256  # numbers of a bias's gradient that a program adds up at a time
 
 
 class _Tiles(NamedTuple):
@@ -41,6 +44,7 @@ class _Tiles(NamedTuple):
     update_warps: int = 4
     stages: int = 4
     programs: int = 1  # of the update, for each multiprocessor
+    swap: bool = True  # whether tiles of a matmul are made as their transposes
 
 
 TILES = _Tiles()
@@ -84,14 +88,24 @@ def _linear_tile(
     WIDTH: tl.constexpr,
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SWAP: tl.constexpr,
 ) -> tl.tensor:
-    """A tile of x weightᵀ, for x [N, INPUTS] and weight [OUTPUTS, INPUTS], which is cast to the dtype of x."""
+    """A tile of x weightᵀ, for x [N, INPUTS] and weight [OUTPUTS, INPUTS], which is cast to the dtype of x.
+
+    SWAP: as the transpose of weight xᵀ, whose left operand, cast, may stay in registers.
+    """
     EVEN: tl.constexpr = INPUTS % INNER == 0
-    acc = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    acc = tl.zeros((WIDTH if SWAP else HEIGHT, HEIGHT if SWAP else WIDTH), tl.float32)
     for k in range(0, INPUTS, INNER):
-        a = _tile(x, row, k, N, INPUTS, HEIGHT, INNER, False, EVEN)
+        a = _tile(x, row, k, N, INPUTS, HEIGHT, INNER, WHOLE, EVEN)
         b = _tile(weight, column, k, OUTPUTS, INPUTS, WIDTH, INNER, OUTPUTS % WIDTH == 0, EVEN)
-        acc = tl.dot(a, b.to(a.dtype).T, acc, input_precision=PRECISION)
+        if SWAP:
+            acc = tl.dot(b.to(a.dtype), a.T, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a, b.to(a.dtype).T, acc, input_precision=PRECISION)
+    if SWAP:
+        acc = acc.T
     return acc
 
 
@@ -120,6 +134,13 @@ def _put(
 
 
 @triton.jit
+def _silu(z: tl.tensor, EXACT: tl.constexpr) -> tl.tuple:
+    """silu of z and its slope; EXACT: to float32, otherwise by fewer instructions to what 16 bits show."""
+    sigmoid = tl.sigmoid(z) if EXACT else reciprocal(1 + tl.exp(-z))
+    return z * sigmoid, sigmoid * (1 + z * (1 - sigmoid))
+
+
+@triton.jit
 def _wait_for_all(counter: tl.tensor) -> None:
     """What any program wrote before is what all read after; for launches whose programs run at once.
 
@@ -131,8 +152,22 @@ def _wait_for_all(counter: tl.tensor) -> None:
     before = tl.atomic_add(counter, come, sem="acq_rel", scope="gpu")
     now = before
     while (before ^ now) >= 0:
-        now = tl.atomic_add(counter, 0, sem="acq_rel", scope="gpu")
+        now = tl.inline_asm_elementwise(
+            "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [counter], dtype=tl.int32, is_pure=False, pack=1
+        )
     tl.debug_barrier()
+
+
+@triton.jit
+def _prefetch(values: tl.tensor, count: tl.tensor, LINES: tl.constexpr) -> None:
+    """Bring float32 numbers into the L2 cache, all programs together."""
+    at = (tl.program_id(0) * LINES + tl.arange(0, LINES)).to(tl.int64) * 32  # of 128 bytes
+    while tl.min(at) < count:
+        line = values + tl.minimum(at, count - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
+        )
+        at += tl.num_programs(0).to(tl.int64) * LINES * 32
 
 
 @triton.jit(do_not_specialize=["M", "N"])  # 1 is a number like others
@@ -155,29 +190,36 @@ def _hidden_kernel(
     WIDTH: tl.constexpr,
     INNER: tl.constexpr,
     COPY_TILE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SWAP: tl.constexpr,
 ) -> None:
     program = tl.program_id(0)
     if program <= M:
         tl.store(counters + program, 0)
     if COPY:
-        at = program.to(tl.int64) * COPY_TILE
-        while at < M.to(tl.int64) * D * H:
-            here = at + tl.arange(0, COPY_TILE)
-            inside = here < M.to(tl.int64) * D * H
-            tl.store(w2_copy + here, tl.load(w2 + here, inside).to(w2_copy.dtype.element_ty), inside)
-            at += tl.num_programs(0).to(tl.int64) * COPY_TILE
+        here = program.to(tl.int64) * COPY_TILE + tl.arange(0, COPY_TILE)
+        count = M.to(tl.int64) * D * H
+        copied = tl.load(w2 + here, here < count)  # its first part is on its way while the product is made
 
     COLUMN_TILES: tl.constexpr = (H + WIDTH - 1) // WIDTH
     tiles = tl.cdiv(N, HEIGHT) * COLUMN_TILES
     memory = (program // tiles).to(tl.int64)
     if memory < M:
         row, column = program % tiles // COLUMN_TILES * HEIGHT, program % COLUMN_TILES * WIDTH
+        bias = _bias_tile(b1 + memory * H, column, H, WIDTH)
         acc = _linear_tile(
-            k + memory * N * D, w1 + memory * H * D, row, column, N, D, H, HEIGHT, WIDTH, INNER, PRECISION
+            k + memory * N * D, w1 + memory * H * D, row, column, N, D, H, HEIGHT, WIDTH, INNER, PRECISION, WHOLE, SWAP
         )
-        acc += _bias_tile(b1 + memory * H, column, H, WIDTH)
+        acc += bias
         _put(z1 + memory * N * H, acc, row, column, N, H, HEIGHT, WIDTH)
-        _put(h + memory * N * H, acc * tl.sigmoid(acc), row, column, N, H, HEIGHT, WIDTH)
+        hidden = _silu(acc, h.dtype.element_ty == tl.float32)[0]
+        _put(h + memory * N * H, hidden, row, column, N, H, HEIGHT, WIDTH)
+    if COPY:
+        tl.store(w2_copy + here, copied.to(w2_copy.dtype.element_ty), here < count)
+        here += tl.num_programs(0).to(tl.int64) * COPY_TILE
+        while tl.min(here) < count:
+            tl.store(w2_copy + here, tl.load(w2 + here, here < count).to(w2_copy.dtype.element_ty), here < count)
+            here += tl.num_programs(0).to(tl.int64) * COPY_TILE
 
 
 @triton.jit(do_not_specialize=["N"])  # 1 is a number like others
@@ -200,6 +242,8 @@ def _error_kernel(
     WIDTH: tl.constexpr,
     INNER: tl.constexpr,
     PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SWAP: tl.constexpr,
 ) -> None:
     COLUMN_TILES: tl.constexpr = (D + WIDTH - 1) // WIDTH
     row_tiles = tl.cdiv(N, HEIGHT)
@@ -207,10 +251,15 @@ def _error_kernel(
     memory = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     row, column = tile // COLUMN_TILES * HEIGHT, tile % COLUMN_TILES * WIDTH
-    acc = _linear_tile(h + memory * N * H, w2 + memory * D * H, row, column, N, H, D, HEIGHT, WIDTH, INNER, PRECISION)
-    acc += _bias_tile(b2 + memory * D, column, D, WIDTH)
+    # What the end needs comes while the product is made.
+    wanted = _tile(v + memory * N * D, row, column, N, D, HEIGHT, WIDTH, WHOLE, D % WIDTH == 0)
+    bias = _bias_tile(b2 + memory * D, column, D, WIDTH)
+    acc = _linear_tile(
+        h + memory * N * H, w2 + memory * D * H, row, column, N, H, D, HEIGHT, WIDTH, INNER, PRECISION, WHOLE, SWAP
+    )
+    acc += bias
     _put(y + memory * N * D, acc, row, column, N, D, HEIGHT, WIDTH)
-    difference = acc - _tile(v + memory * N * D, row, column, N, D, HEIGHT, WIDTH, False, D % WIDTH == 0)
+    difference = acc - wanted
     rows = row + tl.arange(0, HEIGHT)
     columns = column + tl.arange(0, WIDTH)
     difference = tl.where((rows < N)[:, None] & (columns < D)[None, :], difference, 0.0)
@@ -243,6 +292,8 @@ def _update_phase_1(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     INNER: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SWAP: tl.constexpr,
 ) -> None:
     """The gradient of z1, but for the factor 2 / (N D), and its sums over the rows of each tile."""
     COLUMN_TILES: tl.constexpr = (H + WIDTH - 1) // WIDTH
@@ -254,14 +305,18 @@ def _update_phase_1(
         memory = (item // tiles).to(tl.int64)
         tile = item % tiles
         row, column = tile // COLUMN_TILES * HEIGHT, tile % COLUMN_TILES * WIDTH
-        acc = tl.zeros((HEIGHT, WIDTH), tl.float32)
+        z = _tile(z1 + memory * N * H, row, column, N, H, HEIGHT, WIDTH, WHOLE, H % WIDTH == 0)
+        acc = tl.zeros((WIDTH if SWAP else HEIGHT, HEIGHT if SWAP else WIDTH), tl.float32)
         for d in range(0, D, INNER):
-            a = _tile(error + memory * N * D, row, d, N, D, HEIGHT, INNER, False, EVEN)
+            a = _tile(error + memory * N * D, row, d, N, D, HEIGHT, INNER, WHOLE, EVEN)
             b = _tile(w2 + memory * D * H, d, column, D, H, INNER, WIDTH, EVEN, H % WIDTH == 0)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        z = _tile(z1 + memory * N * H, row, column, N, H, HEIGHT, WIDTH, False, H % WIDTH == 0).to(tl.float32)
-        sigmoid = tl.sigmoid(z)
-        acc *= sigmoid * (1 + z * (1 - sigmoid))
+            if SWAP:
+                acc = tl.dot(b.T, a.T, acc, input_precision=PRECISION)
+            else:
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if SWAP:
+            acc = acc.T
+        acc *= _silu(z.to(tl.float32), z.dtype == tl.float32)[1]
         _put(dz1 + memory * N * H, acc, row, column, N, H, HEIGHT, WIDTH)
         rows, columns = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)
         acc = tl.where((rows < N)[:, None], acc, 0.0)  # z1 may be infinite, and 0 times it NaN
@@ -288,6 +343,7 @@ def _weight_gradient(
     TOKENS: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
 ) -> None:
     """A tile of a weight's gradient, scale leftᵀ right for left [N, ROWS] and right [N, COLUMNS], and its square's sum.
 
@@ -299,8 +355,8 @@ def _weight_gradient(
     acc = tl.zeros((SIDE, SIDE), tl.float32)
     span = tl.cdiv(N, TOKENS * SPLIT) * TOKENS
     for n in range(part * span, tl.minimum(part * span + span, N), TOKENS):
-        a = _tile(left, n, row, N, ROWS, TOKENS, SIDE, False, ROWS % SIDE == 0)
-        b = _tile(right, n, column, N, COLUMNS, TOKENS, SIDE, False, COLUMNS % SIDE == 0)
+        a = _tile(left, n, row, N, ROWS, TOKENS, SIDE, WHOLE, ROWS % SIDE == 0)
+        b = _tile(right, n, column, N, COLUMNS, TOKENS, SIDE, WHOLE, COLUMNS % SIDE == 0)
         acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
     come = SPLIT - 1
     if SPLIT == 2:
@@ -355,15 +411,19 @@ def _update_phase_2(
     SIDE: tl.constexpr,
     TOKENS: tl.constexpr,
     SPLIT: tl.constexpr,
+    BIAS: tl.constexpr,
     PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ) -> None:
     """The gradients of each memory, w1's, b1's, w2's, b2's one after the other, and parts of their squared norm."""
     TILES_H: tl.constexpr = (H + SIDE - 1) // SIDE
     TILES_D: tl.constexpr = (D + SIDE - 1) // SIDE
     MATRIX: tl.constexpr = TILES_H * TILES_D
+    CHUNKS_H: tl.constexpr = (H + BIAS - 1) // BIAS
+    CHUNKS_D: tl.constexpr = (D + BIAS - 1) // BIAS
     PRODUCTS: tl.constexpr = 2 * MATRIX * SPLIT
-    WORK: tl.constexpr = PRODUCTS + TILES_H + TILES_D
-    ITEMS: tl.constexpr = 2 * MATRIX + TILES_H + TILES_D  # parts of the squared norm
+    WORK: tl.constexpr = PRODUCTS + CHUNKS_H + CHUNKS_D
+    ITEMS: tl.constexpr = 2 * MATRIX + CHUNKS_H + CHUNKS_D  # parts of the squared norm
     SIZE: tl.constexpr = 2 * D * H + D + H
     row_tiles = tl.cdiv(N, HEIGHT)
     scale = 2.0 / (N.to(tl.float32) * D)
@@ -380,23 +440,23 @@ def _update_phase_2(
             if tile < MATRIX:
                 _weight_gradient(
                     dz1 + memory * N * H, k + memory * N * D, grad, square + tile, half, arrivals + own, tile, part, N,
-                    scale, H, D, SIDE, TOKENS, SPLIT, PRECISION,
+                    scale, H, D, SIDE, TOKENS, SPLIT, PRECISION, WHOLE,
                 )  # fmt: skip
             else:
                 _weight_gradient(
                     error + memory * N * D, h + memory * N * H, grad + D * H + H, square + tile, half, arrivals + own,
-                    tile - MATRIX, part, N, scale, D, H, SIDE, TOKENS, SPLIT, PRECISION,
+                    tile - MATRIX, part, N, scale, D, H, SIDE, TOKENS, SPLIT, PRECISION, WHOLE,
                 )  # fmt: skip
-        elif item < PRODUCTS + TILES_H:
+        elif item < PRODUCTS + CHUNKS_H:
             chunk = item - PRODUCTS
             sums = dz1_sums + memory * row_tiles * H
-            total = _bias_gradient(sums, grad + D * H, chunk, row_tiles, scale, H, SIDE, PARTS)
+            total = _bias_gradient(sums, grad + D * H, chunk, row_tiles, scale, H, BIAS, PARTS)
             tl.store(square + 2 * MATRIX + chunk, total)
         else:
-            chunk = item - PRODUCTS - TILES_H
+            chunk = item - PRODUCTS - CHUNKS_H
             sums = error_sums + memory * row_tiles * D
-            total = _bias_gradient(sums, grad + 2 * D * H + H, chunk, row_tiles, scale, D, SIDE, PARTS)
-            tl.store(square + 2 * MATRIX + TILES_H + chunk, total)
+            total = _bias_gradient(sums, grad + 2 * D * H + H, chunk, row_tiles, scale, D, BIAS, PARTS)
+            tl.store(square + 2 * MATRIX + CHUNKS_H + chunk, total)
         number += tl.num_programs(0)
 
 
@@ -410,6 +470,49 @@ def _gate(gate: tl.tensor, memory: tl.tensor) -> tl.tensor:
 def _apply(
     weight: tl.tensor,
     moment: tl.tensor,
+    grad: tl.tensor,
+    squares: tl.tensor,
+    loss: tl.tensor,
+    norms: tl.tensor,
+    alpha: tl.tensor,
+    eta: tl.tensor,
+    theta: tl.tensor,
+    limit: tl.tensor,
+    memory: tl.tensor,
+    chunk: tl.tensor,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+    ITEMS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """Update so many numbers of one weight of a memory, whose gradient begins at `grad`; FIRST: its norm is kept."""
+    at = chunk * TILE + tl.arange(0, TILE)
+    weight += memory * SIZE + at
+    moment += memory * SIZE + at
+    inside = at < SIZE
+    # All is on its way before any of it is waited for.
+    slope, old_moment, old_weight = tl.load(grad + at, inside), tl.load(moment, inside), tl.load(weight, inside)
+    forget, keep, rate = _gate(alpha, memory), _gate(eta, memory), _gate(theta, memory)
+    square = 0.0
+    for start in range(0, ITEMS, PARTS):
+        parts = start + tl.arange(0, PARTS)
+        square += tl.sum(tl.load(squares + memory * ITEMS + parts, parts < ITEMS, 0.0))
+    norm = tl.sqrt_rn(square)
+    if FIRST:
+        tl.store(norms + memory, norm, chunk == 0)
+    # 0 times NaN or infinity is NaN.
+    zero = 0 * tl.load(loss + memory) + 0 * norm + 0 * forget + 0 * keep + 0 * rate
+    new_moment = keep * old_moment - rate * tl.minimum(limit / norm, 1.0) * slope
+    inside = at < tl.where(zero == 0, SIZE, 0)
+    tl.store(moment, new_moment, inside)
+    tl.store(weight, (1 - forget) * old_weight + new_moment, inside)
+
+
+@triton.jit
+def _update_phase_3(
+    w: tl.tuple,
+    momentum: tl.tuple,
     grads: tl.tensor,
     squares: tl.tensor,
     loss: tl.tensor,
@@ -419,36 +522,34 @@ def _apply(
     theta: tl.tensor,
     limit: tl.tensor,
     M: tl.tensor,
-    START: tl.constexpr,
-    SIZE: tl.constexpr,
-    ALL: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
     ITEMS: tl.constexpr,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Update one weight of all memories, whose gradients begin at START of ALL."""
-    CHUNKS: tl.constexpr = (SIZE + TILE - 1) // TILE
+    """Clipping, momentum and weights."""
+    CHUNKS: tl.constexpr = (D * H + TILE - 1) // TILE
+    CHUNKS_H: tl.constexpr = (H + TILE - 1) // TILE
+    CHUNKS_D: tl.constexpr = (D + TILE - 1) // TILE
+    WORK: tl.constexpr = 2 * CHUNKS + CHUNKS_H + CHUNKS_D
     number = tl.program_id(0)
-    while number < M * CHUNKS:
-        memory = (number // CHUNKS).to(tl.int64)
-        at = number % CHUNKS * TILE + tl.arange(0, TILE)
-        square = 0.0
-        for start in range(0, ITEMS, PARTS):
-            parts = start + tl.arange(0, PARTS)
-            square += tl.sum(tl.load(squares + memory * ITEMS + parts, parts < ITEMS, 0.0))
-        norm = tl.sqrt_rn(square)
-        if START == 0:
-            tl.store(norms + memory, norm, number % CHUNKS == 0)
-        forget, keep, rate = _gate(alpha, memory), _gate(eta, memory), _gate(theta, memory)
-        # 0 times NaN or infinity is NaN.
-        zero = 0 * tl.load(loss + memory) + 0 * norm + 0 * forget + 0 * keep + 0 * rate
-        rate *= tl.minimum(limit / norm, 1.0)
-        inside = at < tl.where(zero == 0, SIZE, 0)
-        grad = tl.load(grads + memory * ALL + START + at, inside)
-        new_moment = keep * tl.load(moment + memory * SIZE + at, inside) - rate * grad
-        new_weight = (1 - forget) * tl.load(weight + memory * SIZE + at, inside) + new_moment
-        tl.store(moment + memory * SIZE + at, new_moment, inside)
-        tl.store(weight + memory * SIZE + at, new_weight, inside)
+    while number < M * WORK:
+        memory = (number // WORK).to(tl.int64)
+        chunk = number % WORK
+        grad = grads + memory * (2 * D * H + D + H)
+        if chunk < CHUNKS:
+            _apply(w[0], momentum[0], grad, squares, loss, norms, alpha, eta, theta, limit, memory, chunk, True, D * H,
+                   ITEMS, PARTS, TILE)  # fmt: skip
+        elif chunk < 2 * CHUNKS:
+            _apply(w[2], momentum[2], grad + D * H + H, squares, loss, norms, alpha, eta, theta, limit, memory,
+                   chunk - CHUNKS, False, D * H, ITEMS, PARTS, TILE)  # fmt: skip
+        elif chunk < 2 * CHUNKS + CHUNKS_H:
+            _apply(w[1], momentum[1], grad + D * H, squares, loss, norms, alpha, eta, theta, limit, memory,
+                   chunk - 2 * CHUNKS, False, H, ITEMS, PARTS, TILE)  # fmt: skip
+        else:
+            _apply(w[3], momentum[3], grad + 2 * D * H + H, squares, loss, norms, alpha, eta, theta, limit, memory,
+                   chunk - 2 * CHUNKS - CHUNKS_H, False, D, ITEMS, PARTS, TILE)  # fmt: skip
         number += tl.num_programs(0)
 
 
@@ -494,50 +595,114 @@ def _update_kernel(
     TOKENS: tl.constexpr,
     SPLIT: tl.constexpr,
     ARRIVALS: tl.constexpr,
+    BIAS: tl.constexpr,
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SWAP: tl.constexpr,
     PHASE: tl.constexpr,
 ) -> None:
     """PHASE: which one, or 0 for all in one launch whose programs run at once."""
+    if PHASE == 0:
+        _prefetch(s_w1, M.to(tl.int64) * D * H, 128)
+        _prefetch(s_w2, M.to(tl.int64) * D * H, 128)
     if PHASE == 0 or PHASE == 1:
-        at = tl.program_id(0)
-        while at < M * ARRIVALS:
-            tl.store(arrivals + at, 0)
-            at += tl.num_programs(0)
-        _update_phase_1(z1, error, w2_copy, dz1, dz1_sums, M, N, D, H, PRECISION, HEIGHT, WIDTH, INNER)
+        if SPLIT == 2:
+            at = tl.program_id(0)
+            while at < M * ARRIVALS:
+                tl.store(arrivals + at, 0)
+                at += tl.num_programs(0)
+        _update_phase_1(z1, error, w2_copy, dz1, dz1_sums, M, N, D, H, PRECISION, HEIGHT, WIDTH, INNER, WHOLE, SWAP)
     if PHASE == 0:
         _wait_for_all(counters)
     if PHASE == 0 or PHASE == 2:
         _update_phase_2(
             k, h, error, error_sums, dz1, dz1_sums, grads, squares, halves, arrivals, M, N, D, H, PRECISION, HEIGHT,
-            SIDE, TOKENS, SPLIT, 16,
+            SIDE, TOKENS, SPLIT, BIAS, 16, WHOLE,
         )  # fmt: skip
     if PHASE == 0:
         _wait_for_all(counters)
     if PHASE == 0 or PHASE == 3:
-        ALL: tl.constexpr = 2 * D * H + D + H
-        _apply(w1, s_w1, grads, squares, loss, norms, alpha, eta, theta, limit, M, 0, D * H, ALL, ITEMS, PARTS, TILE)
-        _apply(w2, s_w2, grads, squares, loss, norms, alpha, eta, theta, limit, M, D * H + H, D * H, ALL, ITEMS, PARTS,
-               TILE)  # fmt: skip
-        _apply(b1, s_b1, grads, squares, loss, norms, alpha, eta, theta, limit, M, D * H, H, ALL, ITEMS, PARTS, TILE)
-        _apply(b2, s_b2, grads, squares, loss, norms, alpha, eta, theta, limit, M, 2 * D * H + H, D, ALL, ITEMS, PARTS,
-               TILE)  # fmt: skip
+        _update_phase_3(
+            (w1, b1, w2, b2), (s_w1, s_b1, s_w2, s_b2), grads, squares, loss, norms, alpha, eta, theta, limit, M, D, H,
+            ITEMS, PARTS, TILE,
+        )  # fmt: skip
 
 
-def _matmul_options(k: Tensor, tokens: int) -> dict[str, object]:
-    """Precision and tile of the products of rows of tokens."""
-    exact = k.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    inner = TILES.inner * 2 // k.element_size()
-    stage_bytes = inner * (row_tile(tokens) * k.element_size() + TILES.columns * 4)  # w1 is of 32 bits
-    return {
-        "PRECISION": "tf32x3" if exact and k.is_cuda else "tf32",
-        "HEIGHT": row_tile(tokens),
-        "WIDTH": TILES.columns,
+class _Plan(NamedTuple):
+    """How sizes are shared out, found once for each."""
+
+    hidden: tuple[int]  # programs of `_hidden_kernel`
+    error: tuple[int]
+    update: tuple[int]
+    row_tiles: int
+    loss_parts: int
+    scratch: tuple[int, ...]  # numbers of what phases leave to one another: sums of dz1, gradients, squares, halves
+    arrivals: int
+    forward_options: dict[str, Any]
+    update_options: dict[str, Any]
+
+
+@functools.cache
+def _plan(
+    tiles: _Tiles, height: int, M: int, N: int, D: int, H: int, dtype: torch.dtype, exact: bool, device: torch.device
+) -> _Plan:
+    """`exact`: products of float32 are not in TF32."""
+
+    def count(size: int, tile: int) -> int:
+        return -(-size // tile)
+
+    on_gpu, size = device.type == "cuda", dtype.itemsize
+    row_tiles, inner = count(N, height), tiles.inner * 2 // size
+    matrices = 2 * count(H, tiles.weight) * count(D, tiles.weight)
+    items = matrices + count(H, _BIAS_CHUNK) + count(D, _BIAS_CHUNK)
+    stage_bytes = inner * (height * size + tiles.columns * 4)  # w1 is of 32 bits, and in 16 takes room beside
+    options = {
+        "PRECISION": "tf32x3" if exact and on_gpu else "tf32",
+        "HEIGHT": height,
+        "WIDTH": tiles.columns,
         "INNER": inner,
-        "num_warps": TILES.warps,
-        # Beside them, w1 in 16 bits takes room.
-        "num_stages": max(1, min(TILES.stages, (shared_memory(k.device) - 8192) // stage_bytes)),
+        "WHOLE": N % 128 == 0,  # a multiple of all that is read of them at a time
+        "num_warps": tiles.warps,
+        "num_stages": max(1, min(tiles.stages, (shared_memory(device) - 8192) // stage_bytes)),
     }
+    tiles_h, tiles_d = (M * row_tiles * count(columns, tiles.columns) for columns in (H, D))
+    # In the interpreter programs take several tiles.
+    programs = tiles.programs * multiprocessor_count(device) if on_gpu else max(1, tiles_h // 2)
+    return _Plan(
+        hidden=(max(tiles_h, M + 1),),
+        error=(tiles_d,),
+        update=(programs,),
+        row_tiles=row_tiles,
+        loss_parts=tiles_d,
+        scratch=(
+            M * row_tiles * H,
+            M * (2 * D * H + D + H),
+            M * items,
+            M * 2 * matrices * tiles.weight**2 if tiles.split == 2 else 0,
+        ),
+        arrivals=M * matrices if tiles.split == 2 else 0,
+        forward_options=options,
+        update_options=options
+        | {
+            "ITEMS": items,
+            "SIDE": tiles.weight,
+            "TOKENS": tiles.tokens * 2 // size,
+            "SPLIT": tiles.split,
+            "ARRIVALS": matrices,
+            "BIAS": _BIAS_CHUNK,
+            "TILE": _APPLY_TILE,
+            "PARTS": 256,
+            "SWAP": tiles.swap,
+            "num_warps": tiles.update_warps,
+        },
+    )
+
+
+def _plan_of(k: Tensor, hidden: int) -> _Plan:
+    *memories, N, D = k.shape
+    exact = k.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return _plan(TILES, row_tile(N), math.prod(memories), N, D, hidden, k.dtype, exact, k.device)
 
 
 def _run_at_once(k: Tensor) -> bool:
@@ -551,24 +716,38 @@ def forward_loss(
     """Loss, z1, h, y, error, the copy of w2, the tiles' sums of the error, and counters, all 0."""
     *memories, N, D = k.shape
     H, M = w1.shape[-2], math.prod(memories)
-    w1, b1, w2, b2 = (weight.contiguous() for weight in (w1, b1, w2, b2))
+    plan = _plan_of(k, H)
+    w1, b1, w2, b2 = w1.contiguous(), b1.contiguous(), w2.contiguous(), b2.contiguous()
     z1, h = k.new_empty(*memories, N, H), k.new_empty(*memories, N, H)
     y, error = torch.empty_like(k), torch.empty_like(k)
     copies = w2.dtype != k.dtype
     w2_copy = torch.empty_like(w2, dtype=k.dtype) if copies else k.new_empty(0)
-    row_tiles = triton.cdiv(N, row_tile(N))
-    error_sums = w1.new_empty(M, row_tiles, D)
+    error_sums = w1.new_empty(M, plan.row_tiles, D)
     loss = w1.new_empty(memories)
+    loss_parts = w1.new_empty(plan.loss_parts)
     counters = torch.empty(1 + M, dtype=torch.int32, device=k.device)
-    options = _matmul_options(k, N)
-    tiles_h, tiles_d = (row_tiles * triton.cdiv(size, TILES.columns) for size in (H, D))
-    loss_parts = w1.new_empty(M * tiles_d)
-    _hidden_kernel[(max(M * tiles_h, M + 1),)](
-        k, w1, b1, w2, z1, h, w2_copy, counters, M, N, D, H, copies, COPY_TILE=1024, **options
-    )
-    _error_kernel[(M * tiles_d,)](
-        h, v, w2_copy if copies else w2, b2, y, error, error_sums, loss_parts, loss, counters, N, D, H, PARTS=256,
+    options = plan.forward_options
+    _hidden_kernel[plan.hidden](
+        k,
+        w1,
+        b1,
+        w2,
+        z1,
+        h,
+        w2_copy,
+        counters,
+        M,
+        N,
+        D,
+        H,
+        copies,
+        COPY_TILE=2048,
+        SWAP=TILES.swap or copies,
         **options,
+    )
+    _error_kernel[plan.error](
+        h, v, w2_copy if copies else w2, b2, y, error, error_sums, loss_parts, loss, counters, N, D, H, PARTS=256,
+        SWAP=TILES.swap, **options,
     )  # fmt: skip
     return loss, z1, h, y, error, w2_copy, error_sums, counters
 
@@ -582,32 +761,18 @@ def backward_update_(
 ) -> Tensor:
     """Update `w` and `momentum` in place; returns the gradients' norms."""
     loss, z1, h, k, error, w2_copy, error_sums, counters = saved
-    N, D = k.shape[-2:]
-    H, M = z1.shape[-1], loss.numel()
-    side = TILES.weight
-    tiles_h, tiles_d = triton.cdiv(H, side), triton.cdiv(D, side)
-    matrices = 2 * tiles_h * tiles_d
-    items = matrices + tiles_h + tiles_d
-    row_tiles = triton.cdiv(N, row_tile(N))
-    dz1 = torch.empty_like(z1)
-    halves_size = 2 * matrices * side * side if TILES.split == 2 else 0
-    sizes = (M * row_tiles * H, M * (2 * D * H + D + H), M * items, M * halves_size)
-    dz1_sums, grads, squares, halves = torch.split(loss.new_empty(sum(sizes)), list(sizes))
-    arrivals = torch.empty(M * matrices, dtype=torch.int32, device=k.device)
-    norms = torch.empty_like(loss)
-    options = _matmul_options(k, N) | {"num_warps": TILES.update_warps}
-    if _run_at_once(k):
-        phases, programs = [0], TILES.programs * multiprocessor_count(k.device)
-        options["launch_cooperative_grid"] = True
-    else:
-        phases, programs = [1, 2, 3], max(1, M * row_tiles * triton.cdiv(H, TILES.columns) // 2)  # of several tiles
-        # The interpreter leaves numbers as Python has them.
+    (N, D), H, M = k.shape[-2:], z1.shape[-1], loss.numel()
+    plan = _plan_of(k, H)
+    dz1, norms = torch.empty_like(z1), torch.empty_like(loss)
+    dz1_sums, grads, squares, halves = loss.new_empty(sum(plan.scratch)).split(plan.scratch)
+    arrivals = torch.empty(plan.arrivals, dtype=torch.int32, device=k.device) if plan.arrivals else counters
+    at_once = _run_at_once(k)
+    if not at_once:  # the interpreter leaves numbers as Python has them
         gates = [gate if isinstance(gate, Tensor) else torch.full_like(loss, gate) for gate in gates]
-    for phase in phases:
-        _update_kernel[(programs,)](
+    for phase in (0,) if at_once else (1, 2, 3):
+        _update_kernel[plan.update](
             z1, h, k, error, w2_copy if w2_copy.numel() else w.w2, error_sums, dz1, dz1_sums, grads, squares, halves,
-            arrivals, loss, norms, counters, *w, *momentum, *gates, max_grad_norm, M, N, D, H, items, SIDE=side,
-            TOKENS=TILES.tokens * 2 // k.element_size(), SPLIT=TILES.split, ARRIVALS=matrices, TILE=_APPLY_TILE,
-            PARTS=256, PHASE=phase, **options,
+            arrivals, loss, norms, counters, *w, *momentum, *gates, max_grad_norm, M, N, D, H, PHASE=phase,
+            launch_cooperative_grid=at_once, **plan.update_options,
         )  # fmt: skip
     return norms
