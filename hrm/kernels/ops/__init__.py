@@ -19,7 +19,7 @@ them where it is known to be installed.
 # depending on who imported what first. None of these files imports Triton before it is called.
 from hrm.kernels.ops.adamw import adamw_
 from hrm.kernels.ops.asin import asin
-from hrm.kernels.ops.attention import attention
+from hrm.kernels.ops.attention import attention, projection_parts
 from hrm.kernels.ops.block_scaled_matmul import BlockScaled, block_scaled_matmul, dequantize_blocks, quantize_blocks
 from hrm.kernels.ops.dropout import dropout
 from hrm.kernels.ops.grouped_gemm import grouped_gemm
@@ -47,6 +47,7 @@ __all__ = [
     "memory_mlp_backward_update_",
     "memory_mlp_forward_loss",
     "norm_linear",
+    "projection_parts",
     "quantize_blocks",
     "rms_norm",
     "softmax",

@@ -15,7 +15,7 @@ from torch import Tensor
 from hrm.errors import UserError
 from hrm.kernels.context import RotaryTables
 from hrm.kernels.naive import rotate
-from hrm.kernels.ops.operator import check_shape, check_tensors, operation, runs_triton, triton_kernels
+from hrm.kernels.ops.operator import check_shape, check_tensors, is_traced, operation, runs_triton, triton_kernels
 
 _HEAD_SIZES = (16, 32, 64, 128)
 
@@ -124,7 +124,7 @@ def attention(
     Args:
         q: [..., T, N, K], N heads of K features for each of T tokens; bfloat16, float16 or float32.
         k: [..., S, N, K], as `q`. Where q, k and v are the parts of one projection [..., T, 3, N, K] they are read as
-            they lie, otherwise copied into one.
+            they lie (see `projection_parts`), otherwise copied into one.
         v: as `k`.
         causal: let token i attend to tokens 0 to i only.
         rotary: tables for T tokens and K features, as `hrm.kernels.naive.rotary_tables` makes them, if S is T.
@@ -132,8 +132,8 @@ def attention(
             token to token, take long sequences then.
 
     Returns:
-        [..., T, N, K] in the dtype of `q`. Differentiable in q, k and v; a model that has their projection as a whole
-        saves putting the three gradients together by `hrm.kernels.ops.triton.attention`.
+        [..., T, N, K] in the dtype of `q`. Differentiable in q, k and v. Their gradients lie as the parts of one
+        projection: where q, k and v are from `projection_parts`, no copy puts them together.
 
     Raises:
         UserError: shapes do not belong together, or dtypes or devices are others.
@@ -159,6 +159,44 @@ def attention(
     sequences = [x.reshape(-1, *x.shape[-3:]) for x in (q, k, v)]
     out: Tensor = _attention(*sequences, cos, sin, differentiable, consecutive)[0]
     return out.view(q.shape)
+
+
+class _Parts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, projection: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = projection.unflatten(-1, (3, heads, -1)).unbind(-3)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        shape = grads[0].shape
+        sequences = [grad.reshape(-1, *shape[-3:]) for grad in grads]
+        if is_traced(grads[0]):  # addresses are not known
+            return torch.stack(sequences, dim=2).view(*shape[:-2], -1), None
+        return _projection(*sequences).view(*shape[:-2], -1), None
+
+
+def projection_parts(projection: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as `attention` takes them, views of one projection.
+
+    As `unbind`, whose gradient copies three into one; this one takes those of `attention` as they lie.
+
+    Args:
+        projection: [..., T, 3 N K]: all heads of q, then of k, then of v.
+        heads: N.
+
+    Returns:
+        Three of [..., T, N, K].
+
+    Raises:
+        UserError: the last dimension is not 3 times that many heads.
+    """
+    if projection.ndim < 2 or heads < 1 or projection.shape[-1] % (3 * heads):
+        raise UserError(
+            f"projection_parts: projection is {list(projection.shape)}; give [..., tokens, 3 * {heads} * features]."
+        )
+    q, k, v = _Parts.apply(projection, heads)  # type: ignore[no-untyped-call]
+    return q, k, v
 
 
 def _projection(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -59,6 +59,34 @@ def test_parts_of_a_projection_are_read_as_they_lie(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("leading", [(2,), (), (2, 3)])
+def test_gradients_of_parts_are_not_put_together_by_a_copy(
+    device: str, leading: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (qkv,) = draw(device, torch.float32, (*leading, 9, 3 * 2 * 16))
+
+    def by_parts(qkv: Tensor) -> Tensor:
+        return ops.attention(*ops.projection_parts(qkv, 2))
+
+    def by_unbind(qkv: Tensor) -> Tensor:
+        return ops.attention(*qkv.unflatten(-1, (3, 2, 16)).unbind(-3))
+
+    wanted = results(by_unbind, [qkv])
+    copies = []
+    monkeypatch.setattr(torch, "stack", lambda *a, **k: copies.append(a))
+    ours = results(by_parts, [qkv])
+    monkeypatch.undo()
+    assert not copies
+    assert all(map(torch.equal, ours, wanted))
+    assert_compiles(by_parts, [qkv])
+
+
+def test_gradients_of_parts_that_lie_apart() -> None:
+    (qkv,) = draw("cpu", torch.float64, (3, 5, 2 * 3 * 4))
+    torch.autograd.gradcheck(lambda x: [part.sin() * i for i, part in enumerate(ops.projection_parts(x, 2), 1)], [qkv])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_what_kernels_are_not_made_for_runs_the_definition(device: str) -> None:
     q, k, v = draw(device, torch.float32, (2, 5, 2, 16), (2, 7, 2, 16), (2, 7, 2, 16))
     assert_accurate(ops.attention, ops.attention.naive, [q, k, v])
@@ -98,3 +126,5 @@ def test_errors() -> None:
         ops.attention(q[0, 0], q[0, 0], q[0, 0])
     with pytest.raises(UserError, match="attention: k is float16 and q is float32; give both one dtype"):
         ops.attention(q, q.half(), q)
+    with pytest.raises(UserError, match=r"projection is \[2, 5, 2, 16\]; give \[..., tokens, 3 \* 2 \* features\]"):
+        ops.projection_parts(q, 2)
