@@ -43,13 +43,16 @@ def assert_rounded_once(actual: Tensor, exact: Tensor) -> None:
 )
 @pytest.mark.parametrize(
     ("save", "activate", "norm"),
-    [(False, True, False), (True, True, False), (True, False, False), (True, False, True)],
+    [(False, True, ""), (True, True, ""), (True, False, ""), (True, False, "rms"), (True, False, "layer")],
 )
-def test_swiglu(rows: int, inputs: int, inner: int, programs: int, save: bool, activate: bool, norm: bool) -> None:
+def test_swiglu(rows: int, inputs: int, inner: int, programs: int, save: bool, activate: bool, norm: str) -> None:
     x, gate_up = draw((rows, inputs), (2 * inner, inputs))
     if norm:
         x *= 1 + torch.arange(rows)[:, None] % 5  # rows of unlike sizes
-    out, projected, rstd = empty(rows, inner), empty(rows, 2 * inner), torch.full((rows,), math.nan)
+    if norm == "layer":
+        x += torch.arange(rows)[:, None] % 7 * 100  # and means, larger than the spread around them
+    out, projected = empty(rows, inner), empty(rows, 2 * inner)
+    rstd, shifts = torch.full((2, rows), math.nan)
     for program in range(programs):
         on_cpu(hopper_linear, "_swiglu_kernel", FakeGluon(program, programs, seed=program))(
             Descriptor(x, 128, 64),
@@ -58,6 +61,8 @@ def test_swiglu(rows: int, inputs: int, inner: int, programs: int, save: bool, a
             Descriptor(projected[:, :inner], 128, 64),
             Descriptor(projected[:, inner:], 128, 64),
             Pointer(rstd),
+            Pointer(shifts) if norm == "layer" else None,
+            Pointer(gate_up.float().sum(1)) if norm == "layer" else None,
             Number(rows),
             Number(inner),
             EPS,
@@ -65,11 +70,15 @@ def test_swiglu(rows: int, inputs: int, inner: int, programs: int, save: bool, a
             4,
             save,
             activate,
-            norm,
+            bool(norm),
         )
     exact = x.double()
     if norm:
+        means = exact.mean(1, keepdim=True) if norm == "layer" else torch.zeros(rows, 1)
+        exact = exact - means
         factors = (exact.square().mean(1) + EPS).rsqrt()
+        if norm == "layer":
+            torch.testing.assert_close(shifts.double(), means[:, 0] * factors, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(rstd.double(), factors, rtol=1e-5, atol=0)
         exact = exact * factors[:, None]
     exact = exact @ gate_up.double().T

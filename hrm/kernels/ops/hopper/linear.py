@@ -95,19 +95,30 @@ def _norm_factors(
     eps: gl.tensor,
     layout: gl.constexpr,
     SLICES: gl.constexpr,
+    LAYER: gl.constexpr,
 ) -> Any:
-    """1 / rms of the rows in `x_tile`, as soon as they are there."""
+    """Of the rows in `x_tile`, as soon as they are there: 1 / rms and 0; LAYER: 1 / standard deviation, and mean."""
     BLOCK_M: gl.constexpr = x_tile.type.shape[1]
     BLOCK_K: gl.constexpr = x_tile.type.shape[2]
     of_slice: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
+    # Squares are taken around the mean of the first slice: near to that of all, or the rest is spread as far.
+    around = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, of_slice))
+    sums = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, of_slice))
     squares = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, of_slice))
     for k in range(SLICES):
         mbarrier.wait(x_full.index(k), phase)
         x = x_tile.index(k).load(of_slice).to(gl.float32)
+        if LAYER:
+            if k == 0:
+                around = gl.sum(x, 1) / BLOCK_K
+            x = x - gl.expand_dims(around, 1)
+            sums += gl.sum(x, 1)
         squares += gl.sum(x * x, 1)
     fence_async_shared()  # orders the reads before the copy engine's next writes
-    factors = gl.rsqrt(squares / (SLICES * BLOCK_K) + eps)
-    return gl.convert_layout(factors, gl.SliceLayout(1, layout))
+    off = sums / (SLICES * BLOCK_K)
+    factors = gl.rsqrt(squares / (SLICES * BLOCK_K) - off * off + eps)
+    of_rows: gl.constexpr = gl.SliceLayout(1, layout)
+    return gl.convert_layout(factors, of_rows), gl.convert_layout(around + off, of_rows)
 
 
 @gluon.jit
@@ -117,8 +128,8 @@ def _swiglu_multiply(
     buffers: gl.tuple,
     barriers: gl.tuple,
     work: gl.tuple,
-    rstd: gl.tensor,
-    M: gl.tensor,
+    vectors: gl.tuple,
+    sizes: gl.tuple,
     eps: gl.tensor,
     SLICES: gl.constexpr,
     STAGES: gl.constexpr,
@@ -130,6 +141,8 @@ def _swiglu_multiply(
     out_desc, gate_desc, up_desc = descs
     x_tile, weight_ring, staging = buffers
     x_full, x_empty, weight_full, weight_empty, turns = barriers
+    rstd, shifts, sums = vectors
+    M, F = sizes
     start, end, tiles_n = work
     BLOCK_M: gl.constexpr = x_tile.type.shape[1]
     BLOCK_K: gl.constexpr = x_tile.type.shape[2]
@@ -139,15 +152,18 @@ def _swiglu_multiply(
     x_phase = 0
     turn_phase = 1 - HALF  # The first group finds its first turn given.
     factors = gl.full([BLOCK_M], 1.0, gl.float32, gl.SliceLayout(1, layout))
+    means = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, layout))
     for tile in range(start, end):
         m = tile // tiles_n * BLOCK_M
         n = tile % tiles_n * (2 * BLOCK_N) + HALF * BLOCK_N
         new_rows = (tile == start) | (tile % tiles_n == 0)
         last_of_rows = (tile + 1 == end) | ((tile + 1) % tiles_n == 0)
         if NORM and new_rows:
-            factors = _norm_factors(x_tile, x_full, x_phase, eps, layout, SLICES)
+            factors, means = _norm_factors(x_tile, x_full, x_phase, eps, layout, SLICES, shifts is not None)
             rows = m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
             gl.store(rstd + rows, factors, rows < M)  # both groups, and every program that has some of the rows
+            if shifts is not None:
+                gl.store(shifts + rows, means * factors, rows < M)
         acc = gl.zeros([BLOCK_M, 2 * BLOCK_N], gl.float32, layout)
         # Besides ordering the two, a turn says that the other group has seen all stages before this tile's come full:
         # without it, the parity of `weight_full` would be ambiguous.
@@ -170,6 +186,11 @@ def _swiglu_multiply(
         step += SLICES
         x_phase ^= last_of_rows.to(gl.int32)
 
+        if shifts is not None:
+            columns = gl.arange(0, 2 * BLOCK_N, gl.SliceLayout(0, layout))
+            at = n + columns % BLOCK_N
+            sum_of = gl.load(sums + columns // BLOCK_N * F + at, at < F, other=0.0)
+            acc = acc - gl.expand_dims(means, 1) * gl.expand_dims(sum_of, 0)
         if NORM:
             acc = acc * gl.expand_dims(factors, 1)
         gate, up = acc.reshape([BLOCK_M, 2, BLOCK_N]).permute([0, 2, 1]).split()
@@ -189,6 +210,8 @@ def _swiglu_kernel(
     gate_desc: tma.tensor_descriptor,
     up_desc: tma.tensor_descriptor,
     rstd: gl.tensor,
+    shifts: gl.tensor,
+    sums: gl.tensor,
     M: gl.tensor,
     F: gl.tensor,
     eps: gl.tensor,
@@ -198,6 +221,10 @@ def _swiglu_kernel(
     ACTIVATE: gl.constexpr,
     NORM: gl.constexpr,
 ) -> None:
+    """NORM: of rows that are divided by their root mean square or, with `shifts`, laid around 0 and divided by that.
+
+    shifts: gets mean / standard deviation of each row; `sums` are those of the rows of both weights.
+    """
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     BLOCK_N: gl.constexpr = weight_desc.block_type.shape[1]
@@ -227,12 +254,17 @@ def _swiglu_kernel(
     outputs = (out_desc, gate_desc, up_desc)
     first = (x_tile, weight_ring, staging.index(0))
     second = (x_tile, weight_ring, staging.index(1))
+    vectors = (rstd, shifts, sums)
+    sizes = (M, F)
     gl.warp_specialize(
         [
-            (_swiglu_multiply, (0, outputs, first, barriers, work, rstd, M, eps, SLICES, STAGES, SAVE, ACTIVATE, NORM)),
             (
                 _swiglu_multiply,
-                (1, outputs, second, barriers, work, rstd, M, eps, SLICES, STAGES, SAVE, ACTIVATE, NORM),
+                (0, outputs, first, barriers, work, vectors, sizes, eps, SLICES, STAGES, SAVE, ACTIVATE, NORM),
+            ),
+            (
+                _swiglu_multiply,
+                (1, outputs, second, barriers, work, vectors, sizes, eps, SLICES, STAGES, SAVE, ACTIVATE, NORM),
             ),
             (_swiglu_load, ((x_desc, weight_desc), (x_tile, weight_ring), barriers, work, SLICES, STAGES, NORM)),
         ],
@@ -278,6 +310,17 @@ def norm_linear(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return out, rstd
 
 
+def layer_norm_linear(x: Tensor, weight: Tensor, sums: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """layer_norm(x) @ weight.T, and of the rows of x 1 / standard deviation and mean times that.
+
+    `sums` are those of the rows of `weight` [N, K], float32: norm(x) weight.T = (x weight.T - mean sums) / deviation.
+    """
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    rstd, shifts = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+    _launch_swiglu(x, weight, None, out, rstd, eps, shifts, sums)
+    return out, rstd, shifts
+
+
 def _launch_swiglu(
     x: Tensor,
     gate_up: Tensor,
@@ -285,10 +328,13 @@ def _launch_swiglu(
     projected: Tensor | None,
     rstd: Tensor | None = None,
     eps: float = 0.0,
+    shifts: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> None:
     """Write to `out` [M, F] what gate and up make of each other, to `projected` [M, 2 F] what they are.
 
-    With `rstd` [M], of the rows of x after their norm, whose factors are left there.
+    With `rstd` [M], of the rows of x after their norm, whose factors are left there; with `shifts` and `sums` too, that
+    is a layer norm, as `layer_norm_linear` says.
     """
     M, K = x.shape
     F = gate_up.shape[0] // 2
@@ -306,6 +352,8 @@ def _launch_swiglu(
         gate_desc,
         up_desc,
         rstd,
+        shifts,
+        sums,
         M,
         F,
         eps,

@@ -1,7 +1,7 @@
 """Kernels of `hrm.kernels.ops.norm_linear`; the product is that of `matmul`.
 
-Forward: what there is to know of each row, and the weights of both in one, are a small kernel each; for root mean
-squares of up to 512 numbers on Hopper GPUs, the product finds them itself. Backward: one kernel beside the products.
+Forward: what there is to know of each row, and the weights of both in one, are a small kernel each; of rows of up to
+512 numbers on Hopper GPUs, the product finds it itself. Backward: one kernel beside the products.
 
 Shapes: M rows, K inputs, N outputs.
 """
@@ -115,11 +115,14 @@ def forward(x: Tensor, w: Tensor, norm_weight: Tensor | None, eps: float, kind: 
     if M == 0 or N == 0 or K == 0:
         return x.new_zeros(shape), factors.zero_(), shifts.zero_()
     weighted, sums = _fold(dense_rows(w), norm_weight, is_layer)
-    if not is_layer and hopper.why_not(x.device) is None and rows.is_contiguous():
+    if hopper.why_not(x.device) is None and rows.is_contiguous():
         from hrm.kernels.ops.hopper import linear
 
         if linear.pays_for_linear(rows, weighted):
-            out, factors = linear.norm_linear(rows, weighted.contiguous(), eps)
+            if sums is None:
+                out, factors = linear.norm_linear(rows, weighted.contiguous(), eps)
+            else:
+                out, factors, shifts = linear.layer_norm_linear(rows, weighted.contiguous(), sums, eps)
             return out.view(shape), factors, shifts
     grid, tile = row_wise(M, K)
     _statistics_kernel[grid](rows, factors, shifts if is_layer else None, M, K, rows.stride(0), eps, **tile)
