@@ -28,7 +28,7 @@ def test_product(rows: int, inputs: int, outputs: int, programs: int) -> None:
     a *= (torch.arange(inputs) // 128 + 1) * (torch.arange(rows) % 7 + 1)[:, None]  # blocks of unlike scales
     left, right = (ops.quantize_blocks(x, 128) for x in (a, b))
     out = torch.full((rows, outputs), math.nan, dtype=torch.float16)
-    scales = [decoded_scales(x.scales.view(torch.uint8), hopper_block_scaled.TILE) for x in (left, right)]
+    scales = decoded_scales(*(x.scales.view(torch.uint8) for x in (left, right)), hopper_block_scaled.TILE)
     for program in range(programs):
         on_cpu(hopper_block_scaled, "_block_scaled_kernel", FakeGluon(program, programs, seed=program))(
             Descriptor(left.values, 64, 128),

@@ -78,30 +78,41 @@ def _multiply(
     BLOCK_N: gl.constexpr = b_ring.type.shape[1]
     BLOCK_K: gl.constexpr = b_ring.type.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32])
+    row_scales = a_scales + HALF * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+    column_scales = b_scales + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
     step = 0
+    tile_m, tile_n = tile_position(gl.program_id(0), tiles_m, tiles_n)
+    m, n = tile_m * (2 * BLOCK_M), tile_n * BLOCK_N
+    rows, columns = gl.load(row_scales + m), gl.load(column_scales + n)
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n)
-        m, n = tile_m * (2 * BLOCK_M) + HALF * BLOCK_M, tile_n * BLOCK_N
-        row_scales = a_scales + m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
-        column_scales = b_scales + n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
+        next_tile = gl.minimum(tile + gl.num_programs(0), tiles_m * tiles_n - 1)
+        next_m, next_n = tile_position(next_tile, tiles_m, tiles_n)
+        next_m, next_n = next_m * (2 * BLOCK_M), next_n * BLOCK_N
+        row, column = m, n
         acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
-        for _ in range(0, K, BLOCK_K):
+        for k in range(0, K, BLOCK_K):
             stage = step % STAGES
-            rows, columns = gl.load(row_scales), gl.load(column_scales)
-            row_scales += tiles_m * (2 * BLOCK_M)
-            column_scales += tiles_n * BLOCK_N
             mbarrier.wait(full.index(stage), step // STAGES & 1)
             part = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
             right = b_ring.index(stage).permute([1, 0])
             part = warpgroup_mma(a_ring.index(2 * stage + HALF), right, part, use_acc=False, is_async=True)
+            # The next slice's scales have until its product is done to come.
+            row += tiles_m * (2 * BLOCK_M)
+            column += tiles_n * BLOCK_N
+            if k + BLOCK_K >= K:
+                row, column = next_m, next_n
+            next_rows, next_columns = gl.load(row_scales + row), gl.load(column_scales + column)
             part = warpgroup_mma_wait(0, deps=(part,))
             mbarrier.arrive(empty.index(stage), count=1)
             acc = acc + part * gl.expand_dims(rows, 1) * gl.expand_dims(columns, 0)
+            rows, columns = next_rows, next_columns
             step += 1
+        m += HALF * BLOCK_M
         WIDTH: gl.constexpr = BLOCK_N // 2
         first, second = acc.reshape([BLOCK_M, 2, WIDTH]).permute([0, 2, 1]).split()
         store_tile(out_desc, m, n, first, staging.index(0), 1)
         store_tile(out_desc, m, n + WIDTH, second, staging.index(1), 1)
+        m, n = next_m, next_n
     tma.store_wait(0)
 
 

@@ -1,6 +1,7 @@
 """Kernels of `hrm.kernels.ops.block_scaled_matmul`.
 
-Quantising rounds by arithmetic on bits, the same on every chip. The product has three ways, by `_way`: the matrix
+Quantising rounds to nearest by the chip's own conversion to e4m3 where there is one, and by arithmetic on bits, which
+gives the same, elsewhere. The product has three ways, by `_way`: the matrix
 unit's own scales (Blackwell), sums of e4m3 blocks of 128 scaled in registers (Hopper), and operands widened to
 bfloat16 first, each in a launch, and multiplied as `hrm.kernels.ops.triton.matmul` does.
 
@@ -88,10 +89,12 @@ def _quantize_kernel(
     K: tl.tensor,
     stride: tl.tensor,
     FOUR_BITS: tl.constexpr,
+    CONVERTS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
+    """CONVERTS: the chip converts to e4m3."""
     BLOCKS: tl.constexpr = COLUMNS // BLOCK
     rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -108,14 +111,15 @@ def _quantize_kernel(
     exponent = tl.where(largest == 0, 127, tl.maximum(exponent, 1))
     factor = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     bad = largest >= 0x7F800000
-    scaled = tl.where(bad[:, :, None], float("nan"), blocks * factor[:, :, None]).reshape(ROWS, COLUMNS)
+    scaled = (blocks * tl.where(bad, float("nan"), factor)[:, :, None]).reshape(ROWS, COLUMNS)
     if FOUR_BITS:
         low, high = _encode_e2m1(scaled).reshape(ROWS, COLUMNS // 2, 2).split()
         pairs = tl.program_id(0) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
         at = rows[:, None] * (K // 2) + pairs[None, :]
         tl.store(values + at, low | (high << 4), (rows[:, None] < M) & (pairs[None, :] < K // 2))
     else:
-        tl.store(values + rows[:, None] * K + columns[None, :], _encode_e4m3(scaled), inside)
+        code = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if CONVERTS else _encode_e4m3(scaled)
+        tl.store(values + rows[:, None] * K + columns[None, :], code, inside)
     of_row = tl.cdiv(K, BLOCK)
     number_of_block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     at = rows[:, None] * of_row + number_of_block[None, :]
@@ -129,6 +133,11 @@ def _tile(K: int, block: int) -> tuple[int, int]:
     return width, _PASSED // width
 
 
+def _converts(device: torch.device) -> bool:
+    """Whether a chip converts to e4m3."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def quantize(x: Tensor, block: int, format: str) -> tuple[Tensor, Tensor]:
     """As the operator `hrm::quantize_blocks` says."""
     rows, K = dense_rows(as_rows(x)), x.shape[-1]
@@ -139,7 +148,18 @@ def quantize(x: Tensor, block: int, format: str) -> tuple[Tensor, Tensor]:
         width, height = _tile(K, block)
         grid = (triton.cdiv(K, width), triton.cdiv(len(rows), height))
         _quantize_kernel[grid](
-            rows, values, scales, len(rows), K, rows.stride(0), four_bits, block, height, width, num_warps=4
+            rows,
+            values,
+            scales,
+            len(rows),
+            K,
+            rows.stride(0),
+            four_bits,
+            _converts(x.device),
+            block,
+            height,
+            width,
+            num_warps=4,
         )
     return values if four_bits else values.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu)
 
@@ -269,21 +289,37 @@ def _block_scaled_kernel(
 
 @triton.jit
 def _decode_scales_kernel(
-    scales: tl.tensor, decoded: tl.tensor, M: tl.tensor, blocks: tl.tensor, height: tl.tensor, SIZE: tl.constexpr
+    a: tl.tensor,
+    b: tl.tensor,
+    decoded: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    blocks: tl.tensor,
+    a_height: tl.tensor,
+    b_height: tl.tensor,
+    SIZE: tl.constexpr,
 ) -> None:
-    """Of codes [M, blocks] the scales [blocks, height], 1 past M."""
-    rows, block = tl.program_id(0) * SIZE + tl.arange(0, SIZE), tl.program_id(1)
-    code = tl.load(scales + rows.to(tl.int64) * blocks + block, rows < M, 127)
+    """Of codes [M, blocks] and [N, blocks] the scales [blocks, height], those of b after a's; past the ends 1."""
+    number, block = tl.program_id(0), tl.program_id(1)
+    source, rows_of, height = a, M, a_height
+    if number >= tl.cdiv(a_height, SIZE):
+        number -= tl.cdiv(a_height, SIZE)
+        source, rows_of, height = b, N, b_height
+        decoded += blocks.to(tl.int64) * a_height
+    rows = number * SIZE + tl.arange(0, SIZE)
+    code = tl.load(source + rows.to(tl.int64) * blocks + block, rows < rows_of, 127)
     tl.store(decoded + block.to(tl.int64) * height + rows, _decode_scale(code), rows < height)
 
 
-def decoded_scales(scales: Tensor, tile: int) -> Tensor:
-    """Scales [M, blocks] as float32 [blocks, M'], block by block, M rounded up to a multiple of `tile`."""
-    (M, blocks), size = scales.shape, 512
-    height = triton.cdiv(M, tile) * tile
-    decoded = torch.empty(blocks, height, dtype=torch.float32, device=scales.device)
-    _decode_scales_kernel[(triton.cdiv(height, size), blocks)](scales, decoded, M, blocks, height, size)
-    return decoded
+def decoded_scales(a: Tensor, b: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """Scales [M, blocks] and [N, blocks] as float32 [blocks, M'], block by block, M rounded up to whole tiles."""
+    (M, blocks), N, size = a.shape, len(b), 512
+    heights = [triton.cdiv(rows, tile) * tile for rows in (M, N)]
+    decoded = torch.empty(blocks * sum(heights), dtype=torch.float32, device=a.device)
+    programs = sum(triton.cdiv(height, size) for height in heights)
+    _decode_scales_kernel[(programs, blocks)](a, b, decoded, M, N, blocks, *heights, size)
+    first, second = decoded.split([blocks * height for height in heights])
+    return first.view(blocks, -1), second.view(blocks, -1)
 
 
 def _way(device: torch.device, block: int, format: str) -> Way:
@@ -312,7 +348,7 @@ def forward(a: BlockScaled, b: BlockScaled, out_dtype: torch.dtype) -> Tensor:
     if way == "scaled sums" and aligned and hopper.why_not(device) is None:
         from hrm.kernels.ops.hopper.block_scaled_matmul import TILE, multiply
 
-        multiply(left, right, decoded_scales(a_scales, TILE), decoded_scales(b_scales, TILE), out.view(M, N))
+        multiply(left, right, *decoded_scales(a_scales, b_scales, TILE), out.view(M, N))
         return out
     four_bits = format == "mxfp4"
     codes = [x.view(torch.uint8) for x in (left, right)]
