@@ -62,6 +62,18 @@ def _gradients(grad: Tensor, x: Tensor, factors: Tensor, shifts: Tensor) -> tupl
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
+@torch.library.custom_op("hrm::norm_weights_backward", mutates_args=())
+def _weights_backward(grad: Tensor, w: Tensor, norm_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients in w [N, K] and norm_weight [K] from that in their product [N, K]."""
+    d_w, d_norm_weight = triton_kernels("norm_linear", w).weights_backward(grad, w, norm_weight)
+    return d_w, d_norm_weight
+
+
+@_weights_backward.register_fake
+def _weights_gradients(grad: Tensor, w: Tensor, norm_weight: Tensor) -> tuple[Tensor, Tensor]:
+    return w.new_empty(w.shape), norm_weight.new_empty(norm_weight.shape)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, w, norm_weight, *_ = inputs
     _, factors, shifts = output
@@ -78,7 +90,8 @@ def _differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...
     d_weighted = rows.T @ normalised
     if norm_weight is None:
         return d_x.view(x.shape), d_weighted, None, None, None
-    return d_x.view(x.shape), d_weighted * norm_weight, (d_weighted * w).sum(0), None, None
+    d_w, d_norm_weight = torch.ops.hrm.norm_weights_backward(d_weighted, w, norm_weight)
+    return d_x.view(x.shape), d_w, d_norm_weight, None, None
 
 
 _norm_linear.register_autograd(_differentiate, setup_context=_keep)

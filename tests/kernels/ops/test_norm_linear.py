@@ -75,6 +75,8 @@ def test_large_values(device: str, kind: str) -> None:
 def test_operator(device: str, kind: str) -> None:
     inputs = arguments(device, torch.float32, (2, 3, 8), 4, True)
     torch.library.opcheck(torch.ops.hrm.norm_linear.default, (*inputs, 1e-5, kind))
+    _, w, norm_weight = (tensor.detach() for tensor in inputs)
+    torch.library.opcheck(torch.ops.hrm.norm_weights_backward.default, (w.flip(0), w, norm_weight))
     assert_compiles(partial(ops.norm_linear, kind=kind), inputs)
 
 

@@ -1,7 +1,7 @@
 """Kernels of `hrm.kernels.ops.norm_linear`; the product is that of `matmul`.
 
 Forward: what there is to know of each row, and the weights of both in one, are a small kernel each; of rows of up to
-512 numbers on Hopper GPUs, the product finds it itself. Backward: one kernel beside the products.
+512 numbers on Hopper GPUs, the product finds it itself. Backward: two kernels beside the products.
 
 Shapes: M rows, K inputs, N outputs.
 """
@@ -104,6 +104,31 @@ def _backward_kernel(
     tl.store(normalised + at, y, inside)
 
 
+@triton.jit
+def _weights_backward_kernel(
+    grad: tl.tensor,
+    w: tl.tensor,
+    norm_weight: tl.tensor,
+    d_w: tl.tensor,
+    parts: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    stride: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Some columns of some rows of d_w, and the sum of what they add to the gradient of the norm's weights."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (rows[:, None] < N) & (columns[None, :] < K)
+    at = rows.to(tl.int64)[:, None]
+    slope = tl.load(grad + at * K + columns[None, :], inside, 0.0).to(tl.float32)
+    weight = tl.load(w + at * stride + columns[None, :], inside, 0.0).to(tl.float32)
+    scale = tl.load(norm_weight + columns, columns < K, 0.0).to(tl.float32)
+    tl.store(d_w + at * K + columns[None, :], slope * scale[None, :], inside)
+    tl.store(parts + tl.program_id(0) * K + columns, tl.sum(slope * weight, 0), columns < K)
+
+
 def forward(x: Tensor, w: Tensor, norm_weight: Tensor | None, eps: float, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """As the operator `hrm::norm_linear` says."""
     rows, (N, K) = dense_rows(as_rows(x)), w.shape
@@ -163,3 +188,16 @@ def backward(grad: Tensor, x: Tensor, factors: Tensor, shifts: Tensor) -> tuple[
             **tile,
         )
     return d_x, normalised
+
+
+def weights_backward(grad: Tensor, w: Tensor, norm_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As the operator `hrm::norm_weights_backward` says."""
+    grad, w = grad.contiguous(), dense_rows(w)
+    (N, K), height, width = w.shape, 32, 128
+    d_w = w.new_empty(N, K)
+    parts = w.new_empty(triton.cdiv(N, height), K, dtype=torch.float32)
+    if d_w.numel():
+        _weights_backward_kernel[(len(parts), triton.cdiv(K, width))](
+            grad, w, norm_weight.contiguous(), d_w, parts, N, K, w.stride(0), height, width
+        )
+    return d_w, parts.sum(0).to(norm_weight.dtype)
