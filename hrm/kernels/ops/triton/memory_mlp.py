@@ -44,6 +44,7 @@ class _Tiles(NamedTuple):
     update_warps: int = 4
     stages: int = 4
     programs: int = 1  # of the update, for each multiprocessor
+    pdl: int = 0
     swap: bool = True  # whether tiles of a matmul are made as their transposes
 
 
@@ -192,7 +193,10 @@ def _hidden_kernel(
     COPY_TILE: tl.constexpr,
     WHOLE: tl.constexpr,
     SWAP: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     if program <= M:
         tl.store(counters + program, 0)
@@ -244,6 +248,7 @@ def _error_kernel(
     PARTS: tl.constexpr,
     WHOLE: tl.constexpr,
     SWAP: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     COLUMN_TILES: tl.constexpr = (D + WIDTH - 1) // WIDTH
     row_tiles = tl.cdiv(N, HEIGHT)
@@ -254,6 +259,9 @@ def _error_kernel(
     # What the end needs comes while the product is made.
     wanted = _tile(v + memory * N * D, row, column, N, D, HEIGHT, WIDTH, WHOLE, D % WIDTH == 0)
     bias = _bias_tile(b2 + memory * D, column, D, WIDTH)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     acc = _linear_tile(
         h + memory * N * H, w2 + memory * D * H, row, column, N, H, D, HEIGHT, WIDTH, INNER, PRECISION, WHOLE, SWAP
     )
@@ -600,12 +608,15 @@ def _update_kernel(
     PARTS: tl.constexpr,
     WHOLE: tl.constexpr,
     SWAP: tl.constexpr,
+    PDL: tl.constexpr,
     PHASE: tl.constexpr,
 ) -> None:
     """PHASE: which one, or 0 for all in one launch whose programs run at once."""
     if PHASE == 0:
         _prefetch(s_w1, M.to(tl.int64) * D * H, 128)
         _prefetch(s_w2, M.to(tl.int64) * D * H, 128)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
     if PHASE == 0 or PHASE == 1:
         if SPLIT == 2:
             at = tl.program_id(0)
@@ -743,11 +754,12 @@ def forward_loss(
         copies,
         COPY_TILE=2048,
         SWAP=TILES.swap or copies,
+        PDL=TILES.pdl >= 1,
         **options,
     )
     _error_kernel[plan.error](
         h, v, w2_copy if copies else w2, b2, y, error, error_sums, loss_parts, loss, counters, N, D, H, PARTS=256,
-        SWAP=TILES.swap, **options,
+        SWAP=TILES.swap, PDL=TILES.pdl >= 1, launch_pdl=TILES.pdl >= 1, **options,
     )  # fmt: skip
     return loss, z1, h, y, error, w2_copy, error_sums, counters
 
@@ -773,6 +785,6 @@ def backward_update_(
         _update_kernel[plan.update](
             z1, h, k, error, w2_copy if w2_copy.numel() else w.w2, error_sums, dz1, dz1_sums, grads, squares, halves,
             arrivals, loss, norms, counters, *w, *momentum, *gates, max_grad_norm, M, N, D, H, PHASE=phase,
-            launch_cooperative_grid=at_once, **plan.update_options,
+            PDL=TILES.pdl >= 2, launch_cooperative_grid=at_once, launch_pdl=TILES.pdl >= 2, **plan.update_options,
         )  # fmt: skip
     return norms
