@@ -6,8 +6,8 @@ python -m benchmarks.ops --only softmax --out /tmp/softmax --plot /tmp/softmax.s
 A row that fails or an operation that hangs costs no others, and files are written after every row. `of bound` is the
 larger of two times over the time taken: that of a device copy of as many bytes, and that of as many operations at the
 rate of a large bf16 matmul, measured in the same process; `limit` says which of them. Times are medians of calls
-from CUDA graphs, by the device's events, with inputs that are not in its cache. On a CPU the script is tried out at toy
-size, and its numbers mean nothing.
+from CUDA graphs, by the device's events, with inputs that are not in its cache; rows that say so are called from
+Python, one after the other, by the clock. On a CPU the script is tried out at toy size, and its numbers mean nothing.
 """
 
 from __future__ import annotations

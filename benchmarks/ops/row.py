@@ -50,6 +50,7 @@ class Row:
     bar: Bar
     bytes: int = 0  # that must pass: inputs and results once each
     flops: int = 0
+    from_python: bool = False  # timed as it is called from Python, the host's part with it; else from a graph
 
 
 HRM_STATES = (384 * 82, 512)

@@ -108,11 +108,12 @@ def append_lines(names: Sequence[str], device: torch.device, file: Path) -> None
 
 def _measure(row: Row, timer: Timer) -> Line:
     work = row.work(timer.device)
-    us = timer.us(work.ours)
+    measure = timer.called_us if row.from_python else timer.us
+    us = measure(work.ours)
     times, missing = {}, {}
     for name, make in work.rivals.items():
         try:
-            times[name] = timer.us(make())
+            times[name] = measure(make())
         except Exception as error:  # not installed, or does not take the shape
             missing[name] = _in_one_line(error)
     copy_us = timer.copy_us(row.bytes) if row.bytes else 0.0

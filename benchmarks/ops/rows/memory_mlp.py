@@ -22,14 +22,16 @@ def rows(toy: bool) -> Iterator[Row]:
     tokens, width, dtype, suffix = (64, 32, torch.float32, " float32") if toy else (2048, 512, torch.bfloat16, "")
     weights = 2 * width * width + 2 * width
     # Two products forward and three backward; keys and values, and weights and momentum both ways.
-    yield Row(
-        f"N {tokens}, D = H = {width}{suffix}",
-        "step",
-        partial(_work, tokens, width, dtype),
-        BAR,
-        bytes=2 * tokens * width * dtype.itemsize + 4 * weights * 4,
-        flops=5 * 2 * tokens * width * width,
-    )
+    for way in ("from a graph", "from Python"):
+        yield Row(
+            f"N {tokens}, D = H = {width}{suffix}, {way}",
+            "step",
+            partial(_work, tokens, width, dtype),
+            BAR,
+            bytes=2 * tokens * width * dtype.itemsize + 4 * weights * 4,
+            flops=5 * 2 * tokens * width * width,
+            from_python=way == "from Python",
+        )
 
 
 def by_torch_func(
