@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -95,7 +96,7 @@ def _compare_memory(timer: Timer, ends_at: float) -> None:
     in_force = memory_mlp.MOST_ROWS, memory.TILES
     # A tile of a gradient of 128 x 128 reads half as much; two programs share its tokens, so that all have work.
     large = {"weight": 128, "split": 2, "update_warps": 8}
-    changes: list[dict[str, int]] = [
+    changes: list[dict[str, Any]] = [
         *({"rows": rows, **change} for change in ({}, large) for rows in (128, 64)),
         *({"stages": stages, **change} for change in ({}, large) for stages in (3, 5)),
         *({"columns": columns, "warps": warps, **large} for columns, warps in ((64, 8), (128, 4), (128, 8), (32, 4))),

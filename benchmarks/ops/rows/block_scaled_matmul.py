@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ def rows(toy: bool) -> Iterator[Row]:
     """Blocks of 128 beside a product in bfloat16: with quantising both operands, and with both given; then MX's 32."""
     sizes = [(40, 256, 48)] if toy else [(8192, 8192, 8192), (HRM_STATES[0], 512, 3072), (HRM_STATES[0], 1536, 512)]
     for M, K, N in sizes:
-        cost = {"bytes": M * K + K * N + 2 * M * N, "flops": 2 * M * N * K}
+        cost: dict[str, Any] = {"bytes": M * K + K * N + 2 * M * N, "flops": 2 * M * N * K}
         for block, format, given in ((128, "mxfp8", True), (128, "mxfp8", False), (32, "mxfp8", True)):
             what = f"{M}x{K}x{N} {format}/{block} {'quantised before' if given else 'quantising'}"
             bar = Bar(times_rival=1.0) if block == 128 else Bar()

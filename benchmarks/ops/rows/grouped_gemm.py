@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,10 @@ def rows(toy: bool) -> Iterator[Row]:
         shares = [1 + i % 7 for i in range(count)]
         heights = [tokens * share // sum(shares) for share in shares]
         total = sum(heights)
-        cost = {"bytes": 2 * (total * K + count * K * N + total * N), "flops": 2 * total * K * N}
+        cost: dict[str, Any] = {"bytes": 2 * (total * K + count * K * N + total * N), "flops": 2 * total * K * N}
         shape = f"{count} experts, {total}x{K}x{N}"
         yield Row(shape, "forward", partial(_forward, heights, K, N), Bar(times_rival=1.0), **cost)
-        twice = {"bytes": 2 * cost["bytes"], "flops": 2 * cost["flops"]}
+        twice: dict[str, Any] = {"bytes": 2 * cost["bytes"], "flops": 2 * cost["flops"]}
         yield Row(shape, "backward", partial(_backward, heights, K, N), Bar(times_rival=1.0), **twice)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def rows(toy: bool) -> Iterator[Row]:
     sizes: dict[str, Size] = {"toy": (40, 32, 48)} if toy else SIZES
     for name, size in sizes.items():
         M, K, N = size
-        cost = {"bytes": 2 * (M * K + K * N + M * N), "flops": 2 * M * N * K}
+        cost: dict[str, Any] = {"bytes": 2 * (M * K + K * N + M * N), "flops": 2 * M * N * K}
         label = f"{name} {M}x{K}x{N}"
         inputs = partial(_inputs, size)
         yield forward(label, inputs, _ours(None), {"cublas": plain(_naive(None))}, Bar(times_rival=0.9), **cost)
@@ -39,7 +40,7 @@ def rows(toy: bool) -> Iterator[Row]:
                 rivals["cublasLt epilogue"] = plain(_library_relu)
             yield forward(f"{label} {activation}", with_bias, _ours(activation), rivals, Bar(times_rival=1.0), **cost)
         if name in ("toy", "qkv"):
-            twice = {"bytes": 2 * cost["bytes"], "flops": 2 * cost["flops"]}
+            twice: dict[str, Any] = {"bytes": 2 * cost["bytes"], "flops": 2 * cost["flops"]}
             bar = Bar(times_rival=1.0, rivals=("compile",))
             rivals = {"compile": compiled(_naive("gelu"))}
             yield backward(f"{label} gelu", with_bias, _ours("gelu"), rivals, bar, **twice)

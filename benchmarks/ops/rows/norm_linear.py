@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,13 @@ def rows(toy: bool) -> Iterator[Row]:
         (qkv, "layer", True),
         (gate_up, "rms", True),
     ):
-        cost = {"bytes": 2 * (M * K + K * outputs + M * outputs), "flops": 2 * M * K * outputs}
+        cost: dict[str, Any] = {"bytes": 2 * (M * K + K * outputs + M * outputs), "flops": 2 * M * K * outputs}
         shape = f"{M}x{K}x{outputs} {kind}{', weights' * weighted}"
         inputs, ours = partial(_inputs, M, K, outputs, weighted), partial(ops.norm_linear, kind=kind)
         rivals = {"compile": compiled(_naive(kind)), "eager": plain(_naive(kind))}
         yield forward(shape, inputs, ours, rivals, Bar(times_rival=1.1, rivals=("compile",)), **cost)
         if weighted and outputs == qkv:
-            twice = {"bytes": 2 * cost["bytes"], "flops": 2 * cost["flops"]}
+            twice: dict[str, Any] = {"bytes": 2 * cost["bytes"], "flops": 2 * cost["flops"]}
             yield backward(shape, inputs, ours, rivals, Bar(times_rival=1.0, rivals=("compile",)), **twice)
 
 

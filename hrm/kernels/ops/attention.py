@@ -164,7 +164,7 @@ def attention(
 class _Parts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, projection: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = projection.unflatten(-1, (3, heads, -1)).unbind(-3)
+        q, k, v = projection.view(*projection.shape[:-1], 3, heads, -1).unbind(-3)
         return q, k, v
 
     @staticmethod

@@ -318,7 +318,7 @@ def decoded_scales(a: Tensor, b: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     decoded = torch.empty(blocks * sum(heights), dtype=torch.float32, device=a.device)
     programs = sum(triton.cdiv(height, size) for height in heights)
     _decode_scales_kernel[(programs, blocks)](a, b, decoded, M, N, blocks, *heights, size)
-    first, second = decoded.split([blocks * height for height in heights])
+    first, second = torch.split(decoded, [blocks * height for height in heights])
     return first.view(blocks, -1), second.view(blocks, -1)
 
 

@@ -648,7 +648,7 @@ class _Plan(NamedTuple):
     update: tuple[int]
     row_tiles: int
     loss_parts: int
-    scratch: tuple[int, ...]  # numbers of what phases leave to one another: sums of dz1, gradients, squares, halves
+    scratch: list[int]  # numbers of what phases leave to one another: sums of dz1, gradients, squares, halves
     arrivals: int
     forward_options: dict[str, Any]
     update_options: dict[str, Any]
@@ -686,12 +686,12 @@ def _plan(
         update=(programs,),
         row_tiles=row_tiles,
         loss_parts=tiles_d,
-        scratch=(
+        scratch=[
             M * row_tiles * H,
             M * (2 * D * H + D + H),
             M * items,
             M * 2 * matrices * tiles.weight**2 if tiles.split == 2 else 0,
-        ),
+        ],
         arrivals=M * matrices if tiles.split == 2 else 0,
         forward_options=options,
         update_options=options
@@ -776,7 +776,7 @@ def backward_update_(
     (N, D), H, M = k.shape[-2:], z1.shape[-1], loss.numel()
     plan = _plan_of(k, H)
     dz1, norms = torch.empty_like(z1), torch.empty_like(loss)
-    dz1_sums, grads, squares, halves = loss.new_empty(sum(plan.scratch)).split(plan.scratch)
+    dz1_sums, grads, squares, halves = torch.split(loss.new_empty(sum(plan.scratch)), plan.scratch)
     arrivals = torch.empty(plan.arrivals, dtype=torch.int32, device=k.device) if plan.arrivals else counters
     at_once = _run_at_once(k)
     if not at_once:  # the interpreter leaves numbers as Python has them
