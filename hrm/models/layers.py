@@ -57,8 +57,9 @@ def kept_copy(weight: Tensor) -> WeightCopy | None:
 def copies_at_hand(weights: Iterable[Tensor], dtype: torch.dtype) -> Iterator[None]:
     """Have `in_dtype` use copies in the body, which must leave the weights alone, instead of casting at every call.
 
-    They go at the end, for a CUDA graph of a training step may later change the weights without autograd's notice.
-    Copies that an optimizer keeps stay, brought up to date.
+    They count no longer at the end, for a CUDA graph of a training step may later change the weights without autograd's
+    notice. But their memory stays for the next time: a graph recorded in the body reads it there. Copies that an
+    optimizer keeps stay, brought up to date.
     """
     made = []
     for weight in weights:
@@ -67,13 +68,22 @@ def copies_at_hand(weights: Iterable[Tensor], dtype: torch.dtype) -> Iterator[No
             if not copy.is_current(weight):
                 keep_copy(weight, copy.values.copy_(weight.detach()))
         elif copy is None and weight.dtype != dtype:
-            keep_copy(weight, weight.detach().to(dtype))
+            keep_copy(weight, _memory_for_copy(weight, dtype).copy_(weight.detach()))
             made.append(weight)
     try:
         yield
     finally:
         for weight in made:
             del weight.copy_in_compute_dtype  # type: ignore[attr-defined]
+
+
+def _memory_for_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a copy of a weight, the same every time."""
+    memory: Tensor | None = getattr(weight, "memory_for_copy", None)
+    if memory is None or memory.dtype != dtype or memory.device != weight.device or memory.shape != weight.shape:
+        memory = torch.empty_like(weight, dtype=dtype)
+        weight.memory_for_copy = memory  # type: ignore[attr-defined]
+    return memory
 
 
 def in_dtype(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:

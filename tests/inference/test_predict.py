@@ -69,6 +69,20 @@ def test_the_bundled_model_solves_a_hard_board(bundled: TrainedModel) -> None:
     assert 0 < out.steps[0] <= 16 * 16
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_a_recorded_step_finds_its_weights_in_the_next_call(boards: Any) -> None:
+    model = hrm.from_pretrained("sudoku_small", device="cuda")
+    first = model.predict(boards)
+    # Memory that the call gave back is written over.
+    filled = [torch.full((size,), math.nan, device="cuda") for size in (*range(1, 2**18, 997), *[2**22] * 8)]
+    again = model.predict(boards)
+    assert first.texts == again.texts
+    assert (first.steps == again.steps).all()
+    assert (first.steps < model.model.halt_max_steps).any()
+    del filled
+
+
 def test_a_board_may_be_written_in_any_way(bundled: TrainedModel) -> None:
     digits = [int(symbol) for symbol in EASY.replace(".", "0")]
     grid = np.array(digits).reshape(9, 9)

@@ -578,6 +578,10 @@ def test_weights_at_hand_are_cast_once(tiny_arch: Arch, random_batch: RandomBatc
             weights[0].mul_(2)  # against the rule, and noticed all the same
             assert torch.equal(in_dtype(weights[:1], torch.bfloat16)[0], weights[0].bfloat16())
         assert not any(kept_copy(weight) for weight in weights)
+        with model.weights_at_hand():  # as a graph that was recorded before reads them
+            later = in_dtype(weights, torch.bfloat16)
+            assert all(a.data_ptr() == b.data_ptr() for a, b in zip(first, later, strict=True))
+            assert torch.equal(later[0], weights[0].bfloat16())
         with pytest.raises(ZeroDivisionError), model.weights_at_hand():
             raise ZeroDivisionError
         assert not any(kept_copy(weight) for weight in weights)
