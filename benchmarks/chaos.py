@@ -118,7 +118,7 @@ def run_chaos(arguments: argparse.Namespace, tokens: np.ndarray[Any, np.dtype[np
         service = Server(command, port, folder / "log", _is_ready)
         service.start()
         stack.callback(service.kill)
-        victims = {"service": service, "redis": cache, "postgresql": database}
+        victims = {"postgresql": database, "redis": cache, "service": service}
         outcome = asyncio.run(_Chaos(arguments, tokens, expected, victims, results).run())
     return outcome
 
@@ -180,7 +180,7 @@ class _Chaos:
             self._victims[name].kill()
             self._outcome.killed[name] += 1
         await asyncio.sleep(seconds)
-        for name in sorted(names, key=list(self._victims).index, reverse=True):  # the service last: it needs the others
+        for name in sorted(names, key=list(self._victims).index):  # the service last: it needs the others
             began = time.perf_counter()
             await asyncio.to_thread(self._victims[name].start)
             if name == "service":
@@ -196,7 +196,7 @@ class _Chaos:
             status, body = 0, b""
         if status in _UNAVAILABLE:
             self._outcome.asked_again[f"{kind}: {status or 'broken'}"] += 1
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.1)
             return 0, body
         return status, body
 
