@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import traceback
 from collections import OrderedDict, deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -268,6 +269,7 @@ class Engine:
                 self._jobs.clear()
                 self._besides.clear()
             self._hand_out()
+            traceback.print_exception(error)  # for whoever runs it; clients get a sentence
 
     def _admit(self) -> bool:
         """Give free slots to those in line, and wait while there is no work; False when closed and all is done."""

@@ -47,6 +47,7 @@ class Measures:
         )
         self._errors = Counter("hrm_errors", "Requests that failed in the service itself", registry=self.registry)
         gauges = {
+            "hrm_ready": ("Whether the model can compute", lambda: engine.failure is None),
             "hrm_slots": ("Puzzles that can be computed at a time", lambda: engine.slots),
             "hrm_slots_in_use": ("Puzzles being computed", lambda: engine.work.in_slots),
             "hrm_queue": ("Puzzles that wait for a slot", lambda: engine.work.waiting),

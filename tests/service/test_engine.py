@@ -232,7 +232,9 @@ def test_it_answers_all_before_it_ends(model: TrainedModel) -> None:
     assert engine.failure is None
 
 
-def test_a_failure_reaches_all_who_wait(model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_reaches_all_who_wait(
+    model: TrainedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     engine, other = Engine(model, 2), Engine(model, 2)
 
     def broken(*_: object) -> None:
@@ -244,6 +246,8 @@ def test_a_failure_reaches_all_who_wait(model: TrainedModel, monkeypatch: pytest
     for future in futures:
         with pytest.raises(RuntimeError, match="out of memory"):
             future.result(60)
+    engine.close()
+    assert "RuntimeError: out of memory" in capsys.readouterr().err
     assert isinstance(engine.failure, RuntimeError)
     with pytest.raises(Closed, match="the model cannot compute any more"):
         engine.submit(puzzles()[0])
