@@ -231,15 +231,17 @@ def memory_mlp_forward_loss(k: Tensor, v: Tensor, w1: Tensor, b1: Tensor, w2: Te
     """
     name = "memory_mlp_forward_loss"
     check_tensors(name, k=k, v=v)
-    _check_weights(name, k, {"w1": w1, "b1": b1, "w2": w2, "b2": b2}, w1.shape[-2] if w1.ndim >= 2 else 0)
+    _check_weights(name, k, MemoryWeights(w1, b1, w2, b2), "", w1.shape[-2] if w1.ndim >= 2 else 0)
     check_shape(name, "v", v, k.shape, "as k")
     if not runs_triton(k) or not k.numel() or not b1.numel():
         with torch.no_grad():
             return naive_forward_loss(k, v, w1, b1, w2, b2)
     k, v = k.detach().contiguous(), v.contiguous()
-    run = _forward_loss if is_traced(k) else triton_kernels("memory_mlp", k).forward_loss
-    with torch.no_grad():
-        loss, z1, h, y, *others = run(k, v, w1, b1, w2, b2)
+    if is_traced(k):
+        with torch.no_grad():
+            loss, z1, h, y, *others = _forward_loss(k, v, w1, b1, w2, b2)
+    else:
+        loss, z1, h, y, *others = triton_kernels("memory_mlp", k).forward_loss(k, v, w1, b1, w2, b2)
     return MemorySaved(loss, z1, h, y, k, *others)
 
 
@@ -275,11 +277,11 @@ def memory_mlp_backward_update_(
     """
     name = "memory_mlp_backward_update_"
     k = saved.k
-    for kind, group in (("w", w), ("momentum", momentum)):
-        named = {f"{kind}.{field}": tensor for field, tensor in group._asdict().items()}
-        _check_weights(name, k, named, saved.z1.shape[-1])
-        for which, tensor in named.items():
+    for kind, group in (("w.", w), ("momentum.", momentum)):
+        _check_weights(name, k, group, kind, saved.z1.shape[-1])
+        for field, tensor in zip(MemoryWeights._fields, group, strict=True):
             if not tensor.is_contiguous():
+                which = kind + field
                 raise UserError(f"{name}: {which} is overwritten and not contiguous; give {which}.contiguous().")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise UserError(f"{name}: max_grad_norm={max_grad_norm} is too small; give more than 0, or None.")
@@ -299,8 +301,8 @@ def memory_mlp_backward_update_(
     if not is_traced(k):
         kept = (loss, z1, h, k, error, w2_copy, error_sums, counters)
         each = [number if tensor is None else tensor for number, tensor in zip(fixed, tensors, strict=True)]
-        with torch.no_grad():
-            found: Tensor = triton_kernels("memory_mlp", k).backward_update_(kept, w, momentum, each, limit)
+        found: Tensor = triton_kernels("memory_mlp", k).backward_update_(kept, w, momentum, each, limit)
+        torch.autograd.graph.increment_version((*w, *momentum))
         return found
     with torch.no_grad():
         norm: Tensor = _backward_update_(
@@ -316,15 +318,17 @@ def _gate_of_each(gate: Tensor, loss: Tensor) -> Tensor:
     return gate.detach().float().expand(loss.shape).contiguous()
 
 
-def _check_weights(name: str, k: Tensor, weights: dict[str, Tensor], hidden: int) -> None:
-    """Refuse weights, by their names, that are not those of memories of this hidden width for `k` [..., N, D]."""
+def _check_weights(name: str, k: Tensor, weights: MemoryWeights, prefix: str, hidden: int) -> None:
+    """Refuse weights that are not those of memories of this hidden width for `k` [..., N, D]."""
     if k.ndim < 2:
         raise UserError(f"{name}: k is {list(k.shape)} and should be [..., N, D].")
     *memories, _, width = k.shape
-    shapes = [(*memories, hidden, width), (*memories, hidden), (*memories, width, hidden), (*memories, width)]
-    for (which, weight), shape in zip(weights.items(), shapes, strict=True):
-        if weight.shape != shape:  # a sentence takes longer to write than a shape to compare
-            check_shape(name, which, weight, shape, f"for k [..., N, D] = {list(k.shape)} and H = {hidden}")
+    shapes = ((*memories, hidden, width), (*memories, hidden), (*memories, width, hidden), (*memories, width))
+    for field, weight, shape in zip(MemoryWeights._fields, weights, shapes, strict=True):
+        if weight.shape == shape and weight.dtype == torch.float32 and weight.device == k.device:
+            continue
+        which = prefix + field
+        check_shape(name, which, weight, shape, f"for k [..., N, D] = {list(k.shape)} and H = {hidden}")
         if weight.dtype != torch.float32 and not (weight.dtype == k.dtype == torch.float64):
             raise UserError(f"{name}: {which} is {dtype_name(weight.dtype)}; give float32.")
         if weight.device != k.device:

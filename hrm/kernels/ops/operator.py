@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
@@ -66,6 +67,11 @@ def triton_kernels(name: str, tensor: Tensor) -> ModuleType:
     """
     if not runs_triton(tensor):
         raise UserError(f"torch.ops.hrm.{name} needs a CUDA tensor and Triton; call hrm.kernels.ops instead.")
+    return _file_of_kernels(name)
+
+
+@functools.cache
+def _file_of_kernels(name: str) -> ModuleType:
     return importlib.import_module(f"hrm.kernels.ops.triton.{name}")
 
 

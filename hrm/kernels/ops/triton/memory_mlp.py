@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hrm.kernels.ops.memory_mlp import MemoryWeights, row_tile
-from hrm.kernels.ops.triton.common import multiprocessor_count, shared_memory
+from hrm.kernels.ops.triton.common import launch, multiprocessor_count, ordered, shared_memory
 from hrm.kernels.ops.triton.matmul import reciprocal
 
 _APPLY_TILE = 4096  # weights that a program updates at a time
@@ -643,15 +643,19 @@ def _update_kernel(
 class _Plan(NamedTuple):
     """How sizes are shared out, found once for each."""
 
-    hidden: tuple[int]  # programs of `_hidden_kernel`
-    error: tuple[int]
-    update: tuple[int]
+    hidden: int  # programs of `_hidden_kernel`
+    error: int
+    update: int
     row_tiles: int
     loss_parts: int
     scratch: list[int]  # numbers of what phases leave to one another: sums of dz1, gradients, squares, halves
     arrivals: int
+    hidden_constants: tuple[Any, ...]
+    error_constants: tuple[Any, ...]
+    update_constants: dict[int, tuple[Any, ...]]  # of a phase
     forward_options: dict[str, Any]
     update_options: dict[str, Any]
+    known: dict[Any, Any]  # compiled kernels
 
 
 @functools.cache
@@ -664,26 +668,40 @@ def _plan(
         return -(-size // tile)
 
     on_gpu, size = device.type == "cuda", dtype.itemsize
+    copies = dtype != torch.float32
     row_tiles, inner = count(N, height), tiles.inner * 2 // size
     matrices = 2 * count(H, tiles.weight) * count(D, tiles.weight)
     items = matrices + count(H, _BIAS_CHUNK) + count(D, _BIAS_CHUNK)
-    stage_bytes = inner * (height * size + tiles.columns * 4)  # w1 is of 32 bits, and in 16 takes room beside
-    options = {
+    constants = {
+        "D": D,
+        "H": H,
+        "COPY": copies,
+        "COPY_TILE": 2048,
         "PRECISION": "tf32x3" if exact and on_gpu else "tf32",
         "HEIGHT": height,
         "WIDTH": tiles.columns,
         "INNER": inner,
         "WHOLE": N % 128 == 0,  # a multiple of all that is read of them at a time
-        "num_warps": tiles.warps,
-        "num_stages": max(1, min(tiles.stages, (shared_memory(device) - 8192) // stage_bytes)),
+        "SWAP": tiles.swap,
+        "ITEMS": items,
+        "SIDE": tiles.weight,
+        "TOKENS": tiles.tokens * 2 // size,
+        "SPLIT": tiles.split,
+        "ARRIVALS": matrices,
+        "BIAS": _BIAS_CHUNK,
+        "TILE": _APPLY_TILE,
+        "PARTS": 256,
+        "PDL": tiles.pdl >= 1,
     }
+    of_update = constants | {"PDL": tiles.pdl >= 2}
     tiles_h, tiles_d = (M * row_tiles * count(columns, tiles.columns) for columns in (H, D))
-    # In the interpreter programs take several tiles.
-    programs = tiles.programs * multiprocessor_count(device) if on_gpu else max(1, tiles_h // 2)
+    stage_bytes = inner * (height * size + tiles.columns * 4)  # w1 is of 32 bits, and in 16 takes room beside
+    stages = max(1, min(tiles.stages, (shared_memory(device) - 8192) // stage_bytes))
     return _Plan(
-        hidden=(max(tiles_h, M + 1),),
-        error=(tiles_d,),
-        update=(programs,),
+        hidden=max(tiles_h, M + 1),
+        error=tiles_d,
+        # In the interpreter programs take several tiles.
+        update=tiles.programs * multiprocessor_count(device) if on_gpu else max(1, tiles_h // 2),
         row_tiles=row_tiles,
         loss_parts=tiles_d,
         scratch=[
@@ -693,20 +711,12 @@ def _plan(
             M * 2 * matrices * tiles.weight**2 if tiles.split == 2 else 0,
         ],
         arrivals=M * matrices if tiles.split == 2 else 0,
-        forward_options=options,
-        update_options=options
-        | {
-            "ITEMS": items,
-            "SIDE": tiles.weight,
-            "TOKENS": tiles.tokens * 2 // size,
-            "SPLIT": tiles.split,
-            "ARRIVALS": matrices,
-            "BIAS": _BIAS_CHUNK,
-            "TILE": _APPLY_TILE,
-            "PARTS": 256,
-            "SWAP": tiles.swap,
-            "num_warps": tiles.update_warps,
-        },
+        hidden_constants=ordered(_hidden_kernel, 10, constants | {"SWAP": tiles.swap or copies}),
+        error_constants=ordered(_error_kernel, 11, constants),
+        update_constants={phase: ordered(_update_kernel, 29, of_update | {"PHASE": phase}) for phase in range(4)},
+        forward_options={"num_warps": tiles.warps, "num_stages": stages},
+        update_options={"num_warps": tiles.update_warps, "num_stages": stages},
+        known={},
     )
 
 
@@ -737,29 +747,15 @@ def forward_loss(
     loss = w1.new_empty(memories)
     loss_parts = w1.new_empty(plan.loss_parts)
     counters = torch.empty(1 + M, dtype=torch.int32, device=k.device)
-    options = plan.forward_options
-    _hidden_kernel[plan.hidden](
-        k,
-        w1,
-        b1,
-        w2,
-        z1,
-        h,
-        w2_copy,
-        counters,
-        M,
-        N,
-        D,
-        H,
-        copies,
-        COPY_TILE=2048,
-        SWAP=TILES.swap or copies,
-        PDL=TILES.pdl >= 1,
-        **options,
+    hidden_arguments = (k, w1, b1, w2, z1, h, w2_copy, counters, M, N, *plan.hidden_constants)
+    launch(_hidden_kernel, plan.known, "hidden", plan.hidden, hidden_arguments, **plan.forward_options)
+    error_arguments = (
+        *(h, v, w2_copy if copies else w2, b2, y, error, error_sums, loss_parts, loss, counters, N),
+        *plan.error_constants,
     )
-    _error_kernel[plan.error](
-        h, v, w2_copy if copies else w2, b2, y, error, error_sums, loss_parts, loss, counters, N, D, H, PARTS=256,
-        SWAP=TILES.swap, PDL=TILES.pdl >= 1, launch_pdl=TILES.pdl >= 1, **options,
+    launch(
+        _error_kernel, plan.known, "error", plan.error, error_arguments, launch_pdl=TILES.pdl >= 1,
+        **plan.forward_options,
     )  # fmt: skip
     return loss, z1, h, y, error, w2_copy, error_sums, counters
 
@@ -773,18 +769,22 @@ def backward_update_(
 ) -> Tensor:
     """Update `w` and `momentum` in place; returns the gradients' norms."""
     loss, z1, h, k, error, w2_copy, error_sums, counters = saved
-    (N, D), H, M = k.shape[-2:], z1.shape[-1], loss.numel()
+    N, H, M = k.shape[-2], z1.shape[-1], loss.numel()
     plan = _plan_of(k, H)
     dz1, norms = torch.empty_like(z1), torch.empty_like(loss)
-    dz1_sums, grads, squares, halves = torch.split(loss.new_empty(sum(plan.scratch)), plan.scratch)
+    scratch = torch.split(loss.new_empty(sum(plan.scratch)), plan.scratch)
     arrivals = torch.empty(plan.arrivals, dtype=torch.int32, device=k.device) if plan.arrivals else counters
     at_once = _run_at_once(k)
     if not at_once:  # the interpreter leaves numbers as Python has them
         gates = [gate if isinstance(gate, Tensor) else torch.full_like(loss, gate) for gate in gates]
+    arguments = (
+        *(z1, h, k, error, w2_copy if w2_copy.numel() else w.w2, error_sums, dz1, *scratch, arrivals, loss, norms),
+        *(counters, *w, *momentum, *gates, max_grad_norm, M, N),
+    )
+    kinds = tuple(map(type, gates))
     for phase in (0,) if at_once else (1, 2, 3):
-        _update_kernel[plan.update](
-            z1, h, k, error, w2_copy if w2_copy.numel() else w.w2, error_sums, dz1, dz1_sums, grads, squares, halves,
-            arrivals, loss, norms, counters, *w, *momentum, *gates, max_grad_norm, M, N, D, H, PHASE=phase,
-            PDL=TILES.pdl >= 2, launch_cooperative_grid=at_once, launch_pdl=TILES.pdl >= 2, **plan.update_options,
+        launch(
+            _update_kernel, plan.known, (phase, kinds), plan.update, (*arguments, *plan.update_constants[phase]),
+            launch_cooperative_grid=at_once, launch_pdl=TILES.pdl >= 2, **plan.update_options,
         )  # fmt: skip
     return norms
