@@ -31,19 +31,28 @@ def ordered(kernel: Any, arguments: int, constants: Mapping[str, Any]) -> tuple[
 
 
 def launch(
-    kernel: Any, known: dict[Any, Any], key: Hashable, programs: int, arguments: Sequence[Any], **options: Any
+    kernel: Any,
+    known: dict[Any, Any],
+    key: Hashable,
+    programs: int,
+    tensors: Sequence[Tensor],
+    others: Sequence[Any],
+    **options: Any,
 ) -> None:
-    """Launch a kernel with all its arguments, compile-time ones too.
+    """Launch a kernel with all its arguments: first the tensors of which it reads many numbers at a time.
 
     What it was compiled to is kept in `known` by `key`, which has to stand for all that compiling depends on but for
-    where tensors begin. To find that out anew, as Triton does, takes the host longer than the launch.
+    where those tensors begin. To find that out anew, as Triton does, takes the host longer than the launch.
     """
-    aligned = all(x.data_ptr() % 16 == 0 for x in arguments if isinstance(x, Tensor))
+    addresses = 0
+    for tensor in tensors:
+        addresses |= tensor.data_ptr()
+    aligned = addresses % 16 == 0
     compiled = known.get(key) if aligned else None
     if compiled is not None:
-        compiled[(programs, 1, 1)](*arguments)
+        compiled[(programs, 1, 1)](*tensors, *others)
         return
-    compiled = kernel[(programs,)](*arguments, **options)
+    compiled = kernel[(programs,)](*tensors, *others, **options)
     if aligned and compiled is not None:  # the interpreter compiles nothing
         known[key] = compiled
 

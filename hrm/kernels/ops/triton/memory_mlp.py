@@ -747,15 +747,14 @@ def forward_loss(
     loss = w1.new_empty(memories)
     loss_parts = w1.new_empty(plan.loss_parts)
     counters = torch.empty(1 + M, dtype=torch.int32, device=k.device)
-    hidden_arguments = (k, w1, b1, w2, z1, h, w2_copy, counters, M, N, *plan.hidden_constants)
-    launch(_hidden_kernel, plan.known, "hidden", plan.hidden, hidden_arguments, **plan.forward_options)
-    error_arguments = (
-        *(h, v, w2_copy if copies else w2, b2, y, error, error_sums, loss_parts, loss, counters, N),
-        *plan.error_constants,
-    )
     launch(
-        _error_kernel, plan.known, "error", plan.error, error_arguments, launch_pdl=TILES.pdl >= 1,
-        **plan.forward_options,
+        _hidden_kernel, plan.known, "hidden", plan.hidden, (k, w1, b1, w2, z1, h, w2_copy, counters),
+        (M, N, *plan.hidden_constants), **plan.forward_options,
+    )  # fmt: skip
+    launch(
+        _error_kernel, plan.known, "error", plan.error,
+        (h, v, w2_copy if copies else w2, b2, y, error, error_sums, loss_parts, loss, counters),
+        (N, *plan.error_constants), launch_pdl=TILES.pdl >= 1, **plan.forward_options,
     )  # fmt: skip
     return loss, z1, h, y, error, w2_copy, error_sums, counters
 
@@ -777,14 +776,15 @@ def backward_update_(
     at_once = _run_at_once(k)
     if not at_once:  # the interpreter leaves numbers as Python has them
         gates = [gate if isinstance(gate, Tensor) else torch.full_like(loss, gate) for gate in gates]
-    arguments = (
+    tensors = (
         *(z1, h, k, error, w2_copy if w2_copy.numel() else w.w2, error_sums, dz1, *scratch, arrivals, loss, norms),
-        *(counters, *w, *momentum, *gates, max_grad_norm, M, N),
+        *(counters, *w, *momentum),
     )
     kinds = tuple(map(type, gates))
     for phase in (0,) if at_once else (1, 2, 3):
         launch(
-            _update_kernel, plan.known, (phase, kinds), plan.update, (*arguments, *plan.update_constants[phase]),
+            _update_kernel, plan.known, (phase, kinds), plan.update, tensors,
+            (*gates, max_grad_norm, M, N, *plan.update_constants[phase]),
             launch_cooperative_grid=at_once, launch_pdl=TILES.pdl >= 2, **plan.update_options,
         )  # fmt: skip
     return norms
