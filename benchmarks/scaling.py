@@ -197,7 +197,7 @@ def _measure_share(
         "seq_len": shape.seq_len,
         "exchanged": _dense_bytes(inner),
         "rows": 4 * config.arch.puzzle_emb_ndim,
-        "flops": inner.train_step_flops(),
+        "flops": model.train_step_flops(),
     }
 
 

@@ -27,7 +27,8 @@ class EnsembleConfig:
     augmentations: int = 1  # augmented copies of each puzzle under the task's symmetries, the puzzle itself included
     checkpoints: list[str] = field(default_factory=list)  # further models that answer, written as for `checkpoint`
     check: bool = False  # ignore answers that break the task's rules wherever other answers keep them
-    # Paths of each model to an answer, the first as ever, the others with noise on the states of the recurrence.
+    # Paths of each model to an answer, the first as ever, the others with noise on the states of the recurrence; of a
+    # model trained with arch.starts=K the first K are its starts, without noise, and others begin with them in turn.
     paths: int = 1
     noise: float = 0.3  # standard deviation of that noise, in states whose root mean square is 1 after a norm
     # What gets it. hidden: the states that the heads do not read, such as the fast one, or the only state there is;

@@ -25,7 +25,7 @@ from hrm.models import ACTLossHead
 from hrm.models.recurrent import RecurrentModel
 from hrm.tasks.base import Rules
 
-_NOISE = "noise"  # stands among a batch's fields, for a recorded graph to read it
+_NOISE, _START = "noise", "start"  # stand among a batch's fields, for a recorded graph to read them
 
 
 class Answers(NamedTuple):
@@ -73,20 +73,18 @@ class Noise:
 
     def states(self, inner: RecurrentModel) -> list[str]:
         """Names of the states that get it, whatever the architecture calls them."""
-        names = [*inner.initial_states]
         output = [inner.output_state]
-        hidden = [name for name in names if name not in output]
-        return {"all": names, "output": output, "hidden": hidden or output}[self.on]
+        return {"all": [*inner.initial_states], "output": output, "hidden": inner.hidden_states or output}[self.on]
 
     def drawn(self, inner: RecurrentModel, path: int, num_steps: int) -> Tensor:
         """What is added before each ACT step, [num_steps, states, T, D] on the CPU, or [1, ...] at the start only.
 
         It is one and the same for all puzzles, so that a path depends neither on the batch nor on the number of ranks.
-        Path 0 has none.
+        Path 0 has none, and of a model with several starts the first path of each.
         """
         count = 1 if self.at == "start" else num_steps
         shape = (count, len(self.states(inner)), inner.num_tokens, inner.config.hidden_size)
-        if path == 0:
+        if path < inner.config.starts:
             return torch.zeros(shape)
         (seed,) = np.random.SeedSequence(self.seed, spawn_key=(path,)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
@@ -99,12 +97,18 @@ def follow(model: ACTLossHead, batch: Batch, num_steps: int, noise: Noise | None
 
     Args:
         model: in evaluation mode.
-        batch: with the noise to add, as drawn by `noise`, in the field `noise` if there is any.
+        batch: with the noise to add, as drawn by `noise`, in the field `noise` if there is any; with the vectors that
+            hidden states begin with, [states, D], in the field `start` where a model has several.
     """
     inner = model.model.inner
-    added = batch.get(_NOISE)
-    batch = {name: field for name, field in batch.items() if name != _NOISE}
+    added, start = batch.get(_NOISE), batch.get(_START)
+    batch = {name: field for name, field in batch.items() if name not in (_NOISE, _START)}
     states, prepared = initial_states(model, batch), inner.prepare(batch)
+    if start is not None:
+        states |= {
+            name: vector.expand_as(states[name]).contiguous()
+            for name, vector in zip(inner.hidden_states, start, strict=True)
+        }
     halted_at = torch.full((len(batch["inputs"]),), num_steps + 1, dtype=torch.int32, device=batch["inputs"].device)
     for step in range(num_steps):
         before = states[inner.output_state]
@@ -156,6 +160,8 @@ def make_follower(
     def answer(batch: Batch, path: int) -> Answers:
         if noise:
             batch = batch | {_NOISE: noise.drawn(model.model.inner, path, most).to(device)}
+        if starts := model.model.inner.hidden_starts:
+            batch = batch | {_START: torch.stack([each[path % len(each)] for each in starts.values()])}
         # Copies, because a graph's next call overwrites its results.
         return Answers(*(field.clone() for field in run(batch)))
 

@@ -15,6 +15,7 @@ from hrm.models.architecture import arch_config, architecture_of, architectures,
 from hrm.models.losses import ACTLossHead
 from hrm.models.recurrent import DataSizes, RecurrentConfig
 from hrm.models.size_guard import at_most
+from hrm.models.starts import WinnerTakesAll
 
 __all__ = [
     "ACTLossHead",
@@ -87,5 +88,5 @@ def build_model(
         modules=tuple(inner.stacks),
     )
     inner.kernels = make_kernels(resolve(kernels_config(kernels), request), tuple(inner.stacks))
-    model = AdaptiveComputation(inner, seed)
+    model = WinnerTakesAll(inner, seed) if config.starts > 1 else AdaptiveComputation(inner, seed)
     return ACTLossHead(model, config.loss, fused=inner.kernels.config.fused_step).to(device)

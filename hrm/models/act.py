@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 from omegaconf import MISSING
@@ -20,7 +20,7 @@ from hrm.errors import UserError
 from hrm.models.losses import LossConfig
 
 if TYPE_CHECKING:
-    from hrm.models.recurrent import RecurrentModel
+    from hrm.models.recurrent import Prepared, RecurrentModel
 
 
 @dataclass
@@ -106,6 +106,14 @@ class Carry:
         )
 
 
+class Advanced(NamedTuple):
+    """What the updates of an ACT step lead to."""
+
+    states: dict[str, Tensor]  # of the model, by its names
+    kept: dict[str, Tensor]  # what the carry has of them
+    outputs: dict[str, Tensor]  # beside those of the heads
+
+
 class AdaptiveComputation(nn.Module):
     """Halting around a model: every call is one ACT step; a sequence that halted makes room for another one."""
 
@@ -155,6 +163,11 @@ class AdaptiveComputation(nn.Module):
         """
         self.entry_cells, self.entry_tokens = cells, tokens
 
+    @property
+    def initial_states(self) -> dict[str, Tensor]:
+        """The vector [D] that each state of a carry begins with at every token."""
+        return self.inner.initial_states
+
     def initial_carry(self, batch: Batch) -> Carry:
         """A carry in which every sequence has halted, so that the first call takes `batch`."""
         halted = torch.ones_like(batch["inputs"][:, 0], dtype=torch.bool)
@@ -177,7 +190,7 @@ class AdaptiveComputation(nn.Module):
 
     def reset_carry(self, carry: Carry, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Batch]:
         """Give sequences that halted the initial states and the batch's data, and count the step."""
-        initial, fresh = self.inner.initial_states, self._entering(batch)
+        initial, fresh = self.initial_states, self._entering(batch)
         return self.inner.kernels.reset_carry(
             carry.states, initial, carry.halted, carry.steps, carry.current_data, fresh
         )
@@ -190,12 +203,12 @@ class AdaptiveComputation(nn.Module):
         if self.training and self.augmentations is not None:
             states, data = self._augmented(states, data, self.augmentations)
         prepared = self.inner.prepare(data)
-        states = self.inner.recur(states, prepared)
+        states, kept, outputs = self.advance(states, prepared, data)
         q_halt, q_continue = self.inner.q_values(states)
-        outputs = {"logits": self.inner.logits(states), "q_halt_logits": q_halt, "q_continue_logits": q_continue}
+        outputs |= {"logits": self.inner.logits(states), "q_halt_logits": q_halt, "q_continue_logits": q_continue}
 
         with torch.no_grad():
-            states = {name: state.detach() for name, state in states.items()}
+            kept = {name: state.detach() for name, state in kept.items()}
             config, _, _, max_steps = self.inner.plan
             last = steps >= max_steps
             halted = last
@@ -206,7 +219,20 @@ class AdaptiveComputation(nn.Module):
                 next_halt, next_continue = self.inner.recur_to_q_values(states, prepared)
                 next_value = torch.where(last, next_halt, torch.maximum(next_halt, next_continue))
                 outputs["target_q_continue"] = torch.sigmoid(next_value)
-        return Carry(states, steps, halted, data), outputs
+        return Carry(kept, steps, halted, data), outputs
+
+    def advance(self, states: dict[str, Tensor], prepared: Prepared, data: Batch) -> Advanced:
+        """The updates of an ACT step."""
+        after = self.inner.recur(states, prepared)
+        return Advanced(after, after, {})
+
+    def metrics(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over the batch, 0-dimensional, of what `advance` put into the outputs of an ACT step."""
+        return {}
+
+    def train_step_flops(self) -> int:
+        """See `hrm.models.recurrent.RecurrentModel.train_step_flops`."""
+        return self.inner.train_step_flops()
 
     def think(self, carry: Carry, batch: Batch, num_steps: int) -> Carry:
         """What as many calls in evaluation do to a carry, if none of its sequences halts before the last of them."""

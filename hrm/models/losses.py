@@ -100,6 +100,19 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, config: LossConfig) -
     return -torch.where(valid, (1 - share) * picked + share * spread, 0)
 
 
+def _token_losses(logits: Tensor, labels: Tensor, config: LossConfig) -> Tensor:
+    """The cross-entropy that the configuration asks for, as in `stablemax_cross_entropy`."""
+    if config.label_smoothing:
+        return smoothed_cross_entropy(logits, labels, config)
+    return LOSSES[config.loss_type](logits, labels)
+
+
+def sequence_losses(logits: Tensor, labels: Tensor, config: LossConfig) -> Tensor:
+    """The tokens' part of `act_loss` of each sequence, [B]: the mean over its tokens that have a label."""
+    divisor = (labels != IGNORE_LABEL_ID).sum(-1).clamp_min(1)
+    return (_token_losses(logits, labels, config) / divisor.unsqueeze(-1)).sum(-1)
+
+
 def act_loss(
     logits: Tensor,
     q_halt: Tensor,
@@ -139,11 +152,7 @@ def act_loss(
             "steps": torch.where(counted, steps, 0).sum(),
         }
 
-    if config.label_smoothing:
-        token_losses = smoothed_cross_entropy(logits, labels, config)
-    else:
-        token_losses = LOSSES[config.loss_type](logits, labels)
-    lm_loss = (token_losses / divisor.unsqueeze(-1)).sum()
+    lm_loss = (_token_losses(logits, labels, config) / divisor.unsqueeze(-1)).sum()
     q_halt_loss = F.binary_cross_entropy_with_logits(q_halt, exact.to(q_halt.dtype), reduction="sum")
     metrics |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_halt_loss.detach()}
     q_loss = q_halt_loss
@@ -190,7 +199,7 @@ class ACTLossHead(nn.Module):
 
     def train_step_flops(self) -> int:
         """Those of one training step as the curriculum's stage has it, for one sequence, backward pass included."""
-        return self.model.inner.train_step_flops()
+        return self.model.train_step_flops()
 
     def weights_at_hand(self) -> AbstractContextManager[None]:
         """A context in which weights do not change and are cast to the compute dtype once, not at every ACT step."""
@@ -213,9 +222,9 @@ class ACTLossHead(nn.Module):
 
         Returns:
             `(carry, loss, metrics, outputs, all_halted)`. The loss is summed over the batch. Metrics are sums without
-            gradient, over the sequences that halted in this call and have a label; the losses' over all sequences in
-            training, and over those that have a label in evaluation. There the published code also counts the
-            `q_halt_loss` of rows that only pad the last batch, so that its figure depends on the batch size.
+            gradient, over the sequences that halted in this call and have a label; the losses' and shares' over all
+            sequences in training, and over those that have a label in evaluation. There the published code also counts
+            the `q_halt_loss` of rows that only pad the last batch, so that its figure depends on the batch size.
             `all_halted` is a boolean tensor: reading it waits for the device.
         """
         carry, outputs = self.model(carry, batch)
@@ -232,5 +241,6 @@ class ACTLossHead(nn.Module):
             carry.halted,
             carry.steps,
         )
+        metrics |= self.model.metrics(outputs)
         wanted = {key: outputs[key].detach() for key in return_keys if key in outputs}
         return carry, loss, metrics, wanted, carry.halted.all()

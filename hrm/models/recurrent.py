@@ -49,6 +49,9 @@ class RecurrentConfig(ACTConfig):
     # What gradients flow through at the end of an ACT step. one_step: the last update of each state, the paper's
     # one-step gradient; last_cycle: all since the slow state was last replaced; all; or a number of updates.
     gradient: str = "one_step"
+    # Starts of the states that the heads do not read, z_L of HRM and TRM. With several, training advances them all, and
+    # in each ACT step the one of lowest loss learns and hands its answer to the others; evaluation takes the first.
+    starts: int = 1
     hidden_size: int = 512  # numbers in a token's state
     num_heads: int = 8  # of attention
     expansion: float = 4.0  # SwiGLU's inner width is 2/3 of this times hidden_size, rounded up to 256s
@@ -121,7 +124,19 @@ class RecurrentConfig(ACTConfig):
                 f"arch.pos_encodings={self.pos_encodings} needs a head size that is a multiple of {rotated}, but "
                 f"hidden_size/num_heads is {self.head_size}: change one of them or take learned."
             )
-        self._check_gradient(list(self.schedule()))
+        schedule = list(self.schedule())
+        self._check_gradient(schedule)
+        at_least("arch.starts", self.starts, 1)
+        if self.starts > self.hidden_size:
+            raise UserError(
+                f"arch.starts={self.starts} is too large: only arch.hidden_size={self.hidden_size} vectors of that "
+                "size can be orthogonal to one another."
+            )
+        if self.starts > 1 and len({update.state for update in schedule}) == 1:
+            raise UserError(
+                f"arch.starts={self.starts} needs a state that the heads do not read, and arch.name={self.name} has "
+                "none: drop it."
+            )
 
     def _check_gradient(self, schedule: Schedule) -> None:
         if self.gradient in GRADIENTS:
@@ -242,6 +257,7 @@ class RecurrentModel(nn.Module):
         self.stacks: dict[str, Stack] = {}  # the modules that have blocks, by their names in updates and `state_dict()`
         self._initial: dict[str, str] = {}  # the buffer of each state
         self._no_grad_blocks: dict[str, Sequence[Any]] | None = None  # in 8 bit, while weights are at hand
+        self._starts: dict[str, str] = {}  # the buffer of the further starts of each state that has some
 
         self.embed_tokens = self._new_table(sizes.vocab_size, generator)
         self._learns_positions, self._rotates = config.learns_positions, config.rotation is not None
@@ -281,6 +297,11 @@ class RecurrentModel(nn.Module):
         self.register_buffer(buffer, initial.to(self.dtype))
         self._initial[name] = buffer
 
+    def add_starts(self, name: str, others: Tensor) -> None:
+        """Let training begin a state with the vectors `others` [starts - 1, D] too: see `hrm.models.starts`."""
+        self._starts[name] = f"{self._initial[name]}_others"
+        self.register_buffer(self._starts[name], others.to(self.dtype))
+
     def random_vector(self, generator: torch.Generator) -> Tensor:
         """A vector [D] for a state to begin with, of standard deviation 1, as published."""
         return truncated_normal((self.config.hidden_size,), 1.0, generator)
@@ -298,6 +319,19 @@ class RecurrentModel(nn.Module):
     def initial_states(self) -> dict[str, Tensor]:
         """The vector [D] that each state begins with at every token."""
         return {name: self.get_buffer(buffer) for name, buffer in self._initial.items()}
+
+    @property
+    def hidden_states(self) -> list[str]:
+        """The names of the states that the heads do not read."""
+        return [name for name in self._initial if name != self.output_state]
+
+    @property
+    def hidden_starts(self) -> dict[str, Tensor]:
+        """The vectors [starts, D] that states with several starts begin with, the first in evaluation too."""
+        return {
+            name: torch.cat([self.get_buffer(self._initial[name])[None], self.get_buffer(others)])
+            for name, others in self._starts.items()
+        }
 
     @property
     def block_types(self) -> tuple[type, ...]:
@@ -402,15 +436,22 @@ class RecurrentModel(nn.Module):
 
     def recur(self, states: dict[str, Tensor], prepared: Prepared) -> dict[str, Tensor]:
         """The updates of one ACT step. With gradients on, `gradient` says which of them are differentiable."""
-        _, schedule, start, _ = self.plan
         if not torch.is_grad_enabled():
-            start = len(schedule)
-        states = self._run_without_gradient(states, prepared, schedule[:start])
-        if start < len(schedule):
-            known = {**states, "embeddings": prepared.embeddings}
-            new = looped(self.kernels.module)(known, schedule[start:], prepared.blocks, prepared.context)
-            states = {name: new[name] for name in states}
-        return states
+            return self._run_without_gradient(states, prepared, self.plan.schedule)
+        return self.finish(self.begin(states, prepared), prepared)
+
+    def begin(self, states: dict[str, Tensor], prepared: Prepared) -> dict[str, Tensor]:
+        """The updates of one ACT step that are never differentiable."""
+        return self._run_without_gradient(states, prepared, self.plan.schedule[: self.plan.gradient_start])
+
+    def finish(self, states: dict[str, Tensor], prepared: Prepared) -> dict[str, Tensor]:
+        """Those after `begin`, differentiable with gradients on."""
+        schedule = self.plan.schedule[self.plan.gradient_start :]
+        if not torch.is_grad_enabled():
+            return self._run_without_gradient(states, prepared, schedule)
+        known = {**states, "embeddings": prepared.embeddings}
+        new = looped(self.kernels.module)(known, schedule, prepared.blocks, prepared.context)
+        return {name: new[name] for name in states}
 
     def update(self, states: dict[str, Tensor], prepared: Prepared, level: str) -> dict[str, Tensor]:
         """One of the updates that an ACT step is made of, without gradient: `level` is one of `levels`."""

@@ -132,11 +132,12 @@ class MetricWindow:
     def finished(self, *, wait: bool = False) -> list[dict[str, float]]:
         """Records of the windows that have arrived (with `wait`: all), oldest first.
 
-        `train/<loss>` is per sequence of the global batch, the other `train/<metric>`s per halted sequence (left out
-        where none halted), skipped steps left out; `train/skipped` counts these. With `step`, `train/lr`,
-        `puzzles_per_second`, and `tflops`, operations of the blocks in 1e12 a second, over all ranks; `mfu`, the share
-        they are of what the GPUs could do at best, where that is known; `data_wait`, the share of this rank's time in
-        which its loop waited for a batch; on CUDA `memory_gib`, the most that tensors of this rank ever took.
+        `train/<loss>` and `train/<share>` are per sequence of the global batch, the other `train/<metric>`s per halted
+        sequence (left out where none halted), skipped steps left out; `train/skipped` counts these. With `step`,
+        `train/lr`, `puzzles_per_second`, and `tflops`, operations of the blocks in 1e12 a second, over all ranks;
+        `mfu`, the share they are of what the GPUs could do at best, where that is known; `data_wait`, the share of this
+        rank's time in which its loop waited for a batch; on CUDA `memory_gib`, the most that tensors of this rank ever
+        took.
         """
         records = []
         while self._on_the_way and (wait or self._on_the_way[0].arrived()):
@@ -163,7 +164,7 @@ class MetricWindow:
                 sequences -= round(skipped) * self._global_batch_size
                 self.gave_up |= sums.pop("gave_up") > 0
             for name, value in sums.items():
-                divisor = sequences if name.endswith("loss") else count
+                divisor = sequences if name.endswith(("loss", "share")) else count
                 if divisor:
                     record[f"train/{name}"] = value / divisor
             records.append(record)

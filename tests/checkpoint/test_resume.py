@@ -223,13 +223,19 @@ def test_killed_at_any_moment(config: PretrainConfig, tmp_path: Path) -> None:
         {"arch": replace(ARCH, puzzle_emb_ndim=0, forward_dtype="bfloat16"), "eval_interval": None},
         {"num_workers": 1},
         {"optim": OptimConfig("muon"), "stagger": True, "augment_act_steps": True},
+        {
+            "arch": replace(ARCH, starts=3),
+            "augment_entry": True,
+            "accumulate": 2,
+            "curriculum": [{"until": 3, "halt_max_steps": 2, "L_cycles": 1}],
+        },
     ],
-    ids=["adam_atan2", "adamw", "no puzzle table", "loader process", "muon"],
+    ids=["adam_atan2", "adamw", "no puzzle table", "loader process", "muon", "three starts"],
 )
 def test_stopped_and_resumed(
     step: int, changes: dict[str, Any], config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if changes.get("num_workers") and step != 6:
+    if (changes.get("num_workers") or changes.get("accumulate")) and step != 6:
         pytest.skip("slow, and no different")
     config = replace(config, **changes)
     whole, folder = tmp_path / "whole", tmp_path / "run"

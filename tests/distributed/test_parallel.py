@@ -47,6 +47,7 @@ _COMMON = {
     for name in ("hidden_size", "num_heads", "puzzle_emb_ndim", "pos_encodings", "forward_dtype", "halt_max_steps")
 }
 ONE_MODULE = TRMConfig(**_COMMON, puzzle_emb_len=0, H_cycles=2, L_cycles=2, halt_exploration_prob=0.0)
+STARTS = replace(ONE_MODULE, starts=3)
 LOOPED = TransformerConfig(**_COMMON, num_layers=2, halt_exploration_prob=0.0)
 WHOLE_CYCLE = {"arch": replace(MODEL, gradient="last_cycle", L_cycles=2)}
 CLIP = 0.05  # below every step's norm
@@ -94,6 +95,8 @@ CASES = {
     "TRM, tensor 2": shares(2, {"arch": ONE_MODULE}, tensor=2),
     "TRM, pipeline 2": shares(2, {"arch": ONE_MODULE}, pipeline=2),
     "TRM, fsdp 2": shares(2, {"arch": ONE_MODULE}, fsdp=True),
+    "three starts, data 2, two passes": shares(2, {"arch": STARTS, "accumulate": 2}),
+    "three starts, pipeline 2, tensor 2": shares(4, {"arch": STARTS}, pipeline=2, tensor=2),
     "looped transformer, pipeline 2, tensor 2": shares(4, {"arch": LOOPED}, pipeline=2, tensor=2),
     "recompute, data 2, buckets": recomputes(2, "module", bucket_mb=0.1),
     "recompute, fsdp 2": recomputes(2, "block", fsdp=True),

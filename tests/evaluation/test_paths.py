@@ -122,6 +122,25 @@ def test_a_path_is_the_same_in_any_batch_and_differs_from_others(tiny_arch: dict
     assert not torch.equal(other_seed.q_halt, together[1].q_halt)
 
 
+@pytest.mark.parametrize("at", ["steps", "start"])
+def test_the_first_paths_are_the_starts_of_a_model_with_several(at: str, tiny_arch: dict[str, Any]) -> None:
+    """Without noise; then they begin with them in turn, with it."""
+    model, batch = model_of("trm", tiny_arch | {"starts": 3}), batch_of()
+    inner, noise = model.model.inner, Noise(0.7, at=at)
+    member, starts = make_member(model, WORLD, noise), inner.hidden_starts["z_L"]
+    for path in range(5):
+        drawn = noise.drawn(inner, path, 3).double()
+        assert bool(drawn.any()) == (path > 2)
+        added = [drawn[0, 0] + starts[path % 3] - starts[0], *drawn[1:, 0], None, None]
+        steps = by_hand(model, batch, {"z_L": added[:3]})
+        found = member(batch, identity(), path)
+        assert torch.equal(found.tokens, steps[-1]["tokens"].int())
+        torch.testing.assert_close(found.q_halt, steps[-1]["q"].float())
+    first = [member(batch, identity(), path).q_halt for path in range(3)]
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[1], first[2])
+
+
 def test_options() -> None:
     assert Noise.of(EnsembleConfig()) is None
     assert Noise.of(EnsembleConfig(paths=2, noise=1, noise_at="start", seed=4)) == Noise(1, "hidden", "start", 4)

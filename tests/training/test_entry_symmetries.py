@@ -79,8 +79,9 @@ def run_steps(config: PretrainConfig, steps: int) -> tuple[TrainState, list[floa
     [
         {"mlp_t": True, "pos_encodings": "none", "register_tokens": 1},
         {"attention_norm": True, "pos_encodings": "rope_2d", "register_tokens": 2},
+        {"mlp_t": True, "pos_encodings": "none", "starts": 2},
     ],
-    ids=["mixer", "attention"],
+    ids=["mixer", "attention", "two starts"],
 )
 def test_recipes_learn_and_repeat(sudoku_pack: Path, arch: dict[str, Any]) -> None:
     config = config_of(sudoku_pack, **arch)

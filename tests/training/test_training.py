@@ -231,11 +231,12 @@ def test_halting_sooner_at_first(config: PretrainConfig) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_cuda_graphs_change_nothing(config: PretrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("starts", [1, 3])
+def test_cuda_graphs_change_nothing(starts: int, config: PretrainConfig, tmp_path: Path) -> None:
     # float64 hides the order in which atomic sums came out. The test split is long enough for a replay.
     make_pack(tmp_path / "sudoku", train_size=20, test_size=18)
     config = replace(config, data_path=str(tmp_path / "sudoku"), augment_act_steps=True)
-    arch = replace(ARCH, forward_dtype="float64", halt_exploration_prob=0.5, halt_max_steps=4)
+    arch = replace(ARCH, forward_dtype="float64", halt_exploration_prob=0.5, halt_max_steps=4, starts=starts)
     shallow = {"H_cycles": 1, "L_cycles": 1}
     stages = [{"until": 3, "halt_max_steps": 2, **shallow}, {"until": 6, **shallow}]
     config = replace(config, arch=arch, device="cuda", log_interval=1, eval_save_outputs=["logits"])
