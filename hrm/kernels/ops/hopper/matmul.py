@@ -99,9 +99,20 @@ def _activate(x: gl.tensor, ACTIVATION: gl.constexpr) -> Any:
 
 
 @gluon.jit
+def _bias_of(J: gl.constexpr, x: gl.tensor, n: gl.tensor, bias: gl.tensor, N: gl.tensor) -> Any:
+    """The biases of a quarter of a tile's columns, if there are any."""
+    columns = n + J * x.type.shape[1] + gl.arange(0, x.type.shape[1], gl.SliceLayout(0, x.type.layout))
+    if bias is not None:
+        return gl.load(bias + columns, columns < N, other=0.0)
+    else:
+        return columns
+
+
+@gluon.jit
 def _finish(
     J: gl.constexpr,
     x: gl.tensor,
+    biases: gl.tensor,
     m: gl.tensor,
     n: gl.tensor,
     descs: gl.tuple,
@@ -123,7 +134,7 @@ def _finish(
         shift = gl.expand_dims(gl.load(shifts + rows, rows < M, other=0.0), 1)
         x = x - shift * gl.expand_dims(gl.load(sums + columns, columns < N, other=0.0), 0)
     if bias is not None:
-        x = x + gl.expand_dims(gl.load(bias + columns, columns < N, other=0.0).to(gl.float32), 0)
+        x = x + gl.expand_dims(biases.to(gl.float32), 0)
     if before_desc is not None:
         store_tile(before_desc, m, n, x, staging.index(0), 1)
         store_tile(out_desc, m, n, _activate(x, ACTIVATION), staging.index(1), 1)
@@ -171,10 +182,14 @@ def _multiply(
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
         first, second, third, fourth = quarters(acc)
-        _finish(0, first, m, n, descs, staging, vectors, sizes, ACTIVATION)
-        _finish(1, second, m, n, descs, staging, vectors, sizes, ACTIVATION)
-        _finish(2, third, m, n, descs, staging, vectors, sizes, ACTIVATION)
-        _finish(3, fourth, m, n, descs, staging, vectors, sizes, ACTIVATION)
+        # All are on their way at once.
+        bias, N = vectors[3], sizes[1]
+        first_bias, second_bias = _bias_of(0, first, n, bias, N), _bias_of(1, second, n, bias, N)
+        third_bias, fourth_bias = _bias_of(2, third, n, bias, N), _bias_of(3, fourth, n, bias, N)
+        _finish(0, first, first_bias, m, n, descs, staging, vectors, sizes, ACTIVATION)
+        _finish(1, second, second_bias, m, n, descs, staging, vectors, sizes, ACTIVATION)
+        _finish(2, third, third_bias, m, n, descs, staging, vectors, sizes, ACTIVATION)
+        _finish(3, fourth, fourth_bias, m, n, descs, staging, vectors, sizes, ACTIVATION)
     tma.store_wait(0)
 
 
