@@ -62,6 +62,7 @@ def make_app(engine: Engine, config: ServeConfig, name: str, results: Results | 
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # to an address made of the header Host, which is anybody's
     )
     app.add_middleware(_Guard, config=config, measures=measures)
     if results is not None:
@@ -85,7 +86,7 @@ def make_app(engine: Engine, config: ServeConfig, name: str, results: Results | 
         first = problem.errors()[0]
         if first["type"] == "json_invalid":
             return Refused(422, f"the body is no JSON: {shortened(str(first['ctx']['error']))}.").response()
-        if first["loc"] == ("body",) and isinstance(first["input"], bytes | str):  # it was not even read as JSON
+        if first["loc"] == ("body",) and isinstance(first["input"], bytes):  # it was not even read as JSON
             return Refused(422, "the header Content-Type: application/json is missing.").response()
         where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
         said = shortened(str(first["msg"]))
@@ -104,6 +105,8 @@ def make_app(engine: Engine, config: ServeConfig, name: str, results: Results | 
                 puzzles, index = read_inputs(request.inputs, engine)
             else:  # in a thread: they would hold up the event loop
                 puzzles, index = await asyncio.to_thread(read_inputs, request.inputs, engine)
+            if len(http.headers.getlist("Idempotency-Key")) > 1:
+                raise UserError("Idempotency-Key is given more than once.")
             wanted = len(puzzles) * places(engine, request.augmentations)
             max_steps = request.act_max_steps or config.act_max_steps
             _check_puzzles(request, len(puzzles), wanted, max_steps)
@@ -209,7 +212,7 @@ def _check(request: InferRequest, config: ServeConfig) -> None:
     ]
     for field, value, most in limits:
         if value > most:
-            raise UserError(f"{field}: {value} are asked for, and this service gives at most {most}.")
+            raise UserError(f"{field}: {shortened(value)} are asked for, and this service gives at most {most}.")
     if request.trajectory and request.augmentations > 1:
         raise UserError("trajectory cannot be combined with augmentations: each of them has its own.")
 
@@ -268,7 +271,9 @@ class _Guard:
             declared = headers.get(b"content-length", b"0")
             if declared.isdigit() and int(declared) > self._config.most_body_bytes:
                 raise too_long
-            await self._app(scope, receive_some, send_some)
+            # The connection leaves out the body of what answers HEAD.
+            asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+            await self._app(asked, receive_some, send_some)
         except (Exception, asyncio.CancelledError) as error:  # cancelled: what is left when the time to drain is up
             problem = broken or (error if isinstance(error, Refused) else _failed(error))
             if not has_begun:

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from hrm.config import ServeConfig
-from hrm.errors import UserError
+from hrm.errors import UserError, shortened
 from hrm.service.answering import probability, read_inputs
 from hrm.service.engine import Closed, Engine
 from hrm.service.memory import SECONDS_UNTIL_UP, Bounds, Unavailable, open_memory
@@ -80,6 +80,9 @@ class Modules:
     def _route(self, level: str) -> Any:
         async def update(request: UpdateRequest, http: Request) -> Response:
             began = time.perf_counter()
+            if "Idempotency-Key" in http.headers:
+                sentence = "its answers are not recorded; updates in an answer tells what was done"
+                raise Refused(422, f"Idempotency-Key: /infer/{level} knows none, for {sentence}.")
             puzzle = await self._checked(request)
             name = request.session or secrets.token_urlsafe(16)
             with self._room.held(1, "calls"):
@@ -113,7 +116,8 @@ class Modules:
             architecture = self._engine.model.model.model.inner.config.name
             raise Refused(422, f"{architecture} has no levels to update apart: POST /infer answers its puzzles.")
         if request.updates > (most := self._config.most_updates):
-            raise Refused(422, f"updates: {request.updates} are asked for, and this service makes at most {most}.")
+            asked = shortened(request.updates)
+            raise Refused(422, f"updates: {asked} are asked for, and this service makes at most {most}.")
         if request.inputs is None:
             if request.session is None:
                 raise Refused(422, "session is missing: name one, or give the inputs to begin one.")

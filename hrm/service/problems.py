@@ -76,6 +76,7 @@ async def all_of(
             pass
 
     answers, left = asyncio.gather(*tasks), asyncio.create_task(leaves())
+    answers.add_done_callback(_noticed)  # asyncio would log what nobody asks for any more
     try:
         both: set[asyncio.Future[Any]] = {answers, left}
         await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -89,3 +90,8 @@ async def all_of(
             task.cancel()
         answers.cancel()
         left.cancel()
+
+
+def _noticed(answers: asyncio.Future[Any]) -> None:
+    if not answers.cancelled():
+        answers.exception()

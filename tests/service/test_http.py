@@ -1,5 +1,6 @@
 """The service as its clients see it."""
 
+import gc
 import json
 import math
 import os
@@ -147,16 +148,19 @@ def test_a_task_of_arc_holds_several_puzzles(tmp_path: Path) -> None:
         ({"inputs": [BOARDS[0]] * 300}, "inputs: 300 are asked for, and this service gives at most 256"),
         ({"inputs": [BOARDS[0]], "augmentations": 65}, "augmentations: 65 are asked for"),
         ({"inputs": [BOARDS[0]], "act_max_steps": 1000}, "act_max_steps: 1000 are asked for"),
+        ({"inputs": [BOARDS[0]], "act_max_steps": 10**400}, f"act_max_steps: 1{'0' * 116}... are asked for"),
         ({"inputs": [BOARDS[0]], "act_max_steps": 0}, "act_max_steps: Input should be greater than or equal to 1"),
         ({"inputs": [BOARDS[0]], "augmentations": 2, "trajectory": True}, "trajectory cannot be combined"),
         ({"inputs": BOARDS[0]}, "inputs: Input should be a valid list"),
         ({"input": [BOARDS[0]]}, "inputs: Field required"),
         ({"inputs": [BOARDS[0]], "steps": 3}, "steps: Extra inputs are not permitted"),
         ([1], "the body: Input should be a valid dictionary"),
+        ("a", "the body: Input should be a valid dictionary"),
+        ({"\ud800": 1}, "the body: Input should be a valid string"),
     ],
 )
 def test_what_is_wrong_is_named(client: TestClient, request_: Any, words: str) -> None:
-    response = client.post("/infer", json=request_)
+    response = client.post("/infer", content=json.dumps(request_), headers={"Content-Type": "application/json"})
     assert response.status_code == 422
     assert response.json().keys() == {"error"}
     assert response.json()["error"].startswith(words)
@@ -322,10 +326,29 @@ def test_it_says_what_there_is(client: TestClient) -> None:
     assert (missing.status_code, missing.json()["error"]) == (404, "Not Found; GET /openapi.json says what there is.")
 
 
+def test_nobody_is_sent_to_another_host(client: TestClient) -> None:
+    found = client.post("/infer/", json={"inputs": BOARDS[:1]}, headers={"Host": "elsewhere"}, follow_redirects=False)
+    assert found.status_code == 404
+
+
+def test_head_answers_as_get_does_without_a_body(model: TrainedModel) -> None:
+    with listening(model) as (_, _, address):
+        for path in ("/healthz", "/readyz", "/models", "/metrics", "/"):
+            found = httpx.head(f"http://127.0.0.1:{address[1]}{path}")
+            assert (found.status_code, found.content) == (200, b"")
+            assert int(found.headers["Content-Length"]) > 0
+        assert httpx.head(f"http://127.0.0.1:{address[1]}/infer").status_code == 405
+
+
 # ---- its connections
 
 
-def test_who_leaves_gives_up_the_slots(model: TrainedModel, held: threading.Event) -> None:
+def test_who_leaves_gives_up_the_slots(
+    model: TrainedModel,
+    held: threading.Event,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with listening(model) as (_, engine, address):
         with socket.create_connection(address) as client:
             client.sendall(written(json.dumps({"inputs": BOARDS}).encode()))
@@ -335,6 +358,8 @@ def test_who_leaves_gives_up_the_slots(model: TrainedModel, held: threading.Even
         held.set()
         wait_for(lambda: engine.work.in_slots == 0)
         assert engine.work.answered == 0
+    gc.collect()  # when asyncio tells of errors that nobody has looked at
+    assert (*capfd.readouterr(), caplog.text) == ("", "", "")
 
 
 def test_who_leaves_before_all_is_sent_is_no_failure(model: TrainedModel) -> None:

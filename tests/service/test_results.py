@@ -205,6 +205,16 @@ def test_keys_of_no_use_are_refused(client: TestClient, key: str) -> None:
     assert error_of(ask(client, BOARDS[0], key=key), 422).startswith("Idempotency-Key has 1 to 255 printable")
 
 
+def test_two_keys_are_refused(client: TestClient) -> None:
+    response = client.post("/infer", json={"inputs": BOARDS[:1]}, headers=[("Idempotency-Key", key) for key in "ab"])
+    assert error_of(response, 422) == "Idempotency-Key is given more than once."
+
+
+def test_sessions_know_no_keys(client: TestClient) -> None:
+    response = client.post("/infer/L", json={"inputs": BOARDS[:1]}, headers={"Idempotency-Key": "k"})
+    assert error_of(response, 422).startswith("Idempotency-Key: /infer/L knows none")
+
+
 def test_what_is_not_recorded_cannot_be_repeated(client: TestClient) -> None:
     assert "tokens" in answered(client, BOARDS[0], tokens=True)
     assert error_of(ask(client, BOARDS[0], key="k", tokens=True), 422).startswith("tokens cannot be combined")
