@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
 
 from hrm.errors import UserError, first_sentence
 from hrm.evaluation.latent import by_definition
@@ -216,11 +217,26 @@ def traced(graph: Graph, model: TrainedModel, max_batch_size: int | None = None)
     try:
         with warnings.catch_warnings(), torch.no_grad(), by_definition(model.model):
             warnings.simplefilter("ignore")
-            return torch.export.export(
+            program = torch.export.export(
                 graph.module.eval(), example, dynamic_shapes=(tuple({0: batch} for _ in example),), strict=False
             )
     except RuntimeError as error:  # what the exporter cannot take has many names, all of them of this kind
         raise cannot_write(graph, model, error) from error
+    _drop_unused_weights(program)
+    return program
+
+
+def _drop_unused_weights(program: torch.export.ExportedProgram) -> None:
+    """Leave out the weights of the model that this part of it does not use: the exporter takes all of them in."""
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder" and not node.users}
+    signature = program.graph_signature
+    for spec in list(signature.input_specs):
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.arg.name in nodes:
+            program.graph.erase_node(nodes[spec.arg.name])
+            signature.input_specs.remove(spec)
+            values = program.state_dict if spec.target in program.state_dict else program.constants
+            del values[spec.target]
+    program.graph_module.recompile()
 
 
 def cannot_write(graph: Graph, model: TrainedModel, error: BaseException) -> UserError:

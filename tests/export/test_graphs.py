@@ -13,7 +13,7 @@ from hrm.errors import UserError
 from hrm.evaluation.latent import by_definition
 from hrm.export import gate
 from hrm.export.format import Run
-from hrm.export.graphs import Graph, module_graphs, schedule, whole_graphs
+from hrm.export.graphs import Graph, module_graphs, schedule, traced, whole_graphs
 from hrm.export.puzzles import Puzzles
 from hrm.inference.model import TrainedModel
 from tests.helpers.exporting import ACT_STEPS, ARCHITECTURES, answers_of, boards, loaded, run_folder
@@ -55,13 +55,16 @@ def test_parts_compute_what_the_model_does(name: str, tmp_path: Path) -> None:
 
 
 def test_modules_of_hrm_hold_each_weight_once(tmp_path: Path) -> None:
-    """Each level is a graph of its own weights, and its inputs are those of its update."""
+    """What is traced of a part has no weight of another one, and its inputs are those of its update."""
     model = loaded(run_folder(tmp_path, ARCHITECTURES["hrm"]))
     graphs = {graph.name: graph for graph in module_graphs(model)}
     assert list(graphs) == ["embed", "L", "H", "heads"]
     assert [each.name for each in graphs["L"].inputs] == ["z_L", "z_H", "embeddings"]
     assert [each.name for each in graphs["H"].inputs] == ["z_H", "z_L"]
     assert [level.graph for level in schedule(model)] == ["L", "L", "H"]
+    weights = [name.rpartition("inner.")[2] for graph in graphs.values() for name in traced(graph, model).state_dict]
+    (step,) = whole_graphs(model, ACT_STEPS, solve=False)
+    assert sorted(weights) == sorted(name.rpartition("inner.")[2] for name in traced(step, model).state_dict)
 
 
 def test_without_a_solve_the_steps_are_taken_one_by_one(tmp_path: Path) -> None:
