@@ -48,6 +48,7 @@ from hrm.service.command import results_of, run
 from hrm.service.engine import Engine
 from hrm.tasks.form import Puzzle
 
+_CONNECTED_AT_ONCE = 64
 _MOST_BYTES = 1 << 16  # of a request, where services are abused
 _SECONDS_TO_ARRIVE = 2.0  # of a request, there
 
@@ -225,6 +226,16 @@ class Clients:
         self._address = address
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
+    async def connect(self, count: int) -> None:
+        """Have so many open, asked for in turns: one that a listener has no room for is answered seconds later."""
+        at_once = asyncio.Semaphore(_CONNECTED_AT_ONCE)
+
+        async def one() -> None:
+            async with at_once:
+                self._idle.append(await asyncio.open_connection(*self._address))
+
+        await asyncio.gather(*(one() for _ in range(count)))
+
     async def infer(self, tokens: np.ndarray[Any, Any]) -> list[str]:
         """The answers to puzzles [N, S], each on one line.
 
@@ -312,6 +323,7 @@ async def _saturate(address: tuple[str, int], tokens: np.ndarray[Any, Any], coun
         for numbers in parts:
             await _asked(clients, tokens, numbers, load, time.perf_counter())
 
+    await clients.connect(count)
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(count)))
     load.seconds = time.perf_counter() - began
