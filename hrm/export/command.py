@@ -64,7 +64,8 @@ def export(config: ExportConfig) -> None:
     _write_pages(model, config, chosen, graphs, num_steps, puzzles)
     print(f"Comparing with PyTorch on {len(puzzles):,} puzzles: {printable(puzzles.source)}.", flush=True)
     runs = {graph.name: chosen.open(graph, folder, device) for graph in graphs}
-    found = compare(model, runs, num_steps, puzzles, config.batch_size)
+    batch_size = min(config.batch_size, config.max_batch_size) if chosen.bounded else config.batch_size
+    found = compare(model, runs, num_steps, puzzles, batch_size)
     passed = found.passes(config.gate)
     files = _sizes(folder, [file for graph in graphs for file in chosen.files(graph.name)])
     _write_report(folder, report | {"passed": passed, "bytes": files} | asdict(found))

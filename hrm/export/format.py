@@ -42,6 +42,7 @@ class Format(ABC):
     devices: ClassVar[tuple[str, ...]] = ("cpu",)  # which its files can be made for, the usual one first
     parts: ClassVar[str] = "whole"  # which are written where `parts` is null
     has_solve: ClassVar[bool] = True  # whether it has a graph of all ACT steps; else a program calls `step` in turn
+    bounded: ClassVar[bool] = False  # whether its files are for `max_batch_size` sequences at most
 
     def why_not(self, device: torch.device) -> str | None:
         """What is missing here to write and run its files, beside `packages`, as the end of a sentence; or None."""
@@ -64,7 +65,7 @@ class Format(ABC):
         """Of the packages that write and compute the files, beside PyTorch's."""
 
     @abstractmethod
-    def usage(self, max_batch_size: int, device: torch.device) -> str:
+    def usage(self, device: torch.device) -> str:
         """What people need to run the folder's program, in Markdown."""
 
     @abstractmethod

@@ -78,7 +78,7 @@ python solve.py "{example}"
 
 `logits` are the scores of the answer's tokens; `q_halt` and `q_continue` are logits of the answer being right as it is,
 and of going on being worth it. `puzzle_identifiers` are {identifiers}. B, the number of puzzles, may be another one at
-each call.
+each call{most}.
 
 {graphs}"""
 
@@ -103,8 +103,9 @@ def readme(
     return _PAGE.format(
         task=model.task.name,
         format=name,
-        usage=chosen.usage(max_batch_size, model.device),
+        usage=chosen.usage(model.device),
         example=example,
+        most=f", {max_batch_size} at most" if chosen.bounded else "",
         identifiers=f"rows of a table of {count:,} puzzles" if count > 1 else "zeros",
         graphs="\n".join(_described(graph, chosen) for graph in graphs),
     )

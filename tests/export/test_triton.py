@@ -48,7 +48,7 @@ def triton_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `hrm export format=triton` wrote, in `out`, of the run `model` of TRM."""
     folder = tmp_path_factory.mktemp("triton")
     pack = pack_of_answers(folder / "pack", loaded(run_folder(folder / "model", TRM)))
-    options = ("format=triton", "puzzles=10", "max_batch_size=8")
+    options = ("format=triton", "puzzles=10", "max_batch_size=8", "batch_size=9")
     export(f"checkpoint={folder / 'model'}", f"output={folder / 'out'}", f"data_path={pack}", *options)
     return folder
 
@@ -71,6 +71,8 @@ def session(folder: Path, name: str) -> Any:
 def test_all_parts_are_there_and_compute_what_the_model_does(triton_folder: Path) -> None:
     report = json.loads((triton_folder / "out" / "export.json").read_text())
     assert report["passed"] is True
+    assert report["batch_size"] == 8  # no more than the files are for
+    assert "at each call, 8 at most." in " ".join((triton_folder / "out" / "README.md").read_text().split())
     assert {name.split("/")[1] for name in report["bytes"]} == GRAPHS
     assert list(report["solved"]) == ["solve", "modules"]
     for way in report["solved"].values():

@@ -52,7 +52,7 @@ class Onnx(Format):
     def versions(self) -> dict[str, str]:
         return {name: version(name) for name in self.packages}
 
-    def usage(self, max_batch_size: int, device: torch.device) -> str:
+    def usage(self, device: torch.device) -> str:
         return _USAGE.format(opset=OPSET)
 
     def snippets(self, graphs: Sequence[Graph], device: torch.device) -> Snippets:

@@ -59,7 +59,7 @@ class Program(Format):
     def versions(self) -> dict[str, str]:
         return {}
 
-    def usage(self, max_batch_size: int, device: torch.device) -> str:
+    def usage(self, device: torch.device) -> str:
         return _USAGE.format(device="GPU" if device.type == "cuda" else "CPU", version=torch.__version__)
 
     def snippets(self, graphs: Sequence[Graph], device: torch.device) -> Snippets:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ def load(name):
 
 _USAGE = """\
 PyTorch and Torch-TensorRT are needed, of the versions that wrote this folder (`export.json` names them), a GPU of the
-same kind, and not the package that wrote it: `pip install torch torch-tensorrt`. B is at most {most}.
+same kind, and not the package that wrote it: `pip install torch torch-tensorrt`.
 """
 
 
@@ -38,6 +37,7 @@ class TensorRT(Format):
     runtime = "TensorRT"
     devices = ("cuda",)
     has_solve = False
+    bounded = True
 
     def why_not(self, device: torch.device) -> str | None:
         remedy = f"pip install torch-tensorrt, in the version for PyTorch {torch.__version__}"
@@ -76,10 +76,10 @@ class TensorRT(Format):
         return by_tensors(program, graph, device)
 
     def versions(self) -> dict[str, str]:
-        return {"torch_tensorrt": version("torch_tensorrt"), "tensorrt": version("tensorrt")}
+        return {name: importlib.import_module(name).__version__ for name in ("torch_tensorrt", "tensorrt")}
 
-    def usage(self, max_batch_size: int, device: torch.device) -> str:
-        return _USAGE.format(most=max_batch_size)
+    def usage(self, device: torch.device) -> str:
+        return _USAGE
 
     def snippets(self, graphs: Sequence[Graph], device: torch.device) -> Snippets:
         imports = "import torch\nimport torch_tensorrt  # its operators are what the files call"

@@ -47,9 +47,8 @@ def load(name):
 
 _USAGE = """\
 `models/` is a model repository: `tritonserver --model-repository=models`, with the server's backend for onnxruntime.
-The folders in it may be renamed: the server takes their names for the models'. B is at most {most} (`max_batch_size` in
-each `config.pbtxt`), and the server may compute requests of several clients together (`dynamic_batching`). What is [B]
-below is [B, 1] for the server's clients.
+The folders in it may be renamed: the server takes their names for the models'. It may compute requests of several
+clients together (`dynamic_batching` in each `config.pbtxt`). What is [B] below is [B, 1] for its clients.
 
 The program asks the server over HTTP: `pip install numpy`.
 """
@@ -57,6 +56,7 @@ The program asks the server over HTTP: `pip install numpy`.
 
 class Triton(Onnx):
     parts = "all"
+    bounded = True
 
     def files(self, name: str) -> Sequence[str]:
         model = f"models/{name}/1/model.onnx"
@@ -70,8 +70,8 @@ class Triton(Onnx):
     def open(self, graph: Graph, folder: Path, device: torch.device) -> Run:
         return open_onnx(graph, folder / self.files(graph.name)[0])
 
-    def usage(self, max_batch_size: int, device: torch.device) -> str:
-        return _USAGE.format(most=max_batch_size)
+    def usage(self, device: torch.device) -> str:
+        return _USAGE
 
     def snippets(self, graphs: Sequence[Graph], device: torch.device) -> Snippets:
         outputs = {graph.name: [each.name for each in graph.outputs] for graph in graphs}
