@@ -133,7 +133,7 @@ def test_the_winner_is_trained_as_if_it_were_alone(
 
 def test_losers_get_no_gradient(config: RecurrentConfig, random_batch: RandomBatch) -> None:
     """Where they stand changes nothing in what the winners learn, as long as they lose."""
-    model, batch = drawn(config), random_batch()
+    model, batch = drawn(config), random_batch(16)
     carry, *_ = model(carry=model.initial_carry(batch), batch=batch)
     carry = replace(carry, halted=torch.zeros_like(carry.halted))
 
