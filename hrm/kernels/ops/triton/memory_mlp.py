@@ -429,42 +429,47 @@ def _update_phase_2(
     MATRIX: tl.constexpr = TILES_H * TILES_D
     CHUNKS_H: tl.constexpr = (H + BIAS - 1) // BIAS
     CHUNKS_D: tl.constexpr = (D + BIAS - 1) // BIAS
-    PRODUCTS: tl.constexpr = 2 * MATRIX * SPLIT
-    WORK: tl.constexpr = PRODUCTS + CHUNKS_H + CHUNKS_D
     ITEMS: tl.constexpr = 2 * MATRIX + CHUNKS_H + CHUNKS_D  # parts of the squared norm
     SIZE: tl.constexpr = 2 * D * H + D + H
     row_tiles = tl.cdiv(N, HEIGHT)
     scale = 2.0 / (N.to(tl.float32) * D)
     number = tl.program_id(0)
-    while number < M * WORK:
-        memory = (number // WORK).to(tl.int64)
-        item = number % WORK
-        grad = grads + memory * SIZE
-        square = squares + memory * ITEMS
-        if item < PRODUCTS:
-            tile, part = item // SPLIT, item % SPLIT
-            own = memory * 2 * MATRIX + tile
-            half = halves + own * SPLIT * SIDE * SIDE
-            if tile < MATRIX:
-                _weight_gradient(
-                    dz1 + memory * N * H, k + memory * N * D, grad, square + tile, half, arrivals + own, tile, part, N,
-                    scale, H, D, SIDE, TOKENS, SPLIT, PRECISION, WHOLE,
-                )  # fmt: skip
-            else:
-                _weight_gradient(
-                    error + memory * N * D, h + memory * N * H, grad + D * H + H, square + tile, half, arrivals + own,
-                    tile - MATRIX, part, N, scale, D, H, SIDE, TOKENS, SPLIT, PRECISION, WHOLE,
-                )  # fmt: skip
-        elif item < PRODUCTS + CHUNKS_H:
-            chunk = item - PRODUCTS
-            sums = dz1_sums + memory * row_tiles * H
-            total = _bias_gradient(sums, grad + D * H, chunk, row_tiles, scale, H, BIAS, PARTS)
-            tl.store(square + 2 * MATRIX + chunk, total)
-        else:
-            chunk = item - PRODUCTS - CHUNKS_H
-            sums = error_sums + memory * row_tiles * D
-            total = _bias_gradient(sums, grad + 2 * D * H + H, chunk, row_tiles, scale, D, BIAS, PARTS)
-            tl.store(square + 2 * MATRIX + CHUNKS_H + chunk, total)
+    # A loop for each of the four, through which numbers run on. As branches of one loop, the two with products would
+    # be joined by the compiler, and their multiplications then wait for one another.
+    while number < M * MATRIX * SPLIT:
+        own, part = number // SPLIT, number % SPLIT
+        memory, tile = (own // MATRIX).to(tl.int64), own % MATRIX
+        at = memory * 2 * MATRIX + tile
+        _weight_gradient(
+            dz1 + memory * N * H, k + memory * N * D, grads + memory * SIZE, squares + memory * ITEMS + tile,
+            halves + at * SPLIT * SIDE * SIDE, arrivals + at, tile, part, N, scale, H, D, SIDE, TOKENS, SPLIT,
+            PRECISION, WHOLE,
+        )  # fmt: skip
+        number += tl.num_programs(0)
+    number -= M * MATRIX * SPLIT
+    while number < M * MATRIX * SPLIT:
+        own, part = number // SPLIT, number % SPLIT
+        memory, tile = (own // MATRIX).to(tl.int64), own % MATRIX
+        at = memory * 2 * MATRIX + MATRIX + tile
+        _weight_gradient(
+            error + memory * N * D, h + memory * N * H, grads + memory * SIZE + D * H + H,
+            squares + memory * ITEMS + MATRIX + tile, halves + at * SPLIT * SIDE * SIDE, arrivals + at, tile, part, N,
+            scale, D, H, SIDE, TOKENS, SPLIT, PRECISION, WHOLE,
+        )  # fmt: skip
+        number += tl.num_programs(0)
+    number -= M * MATRIX * SPLIT
+    while number < M * CHUNKS_H:
+        memory, chunk = (number // CHUNKS_H).to(tl.int64), number % CHUNKS_H
+        sums, grad = dz1_sums + memory * row_tiles * H, grads + memory * SIZE + D * H
+        total = _bias_gradient(sums, grad, chunk, row_tiles, scale, H, BIAS, PARTS)
+        tl.store(squares + memory * ITEMS + 2 * MATRIX + chunk, total)
+        number += tl.num_programs(0)
+    number -= M * CHUNKS_H
+    while number < M * CHUNKS_D:
+        memory, chunk = (number // CHUNKS_D).to(tl.int64), number % CHUNKS_D
+        sums, grad = error_sums + memory * row_tiles * D, grads + memory * SIZE + 2 * D * H + H
+        total = _bias_gradient(sums, grad, chunk, row_tiles, scale, D, BIAS, PARTS)
+        tl.store(squares + memory * ITEMS + 2 * MATRIX + CHUNKS_H + chunk, total)
         number += tl.num_programs(0)
 
 
