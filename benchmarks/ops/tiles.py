@@ -94,17 +94,13 @@ def _call(name: str, columns: int, device: torch.device) -> Callable[[], object]
 
 def _compare_memory(timer: Timer, ends_at: float) -> None:
     in_force = memory_mlp.MOST_ROWS, memory.TILES
-    # A tile of a gradient of 128 x 128 reads half as much; two programs share its tokens, so that all have work.
-    large = {"weight": 128, "split": 2, "update_warps": 8}
     changes: list[dict[str, Any]] = [
-        *({"rows": rows, **change} for change in ({}, large) for rows in (128, 64)),
-        *({"stages": stages, **change} for change in ({}, large) for stages in (3, 5)),
-        *({"columns": columns, "warps": warps, **large} for columns, warps in ((64, 8), (128, 4), (128, 8), (32, 4))),
-        *({"tokens": 128, "stages": stages, **change} for change, stages in (({}, 3), (large, 2))),
-        *({"programs": 2, "stages": 3, "rows": rows, "split": split} for rows in (128, 64) for split in (1, 2)),
-        {"inner": 128, "stages": 3, **large},
-        {"tokens": 32, **large},
-        large | {"update_warps": 4},
+        *({"rows": rows, "stages": stages} for rows in (128, 64) for stages in (3, 4, 5)),
+        *({"columns": columns, "warps": warps} for columns, warps in ((64, 8), (128, 4), (128, 8), (32, 4))),
+        *({"update_warps": 8, "weight": weight} for weight in (64, 128)),
+        *({"tokens": tokens, "stages": 3} for tokens in (32, 128)),
+        *({"programs": 2, "stages": 3, "rows": rows} for rows in (128, 64)),
+        {"inner": 128, "stages": 3},
     ]
     row = next(memory_rows(toy=False))
     found = []

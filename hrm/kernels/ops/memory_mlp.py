@@ -295,15 +295,15 @@ def memory_mlp_backward_update_(
     if not saved.counters.numel():  # the definition made it
         return naive_backward_update_(saved, w, momentum, alpha, eta, theta, max_grad_norm)
     loss, z1, h, _, k, error, w2_copy, error_sums, counters = saved
-    tensors = [_gate_of_each(gate, loss) if isinstance(gate, Tensor) else None for gate in gates.values()]
-    fixed = [0.0 if isinstance(gate, Tensor) else float(gate) for gate in gates.values()]
     limit = float("inf") if max_grad_norm is None else max_grad_norm
     if not is_traced(k):
         kept = (loss, z1, h, k, error, w2_copy, error_sums, counters)
-        each = [number if tensor is None else tensor for number, tensor in zip(fixed, tensors, strict=True)]
+        each = [_gate_of_each(x, loss) if isinstance(x, Tensor) else float(x) for x in (alpha, eta, theta)]
         found: Tensor = triton_kernels("memory_mlp", k).backward_update_(kept, w, momentum, each, limit)
         torch.autograd.graph.increment_version((*w, *momentum))
         return found
+    tensors = [_gate_of_each(gate, loss) if isinstance(gate, Tensor) else None for gate in gates.values()]
+    fixed = [0.0 if isinstance(gate, Tensor) else float(gate) for gate in gates.values()]
     with torch.no_grad():
         norm: Tensor = _backward_update_(
             loss, z1, h, k, error, w2_copy, error_sums, counters, *w, *momentum, fixed, *tensors, limit

@@ -126,20 +126,6 @@ def test_against_torch_func_on_models_sizes(dtype: torch.dtype, shape: Any) -> N
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("split", [1, 2])
-def test_programs_that_share_a_gradients_tokens(device: str, split: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hrm.kernels.ops.triton import memory_mlp as kernels
-
-    monkeypatch.setattr(kernels, "TILES", kernels.TILES._replace(split=split))
-    for tokens in (3, 150):  # fewer than the first of two programs takes, and more
-        k, v, w, momentum = draw(device, torch.float32, (2,), tokens, 40, 72)
-        _, new_w, new_momentum, norms = by_torch_func(k, v, w, momentum, None)
-        _, found = run(k, v, w, momentum, None, naive=False)
-        for ours, wanted in zip(found, [*new_w, *new_momentum, norms], strict=True):
-            assert relative_error(ours, wanted) < 1e-5
-
-
-@pytest.mark.parametrize("device", DEVICES)
 def test_tf32_where_torch_may_take_it(device: str) -> None:
     k, v, w, momentum = draw(device, torch.float32, (), 64, 128, 128)
     _, new_w, new_momentum, norms = by_torch_func(k, v, w, momentum, None)

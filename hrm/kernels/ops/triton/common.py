@@ -42,18 +42,19 @@ def launch(
     """Launch a kernel with all its arguments: first the tensors of which it reads many numbers at a time.
 
     What it was compiled to is kept in `known` by `key`, which has to stand for all that compiling depends on but for
-    where those tensors begin. To find that out anew, as Triton does, takes the host longer than the launch.
+    where those tensors begin, and is then launched with their addresses. To look into each argument anew, as Triton
+    does, takes the host longer than the launch.
     """
-    addresses = 0
-    for tensor in tensors:
-        addresses |= tensor.data_ptr()
-    aligned = addresses % 16 == 0
-    compiled = known.get(key) if aligned else None
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    bits = 0
+    for address in addresses:
+        bits |= address
+    compiled = None if bits % 16 else known.get(key)
     if compiled is not None:
-        compiled[(programs, 1, 1)](*tensors, *others)
+        compiled[(programs, 1, 1)](*addresses, *others)
         return
     compiled = kernel[(programs,)](*tensors, *others, **options)
-    if aligned and compiled is not None:  # the interpreter compiles nothing
+    if bits % 16 == 0 and compiled is not None:  # the interpreter compiles nothing
         known[key] = compiled
 
 

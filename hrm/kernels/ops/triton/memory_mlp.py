@@ -39,13 +39,10 @@ class _Tiles(NamedTuple):
     inner: int = 64  # columns of both operands that are multiplied at a time
     weight: int = 64  # rows and columns of a tile of a weight's gradient
     tokens: int = 64  # of both operands of such a tile that are multiplied at a time
-    split: int = 1  # programs that share the tokens of such a tile, 1 or 2
     warps: int = 4  # of a program forward
     update_warps: int = 4
     stages: int = 4
     programs: int = 1  # of the update, for each multiprocessor
-    pdl: int = 0
-    swap: bool = True  # whether tiles of a matmul are made as their transposes
 
 
 TILES = _Tiles()
@@ -90,24 +87,18 @@ def _linear_tile(
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
     WHOLE: tl.constexpr,
-    SWAP: tl.constexpr,
 ) -> tl.tensor:
     """A tile of x weightᵀ, for x [N, INPUTS] and weight [OUTPUTS, INPUTS], which is cast to the dtype of x.
 
-    SWAP: as the transpose of weight xᵀ, whose left operand, cast, may stay in registers.
+    It is made as the transpose of weight xᵀ: a left operand that was cast may stay in registers.
     """
     EVEN: tl.constexpr = INPUTS % INNER == 0
-    acc = tl.zeros((WIDTH if SWAP else HEIGHT, HEIGHT if SWAP else WIDTH), tl.float32)
+    acc = tl.zeros((WIDTH, HEIGHT), tl.float32)
     for k in range(0, INPUTS, INNER):
         a = _tile(x, row, k, N, INPUTS, HEIGHT, INNER, WHOLE, EVEN)
         b = _tile(weight, column, k, OUTPUTS, INPUTS, WIDTH, INNER, OUTPUTS % WIDTH == 0, EVEN)
-        if SWAP:
-            acc = tl.dot(b.to(a.dtype), a.T, acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(a, b.to(a.dtype).T, acc, input_precision=PRECISION)
-    if SWAP:
-        acc = acc.T
-    return acc
+        acc = tl.dot(b.to(a.dtype), a.T, acc, input_precision=PRECISION)
+    return acc.T
 
 
 @triton.jit
@@ -192,11 +183,7 @@ def _hidden_kernel(
     INNER: tl.constexpr,
     COPY_TILE: tl.constexpr,
     WHOLE: tl.constexpr,
-    SWAP: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     if program <= M:
         tl.store(counters + program, 0)
@@ -212,7 +199,7 @@ def _hidden_kernel(
         row, column = program % tiles // COLUMN_TILES * HEIGHT, program % COLUMN_TILES * WIDTH
         bias = _bias_tile(b1 + memory * H, column, H, WIDTH)
         acc = _linear_tile(
-            k + memory * N * D, w1 + memory * H * D, row, column, N, D, H, HEIGHT, WIDTH, INNER, PRECISION, WHOLE, SWAP
+            k + memory * N * D, w1 + memory * H * D, row, column, N, D, H, HEIGHT, WIDTH, INNER, PRECISION, WHOLE
         )
         acc += bias
         _put(z1 + memory * N * H, acc, row, column, N, H, HEIGHT, WIDTH)
@@ -247,8 +234,6 @@ def _error_kernel(
     INNER: tl.constexpr,
     PARTS: tl.constexpr,
     WHOLE: tl.constexpr,
-    SWAP: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
     COLUMN_TILES: tl.constexpr = (D + WIDTH - 1) // WIDTH
     row_tiles = tl.cdiv(N, HEIGHT)
@@ -259,11 +244,8 @@ def _error_kernel(
     # What the end needs comes while the product is made.
     wanted = _tile(v + memory * N * D, row, column, N, D, HEIGHT, WIDTH, WHOLE, D % WIDTH == 0)
     bias = _bias_tile(b2 + memory * D, column, D, WIDTH)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     acc = _linear_tile(
-        h + memory * N * H, w2 + memory * D * H, row, column, N, H, D, HEIGHT, WIDTH, INNER, PRECISION, WHOLE, SWAP
+        h + memory * N * H, w2 + memory * D * H, row, column, N, H, D, HEIGHT, WIDTH, INNER, PRECISION, WHOLE
     )
     acc += bias
     _put(y + memory * N * D, acc, row, column, N, D, HEIGHT, WIDTH)
@@ -301,7 +283,6 @@ def _update_phase_1(
     WIDTH: tl.constexpr,
     INNER: tl.constexpr,
     WHOLE: tl.constexpr,
-    SWAP: tl.constexpr,
 ) -> None:
     """The gradient of z1, but for the factor 2 / (N D), and its sums over the rows of each tile."""
     COLUMN_TILES: tl.constexpr = (H + WIDTH - 1) // WIDTH
@@ -314,17 +295,12 @@ def _update_phase_1(
         tile = item % tiles
         row, column = tile // COLUMN_TILES * HEIGHT, tile % COLUMN_TILES * WIDTH
         z = _tile(z1 + memory * N * H, row, column, N, H, HEIGHT, WIDTH, WHOLE, H % WIDTH == 0)
-        acc = tl.zeros((WIDTH if SWAP else HEIGHT, HEIGHT if SWAP else WIDTH), tl.float32)
+        acc = tl.zeros((WIDTH, HEIGHT), tl.float32)
         for d in range(0, D, INNER):
             a = _tile(error + memory * N * D, row, d, N, D, HEIGHT, INNER, WHOLE, EVEN)
             b = _tile(w2 + memory * D * H, d, column, D, H, INNER, WIDTH, EVEN, H % WIDTH == 0)
-            if SWAP:
-                acc = tl.dot(b.T, a.T, acc, input_precision=PRECISION)
-            else:
-                acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        if SWAP:
-            acc = acc.T
-        acc *= _silu(z.to(tl.float32), z.dtype == tl.float32)[1]
+            acc = tl.dot(b.T, a.T, acc, input_precision=PRECISION)
+        acc = acc.T * _silu(z.to(tl.float32), z.dtype == tl.float32)[1]
         _put(dz1 + memory * N * H, acc, row, column, N, H, HEIGHT, WIDTH)
         rows, columns = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)
         acc = tl.where((rows < N)[:, None], acc, 0.0)  # z1 may be infinite, and 0 times it NaN
@@ -339,46 +315,27 @@ def _weight_gradient(
     right: tl.tensor,
     grad: tl.tensor,
     square: tl.tensor,
-    halves: tl.tensor,
-    arrivals: tl.tensor,
     tile: tl.tensor,
-    part: tl.tensor,
     N: tl.tensor,
     scale: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SIDE: tl.constexpr,
     TOKENS: tl.constexpr,
-    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> None:
-    """A tile of a weight's gradient, scale leftᵀ right for left [N, ROWS] and right [N, COLUMNS], and its square's sum.
-
-    With SPLIT 2, two programs take half of the tokens each, and the one that comes last adds the halves: the sum of two
-    is the same in either order.
-    """
+    """A tile of scale leftᵀ right, for left [N, ROWS] and right [N, COLUMNS], and the sum of its squares."""
     COLUMN_TILES: tl.constexpr = (COLUMNS + SIDE - 1) // SIDE
     row, column = tile // COLUMN_TILES * SIDE, tile % COLUMN_TILES * SIDE
     acc = tl.zeros((SIDE, SIDE), tl.float32)
-    span = tl.cdiv(N, TOKENS * SPLIT) * TOKENS
-    for n in range(part * span, tl.minimum(part * span + span, N), TOKENS):
+    for n in range(0, N, TOKENS):
         a = _tile(left, n, row, N, ROWS, TOKENS, SIDE, WHOLE, ROWS % SIDE == 0)
         b = _tile(right, n, column, N, COLUMNS, TOKENS, SIDE, WHOLE, COLUMNS % SIDE == 0)
         acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
-    come = SPLIT - 1
-    if SPLIT == 2:
-        inside = tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
-        tl.store(halves + part * SIDE * SIDE + inside, acc)
-        tl.debug_barrier()  # all threads have written
-        come = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu")
-        tl.debug_barrier()
-    if come == SPLIT - 1:
-        if SPLIT == 2:
-            acc += tl.load(halves + (1 - part) * SIDE * SIDE + inside)
-        acc *= scale
-        _put(grad, acc, row, column, ROWS, COLUMNS, SIDE, SIDE)
-        tl.store(square, tl.sum(acc * acc))
+    acc *= scale
+    _put(grad, acc, row, column, ROWS, COLUMNS, SIDE, SIDE)
+    tl.store(square, tl.sum(acc * acc))
 
 
 @triton.jit
@@ -408,8 +365,6 @@ def _update_phase_2(
     dz1_sums: tl.tensor,
     grads: tl.tensor,
     squares: tl.tensor,
-    halves: tl.tensor,
-    arrivals: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
     D: tl.constexpr,
@@ -418,7 +373,6 @@ def _update_phase_2(
     HEIGHT: tl.constexpr,
     SIDE: tl.constexpr,
     TOKENS: tl.constexpr,
-    SPLIT: tl.constexpr,
     BIAS: tl.constexpr,
     PARTS: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -436,28 +390,22 @@ def _update_phase_2(
     number = tl.program_id(0)
     # A loop for each of the four, through which numbers run on. As branches of one loop, the two with products would
     # be joined by the compiler, and their multiplications then wait for one another.
-    while number < M * MATRIX * SPLIT:
-        own, part = number // SPLIT, number % SPLIT
-        memory, tile = (own // MATRIX).to(tl.int64), own % MATRIX
-        at = memory * 2 * MATRIX + tile
+    while number < M * MATRIX:
+        memory, tile = (number // MATRIX).to(tl.int64), number % MATRIX
         _weight_gradient(
-            dz1 + memory * N * H, k + memory * N * D, grads + memory * SIZE, squares + memory * ITEMS + tile,
-            halves + at * SPLIT * SIDE * SIDE, arrivals + at, tile, part, N, scale, H, D, SIDE, TOKENS, SPLIT,
-            PRECISION, WHOLE,
+            dz1 + memory * N * H, k + memory * N * D, grads + memory * SIZE, squares + memory * ITEMS + tile, tile, N,
+            scale, H, D, SIDE, TOKENS, PRECISION, WHOLE,
         )  # fmt: skip
         number += tl.num_programs(0)
-    number -= M * MATRIX * SPLIT
-    while number < M * MATRIX * SPLIT:
-        own, part = number // SPLIT, number % SPLIT
-        memory, tile = (own // MATRIX).to(tl.int64), own % MATRIX
-        at = memory * 2 * MATRIX + MATRIX + tile
+    number -= M * MATRIX
+    while number < M * MATRIX:
+        memory, tile = (number // MATRIX).to(tl.int64), number % MATRIX
         _weight_gradient(
             error + memory * N * D, h + memory * N * H, grads + memory * SIZE + D * H + H,
-            squares + memory * ITEMS + MATRIX + tile, halves + at * SPLIT * SIDE * SIDE, arrivals + at, tile, part, N,
-            scale, D, H, SIDE, TOKENS, SPLIT, PRECISION, WHOLE,
+            squares + memory * ITEMS + MATRIX + tile, tile, N, scale, D, H, SIDE, TOKENS, PRECISION, WHOLE,
         )  # fmt: skip
         number += tl.num_programs(0)
-    number -= M * MATRIX * SPLIT
+    number -= M * MATRIX
     while number < M * CHUNKS_H:
         memory, chunk = (number // CHUNKS_H).to(tl.int64), number % CHUNKS_H
         sums, grad = dz1_sums + memory * row_tiles * H, grads + memory * SIZE + D * H
@@ -575,11 +523,7 @@ def _update_kernel(
     w2_copy: tl.tensor,
     error_sums: tl.tensor,
     dz1: tl.tensor,
-    dz1_sums: tl.tensor,
-    grads: tl.tensor,
-    squares: tl.tensor,
-    halves: tl.tensor,
-    arrivals: tl.tensor,
+    scratch: tl.tensor,
     loss: tl.tensor,
     norms: tl.tensor,
     counters: tl.tensor,
@@ -606,35 +550,30 @@ def _update_kernel(
     INNER: tl.constexpr,
     SIDE: tl.constexpr,
     TOKENS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    ARRIVALS: tl.constexpr,
     BIAS: tl.constexpr,
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
     WHOLE: tl.constexpr,
-    SWAP: tl.constexpr,
-    PDL: tl.constexpr,
     PHASE: tl.constexpr,
 ) -> None:
-    """PHASE: which one, or 0 for all in one launch whose programs run at once."""
+    """PHASE: which one, or 0 for all in one launch whose programs run at once.
+
+    scratch: the gradients of each memory, then the tiles' sums of dz1, then parts of the squared norm.
+    """
+    grads = scratch
+    dz1_sums = grads + M.to(tl.int64) * (2 * D * H + D + H)
+    squares = dz1_sums + M.to(tl.int64) * tl.cdiv(N, HEIGHT) * H
     if PHASE == 0:
         _prefetch(s_w1, M.to(tl.int64) * D * H, 128)
         _prefetch(s_w2, M.to(tl.int64) * D * H, 128)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
     if PHASE == 0 or PHASE == 1:
-        if SPLIT == 2:
-            at = tl.program_id(0)
-            while at < M * ARRIVALS:
-                tl.store(arrivals + at, 0)
-                at += tl.num_programs(0)
-        _update_phase_1(z1, error, w2_copy, dz1, dz1_sums, M, N, D, H, PRECISION, HEIGHT, WIDTH, INNER, WHOLE, SWAP)
+        _update_phase_1(z1, error, w2_copy, dz1, dz1_sums, M, N, D, H, PRECISION, HEIGHT, WIDTH, INNER, WHOLE)
     if PHASE == 0:
         _wait_for_all(counters)
     if PHASE == 0 or PHASE == 2:
         _update_phase_2(
-            k, h, error, error_sums, dz1, dz1_sums, grads, squares, halves, arrivals, M, N, D, H, PRECISION, HEIGHT,
-            SIDE, TOKENS, SPLIT, BIAS, 16, WHOLE,
+            k, h, error, error_sums, dz1, dz1_sums, grads, squares, M, N, D, H, PRECISION, HEIGHT, SIDE, TOKENS, BIAS,
+            16, WHOLE,
         )  # fmt: skip
     if PHASE == 0:
         _wait_for_all(counters)
@@ -653,8 +592,7 @@ class _Plan(NamedTuple):
     update: int
     row_tiles: int
     loss_parts: int
-    scratch: list[int]  # numbers of what phases leave to one another: sums of dz1, gradients, squares, halves
-    arrivals: int
+    scratch: int  # numbers that phases leave to one another
     hidden_constants: tuple[Any, ...]
     error_constants: tuple[Any, ...]
     update_constants: dict[int, tuple[Any, ...]]  # of a phase
@@ -687,18 +625,13 @@ def _plan(
         "WIDTH": tiles.columns,
         "INNER": inner,
         "WHOLE": N % 128 == 0,  # a multiple of all that is read of them at a time
-        "SWAP": tiles.swap,
         "ITEMS": items,
         "SIDE": tiles.weight,
         "TOKENS": tiles.tokens * 2 // size,
-        "SPLIT": tiles.split,
-        "ARRIVALS": matrices,
         "BIAS": _BIAS_CHUNK,
         "TILE": _APPLY_TILE,
         "PARTS": 256,
-        "PDL": tiles.pdl >= 1,
     }
-    of_update = constants | {"PDL": tiles.pdl >= 2}
     tiles_h, tiles_d = (M * row_tiles * count(columns, tiles.columns) for columns in (H, D))
     stage_bytes = inner * (height * size + tiles.columns * 4)  # w1 is of 32 bits, and in 16 takes room beside
     stages = max(1, min(tiles.stages, (shared_memory(device) - 8192) // stage_bytes))
@@ -709,16 +642,10 @@ def _plan(
         update=tiles.programs * multiprocessor_count(device) if on_gpu else max(1, tiles_h // 2),
         row_tiles=row_tiles,
         loss_parts=tiles_d,
-        scratch=[
-            M * row_tiles * H,
-            M * (2 * D * H + D + H),
-            M * items,
-            M * 2 * matrices * tiles.weight**2 if tiles.split == 2 else 0,
-        ],
-        arrivals=M * matrices if tiles.split == 2 else 0,
-        hidden_constants=ordered(_hidden_kernel, 10, constants | {"SWAP": tiles.swap or copies}),
+        scratch=M * (2 * D * H + D + H + row_tiles * H + items),
+        hidden_constants=ordered(_hidden_kernel, 10, constants),
         error_constants=ordered(_error_kernel, 11, constants),
-        update_constants={phase: ordered(_update_kernel, 29, of_update | {"PHASE": phase}) for phase in range(4)},
+        update_constants={phase: ordered(_update_kernel, 25, constants | {"PHASE": phase}) for phase in range(4)},
         forward_options={"num_warps": tiles.warps, "num_stages": stages},
         update_options={"num_warps": tiles.update_warps, "num_stages": stages},
         known={},
@@ -744,8 +671,9 @@ def forward_loss(
     H, M = w1.shape[-2], math.prod(memories)
     plan = _plan_of(k, H)
     w1, b1, w2, b2 = w1.contiguous(), b1.contiguous(), w2.contiguous(), b2.contiguous()
-    z1, h = k.new_empty(*memories, N, H), k.new_empty(*memories, N, H)
     y, error = torch.empty_like(k), torch.empty_like(k)
+    z1 = torch.empty_like(k) if H == D else k.new_empty(*memories, N, H)
+    h = torch.empty_like(z1)
     copies = w2.dtype != k.dtype
     w2_copy = torch.empty_like(w2, dtype=k.dtype) if copies else k.new_empty(0)
     error_sums = w1.new_empty(M, plan.row_tiles, D)
@@ -759,7 +687,7 @@ def forward_loss(
     launch(
         _error_kernel, plan.known, "error", plan.error,
         (h, v, w2_copy if copies else w2, b2, y, error, error_sums, loss_parts, loss, counters),
-        (N, *plan.error_constants), launch_pdl=TILES.pdl >= 1, **plan.forward_options,
+        (N, *plan.error_constants), **plan.forward_options,
     )  # fmt: skip
     return loss, z1, h, y, error, w2_copy, error_sums, counters
 
@@ -776,20 +704,20 @@ def backward_update_(
     N, H, M = k.shape[-2], z1.shape[-1], loss.numel()
     plan = _plan_of(k, H)
     dz1, norms = torch.empty_like(z1), torch.empty_like(loss)
-    scratch = torch.split(loss.new_empty(sum(plan.scratch)), plan.scratch)
-    arrivals = torch.empty(plan.arrivals, dtype=torch.int32, device=k.device) if plan.arrivals else counters
+    scratch = loss.new_empty(plan.scratch)
     at_once = _run_at_once(k)
     if not at_once:  # the interpreter leaves numbers as Python has them
         gates = [gate if isinstance(gate, Tensor) else torch.full_like(loss, gate) for gate in gates]
     tensors = (
-        *(z1, h, k, error, w2_copy if w2_copy.numel() else w.w2, error_sums, dz1, *scratch, arrivals, loss, norms),
-        *(counters, *w, *momentum),
+        *(z1, h, k, error, w2_copy if w2_copy.numel() else w.w2, error_sums, dz1, scratch, loss, norms, counters),
+        *w,
+        *momentum,
     )
     kinds = tuple(map(type, gates))
     for phase in (0,) if at_once else (1, 2, 3):
         launch(
             _update_kernel, plan.known, (phase, kinds), plan.update, tensors,
             (*gates, max_grad_norm, M, N, *plan.update_constants[phase]),
-            launch_cooperative_grid=at_once, launch_pdl=TILES.pdl >= 2, **plan.update_options,
+            launch_cooperative_grid=at_once, **plan.update_options,
         )  # fmt: skip
     return norms
