@@ -9,6 +9,7 @@ Shapes: N tokens, D width of keys and values, H hidden width; leading dimensions
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -231,7 +232,7 @@ def memory_mlp_forward_loss(k: Tensor, v: Tensor, w1: Tensor, b1: Tensor, w2: Te
     """
     name = "memory_mlp_forward_loss"
     check_tensors(name, k=k, v=v)
-    _check_weights(name, k, MemoryWeights(w1, b1, w2, b2), "", w1.shape[-2] if w1.ndim >= 2 else 0)
+    _check_weights(name, k, w1.shape[-2] if w1.ndim >= 2 else 0, {"": (w1, b1, w2, b2)}, overwritten=False)
     check_shape(name, "v", v, k.shape, "as k")
     if not runs_triton(k) or not k.numel() or not b1.numel():
         with torch.no_grad():
@@ -277,20 +278,16 @@ def memory_mlp_backward_update_(
     """
     name = "memory_mlp_backward_update_"
     k = saved.k
-    for kind, group in (("w.", w), ("momentum.", momentum)):
-        _check_weights(name, k, group, kind, saved.z1.shape[-1])
-        for field, tensor in zip(MemoryWeights._fields, group, strict=True):
-            if not tensor.is_contiguous():
-                which = kind + field
-                raise UserError(f"{name}: {which} is overwritten and not contiguous; give {which}.contiguous().")
+    _check_weights(name, k, saved.z1.shape[-1], {"w.": w, "momentum.": momentum}, overwritten=True)
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise UserError(f"{name}: max_grad_norm={max_grad_norm} is too small; give more than 0, or None.")
     gates = {"alpha": alpha, "eta": eta, "theta": theta}
+    device = k.device
     for which, gate in gates.items():
         if isinstance(gate, Tensor):
             if gate.numel() != 1:
                 check_shape(name, which, gate, saved.loss.shape, "one number for each memory, or one for all")
-            if gate.device != k.device:
+            if gate.device != device:
                 raise UserError(f"{name}: {which} is on {gate.device} and k is on {k.device}; move both to one device.")
     if not saved.counters.numel():  # the definition made it
         return naive_backward_update_(saved, w, momentum, alpha, eta, theta, max_grad_norm)
@@ -318,18 +315,32 @@ def _gate_of_each(gate: Tensor, loss: Tensor) -> Tensor:
     return gate.detach().float().expand(loss.shape).contiguous()
 
 
-def _check_weights(name: str, k: Tensor, weights: MemoryWeights, prefix: str, hidden: int) -> None:
-    """Refuse weights that are not those of memories of this hidden width for `k` [..., N, D]."""
+def _check_weights(
+    name: str, k: Tensor, hidden: int, groups: Mapping[str, Sequence[Tensor]], *, overwritten: bool
+) -> None:
+    """Refuse weights that are not those of memories of this hidden width for `k` [..., N, D].
+
+    A group's key begins the names of its arguments. What is `overwritten` has to be contiguous.
+    """
     if k.ndim < 2:
         raise UserError(f"{name}: k is {list(k.shape)} and should be [..., N, D].")
     *memories, _, width = k.shape
+    device = k.device
     shapes = ((*memories, hidden, width), (*memories, hidden), (*memories, width, hidden), (*memories, width))
-    for field, weight, shape in zip(MemoryWeights._fields, weights, shapes, strict=True):
-        if weight.shape == shape and weight.dtype == torch.float32 and weight.device == k.device:
-            continue
-        which = prefix + field
-        check_shape(name, which, weight, shape, f"for k [..., N, D] = {list(k.shape)} and H = {hidden}")
-        if weight.dtype != torch.float32 and not (weight.dtype == k.dtype == torch.float64):
-            raise UserError(f"{name}: {which} is {dtype_name(weight.dtype)}; give float32.")
-        if weight.device != k.device:
-            raise UserError(f"{name}: {which} is on {weight.device} and k is on {k.device}; move both to one device.")
+    for prefix, weights in groups.items():
+        for i, weight in enumerate(weights):
+            if (
+                weight.shape == shapes[i]
+                and weight.dtype is torch.float32
+                and weight.device == device
+                and (not overwritten or weight.is_contiguous())
+            ):
+                continue  # all there is to say takes longer than to see that it is not needed
+            which = prefix + MemoryWeights._fields[i]
+            check_shape(name, which, weight, shapes[i], f"for k [..., N, D] = {list(k.shape)} and H = {hidden}")
+            if weight.dtype != torch.float32 and not (weight.dtype == k.dtype == torch.float64):
+                raise UserError(f"{name}: {which} is {dtype_name(weight.dtype)}; give float32.")
+            if weight.device != device:
+                raise UserError(f"{name}: {which} is on {weight.device} and k is on {device}; move both to one device.")
+            if overwritten and not weight.is_contiguous():
+                raise UserError(f"{name}: {which} is overwritten and not contiguous; give {which}.contiguous().")
