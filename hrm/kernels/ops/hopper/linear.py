@@ -64,16 +64,19 @@ def _swiglu_load(
         m = tile // tiles_n * BLOCK_M
         n = tile % tiles_n * (2 * BLOCK_N)
         new_rows = (tile == start) | (n == 0)
-        if NORM:  # the norm wants all of a row before any of it is multiplied
+        last_of_rows = (tile + 1 == end) | ((tile + 1) % tiles_n == 0)
+        beside_weights = new_rows
+        if NORM:
+            # Rows of one tile alone come as a whole: the first group finds their norm before it takes any weights.
+            first = new_rows & last_of_rows
+            beside_weights = new_rows & (not last_of_rows)
             for k in range(SLICES):
-                mbarrier.wait(x_empty.index(k), x_phase ^ 1, pred=new_rows)
-                mbarrier.expect(x_full.index(k), x_desc.block_type.nbytes, pred=new_rows)
-                tma.async_copy_global_to_shared(
-                    x_desc, [m, k * BLOCK_K], x_full.index(k), x_tile.index(k), pred=new_rows
-                )
+                mbarrier.wait(x_empty.index(k), x_phase ^ 1, pred=first)
+                mbarrier.expect(x_full.index(k), x_desc.block_type.nbytes, pred=first)
+                tma.async_copy_global_to_shared(x_desc, [m, k * BLOCK_K], x_full.index(k), x_tile.index(k), pred=first)
         for half in gl.static_range(2):
             for k in range(SLICES):
-                if not NORM and half == 0 and new_rows:
+                if half == 0 and beside_weights:
                     mbarrier.wait(x_empty.index(k), x_phase ^ 1)
                     mbarrier.expect(x_full.index(k), x_desc.block_type.nbytes)
                     tma.async_copy_global_to_shared(x_desc, [m, k * BLOCK_K], x_full.index(k), x_tile.index(k))
@@ -122,6 +125,28 @@ def _norm_factors(
 
 
 @gluon.jit
+def _norm_rows(
+    x_tile: gl.shared_memory_descriptor,
+    x_full: gl.shared_memory_descriptor,
+    phase: gl.tensor,
+    vectors: gl.tuple,
+    sizes: gl.tuple,
+    m: gl.tensor,
+    eps: gl.tensor,
+    layout: gl.constexpr,
+    SLICES: gl.constexpr,
+) -> Any:
+    """`_norm_factors`, kept in global memory: by both groups, and by every program that has some of the rows."""
+    rstd, shifts, _ = vectors
+    factors, means = _norm_factors(x_tile, x_full, phase, eps, layout, SLICES, shifts is not None)
+    rows = m + gl.arange(0, x_tile.type.shape[1], gl.SliceLayout(1, layout))
+    gl.store(rstd + rows, factors, rows < sizes[0])
+    if shifts is not None:
+        gl.store(shifts + rows, means * factors, rows < sizes[0])
+    return factors, means
+
+
+@gluon.jit
 def _swiglu_multiply(
     HALF: gl.constexpr,
     descs: gl.tuple,
@@ -141,8 +166,8 @@ def _swiglu_multiply(
     out_desc, gate_desc, up_desc = descs
     x_tile, weight_ring, staging = buffers
     x_full, x_empty, weight_full, weight_empty, turns = barriers
-    rstd, shifts, sums = vectors
-    M, F = sizes
+    _, shifts, sums = vectors
+    _, F = sizes
     start, end, tiles_n = work
     BLOCK_M: gl.constexpr = x_tile.type.shape[1]
     BLOCK_K: gl.constexpr = x_tile.type.shape[2]
@@ -158,12 +183,11 @@ def _swiglu_multiply(
         n = tile % tiles_n * (2 * BLOCK_N) + HALF * BLOCK_N
         new_rows = (tile == start) | (tile % tiles_n == 0)
         last_of_rows = (tile + 1 == end) | ((tile + 1) % tiles_n == 0)
-        if NORM and new_rows:
-            factors, means = _norm_factors(x_tile, x_full, x_phase, eps, layout, SLICES, shifts is not None)
-            rows = m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
-            gl.store(rstd + rows, factors, rows < M)  # both groups, and every program that has some of the rows
-            if shifts is not None:
-                gl.store(shifts + rows, means * factors, rows < M)
+        # Factors are wanted only at the end. The first group, whose turn it is, multiplies before it finds them; the
+        # second one has to wait for its turn anyway. Where these rows are given back at once, they come first.
+        first = new_rows & last_of_rows if HALF == 0 else new_rows
+        if NORM and first:
+            factors, means = _norm_rows(x_tile, x_full, x_phase, vectors, sizes, m, eps, layout, SLICES)
         acc = gl.zeros([BLOCK_M, 2 * BLOCK_N], gl.float32, layout)
         # Besides ordering the two, a turn says that the other group has seen all stages before this tile's come full:
         # without it, the parity of `weight_full` would be ambiguous.
@@ -180,6 +204,8 @@ def _swiglu_multiply(
             mbarrier.arrive(x_empty.index(gl.maximum(k, 1) - 1), count=1, pred=last_of_rows & (k > 0))
             step += 1
         mbarrier.arrive(turns.index(1 - HALF), count=1)
+        if NORM and HALF == 0 and new_rows & (not last_of_rows):
+            factors, means = _norm_rows(x_tile, x_full, x_phase, vectors, sizes, m, eps, layout, SLICES)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(weight_empty.index((step + STAGES - 1) % STAGES), count=1)
         mbarrier.arrive(x_empty.index(SLICES - 1), count=1, pred=last_of_rows)
