@@ -43,35 +43,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         plain = from_pretrained(checkpoint, device=arguments.device)
         device = plain.device
         puzzles = find_puzzles(plain, arguments.puzzles, arguments.data, seed=0)
-        about = machine(device) | {"puzzles": f"{len(puzzles):,}, {puzzles.source}"}
+        about = machine(device) | {"puzzles": puzzles.source}
         if device.type == "cpu":
             torch.set_num_threads(1)
         clock = time.process_time if device.type == "cpu" else time.perf_counter
         batch_size = arguments.batch_size or sequences_at_once(device)
         expected = None
         for precision in (arguments.precisions or _PRECISIONS[device.type]).split(","):
-            key = {"model": checkpoint, "device": about["device"], "precision": precision}
-            rows = [row for row in rows if {name: row[name] for name in key} != key]
+            row: dict[str, Any] = {"model": checkpoint, "device": about["device"], "precision": precision}
+            rows = [old for old in rows if {name: old[name] for name in row} != row] + [row]
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     model = _loaded(checkpoint, device, precision, Path(folder))
                 except UserError as error:  # such as fp8 on an earlier GPU
-                    rows.append(key | {"computed": str(error)})
-                    continue
-                found, answers = measure(model, puzzles, batch_size, clock=clock)
-            expected = answers if expected is None else expected
-            rows.append(
-                key
-                | {
-                    "MB": (found.bytes or 0) / 1e6,
-                    "ms, one puzzle": found.ms_alone,
-                    f"ms a puzzle, {batch_size} at a time": found.ms_in_batch,
-                    "ACT steps a puzzle": found.act_steps,
-                    "exact, %": 100 * found.accuracy,
-                    "answered as by the first, %": 100 * float((answers == expected).all(1).mean()),
-                    "computed": found.computed,
-                }
-            )
+                    row["computed"] = str(error)
+                else:
+                    found, answers = measure(model, puzzles, batch_size, clock=clock)
+                    expected = answers if expected is None else expected
+                    row |= {
+                        "MB": (found.bytes or 0) / 1e6,
+                        "ms, one puzzle": found.ms_alone,
+                        f"ms a puzzle, {batch_size} at a time": found.ms_in_batch,
+                        "puzzles": len(puzzles),
+                        "ACT steps a puzzle": found.act_steps,
+                        "exact, %": 100 * found.accuracy,
+                        "answered as by the first, %": 100 * float((answers == expected).all(1).mean()),
+                        "computed": found.computed,
+                    }
             print(write_results("quantized", about, rows, arguments.output_dir), flush=True)
 
 

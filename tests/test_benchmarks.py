@@ -27,6 +27,7 @@ from benchmarks import (
     plot,
     published,
     published_side,
+    quantized,
     run_curves,
     scaling,
     serve,
@@ -606,3 +607,25 @@ def test_stand_ins_compute_what_they_stand_for() -> None:
     q, k, v = torch.randn(3, 2, 5, 4, 8, generator=generator)
     mixed = torch.einsum("bqnd,bknd->bnqk", q, k).div(8**0.5).softmax(-1)
     torch.testing.assert_close(published_side.flash_attn_func(q, k, v), torch.einsum("bnqk,bknd->bqnd", mixed, v))
+
+
+def test_quantized_models_are_measured(tmp_path: Path) -> None:
+    """A row for each precision, from a file that holds int8; rows of an earlier table stay or are replaced."""
+    form = PuzzleForm("sudoku", seq_len=16, vocab_size=6)
+    run = str(untrained(tmp_path / "run", form))
+    arguments = ["--checkpoints", run, "--puzzles", "6", "--device", "cpu", "--output-dir", str(tmp_path)]
+    threads = torch.get_num_threads()
+    try:
+        quantized.main([*arguments, "--precisions", "float32,int8,fp8"])
+        (file,) = tmp_path.glob("*-quantized.json")
+        quantized.main([*arguments, "--precisions", "int8", "--add", str(file)])
+    finally:
+        torch.set_num_threads(threads)
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["precision"] for row in rows] == ["float32", "fp8", "int8"]
+    plain, refused, rounded = rows
+    assert plain["answered as by the first, %"] == 100
+    assert rounded["MB"] < 0.5 * plain["MB"]
+    assert "int8 in all" in rounded["computed"]
+    assert refused["computed"].startswith("quantize=fp8 cannot run")
+    assert all(row["ms, one puzzle"] > 0 for row in (plain, rounded))

@@ -2,7 +2,8 @@
 
 - `naive` is the definition, `blocks` what it computes with, `schedule` and `context` what architectures hand down;
 - `backends/` and `experimental/` hold a file for each backend, which says of itself what it needs (`backend`);
-- `attention` has the cores of attention to choose from, `fp8` passes without gradient in 8 bit;
+- `attention` has the cores of attention to choose from, `fp8` and `int8` passes without gradient in 8 bit, `quantize`
+  the option that chooses between them;
 - `ops/` holds the operations that backends are built of;
 - `choice` resolves `auto` and checks what is combined, `presets` reads what `kernels=` can name.
 

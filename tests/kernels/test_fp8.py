@@ -4,6 +4,7 @@ The kernels for Hopper are written in Gluon, which cannot be interpreted: they a
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +123,49 @@ def test_module_without_fp8_kernels(dtype: torch.dtype, width: int, num_heads: i
     # Eight roundings to 3 bits in a row, of 2.6 % each and of both operands, a part of which the residual carries by.
     assert 0.01 < relative_error(actual, case.exactly()) < 0.12
     assert relative_error(actual, case.run(fp8.naive_reasoning_module, dtype)) < 0.1
+
+
+OTHER_BLOCKS = [kind for kind in fp8.BLOCK_TYPES if kind is not BlockWeights]
+
+
+@pytest.mark.parametrize("kind", OTHER_BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_without_kernels_of_their_own(kind: Any, dtype: torch.dtype) -> None:
+    """Their matmuls are of operands rounded to e4m3, and nothing else of them is rounded; sizes may be any."""
+    tokens, token_inner = 9, 20
+    case, generator = Case(2, tokens, 32, 2, 48), torch.Generator().manual_seed(1)
+    shapes = {"token_gate_up": (2 * token_inner, tokens), "token_down": (tokens, token_inner)}
+    drawn = [block._asdict() for block in case.blocks]
+    for matrices in drawn:
+        for name, shape in shapes.items():
+            matrices[name] = truncated_normal(shape, shape[1] ** -0.5, generator).to(DEVICE)
+    blocks = [kind(*(matrices[name] for name in kind._fields)) for matrices in drawn]
+    quantized = fp8.quantize_blocks([kind(*(matrix.to(dtype) for matrix in block)) for block in blocks])
+    assert all(type(block) is kind and block.down.dtype == E4M3 for block in quantized)
+    state, injection = case.state.to(dtype), case.injection.to(dtype)
+    actual = fp8.module(compiled=False)(state, injection, quantized, case.context)
+    assert actual.dtype == dtype
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        return (to_e4m3(x).double() @ weight.double().T / WEIGHT_SCALE).to(x.dtype)
+
+    expected = naive.reasoning_module(state, injection, quantized, case.context, linear=linear)
+    assert relative_error(actual, expected) < 0.03  # activations between two numbers of e4m3 go either way
+    exact = naive.reasoning_module(state.float(), injection.float(), blocks, case.context)
+    assert 0.01 < relative_error(actual, exact) < 0.15
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(9, 40), (88, 512), (256, 88), (32, 16)])
+def test_the_library_takes_sizes_that_are_filled_up(inputs: int, outputs: int) -> None:
+    x = torch.randn(2, 5, inputs, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    weight = to_e4m3(WEIGHT_SCALE * torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1))).to(DEVICE)
+    try:
+        actual = fp8._library_linear(x.to(torch.bfloat16), weight)
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"PyTorch multiplies no e4m3 here: {error}")
+    assert actual.shape == (2, 5, outputs)
+    expected = fp8._naive_linear(x.to(torch.bfloat16), weight)
+    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_nothing_is_kept_for_a_backward() -> None:
