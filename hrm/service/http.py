@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Request, Response
@@ -48,7 +48,8 @@ def make_app(engine: Engine, config: ServeConfig, name: str, results: Results | 
         # One thread for `asyncio.to_thread`: with several, the event loop would wait for its turn as one of many.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1, "hrm-inputs"))
         await modules.memory.check()
-        yield
+        with suppress(asyncio.CancelledError):  # after a second Ctrl-C
+            yield
         await asyncio.to_thread(engine.close)
         if results is not None:
             await asyncio.to_thread(results.recorder.close, _SECONDS_TO_RECORD)

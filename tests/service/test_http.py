@@ -418,6 +418,25 @@ def test_what_is_not_answered_when_the_time_to_drain_is_up_gets_a_sentence(
         held.set()
 
 
+def test_a_second_ctrl_c_ends_it_at_once_and_in_order(
+    model: TrainedModel,
+    held: threading.Event,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with listening(model) as (server, engine, address), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(
+            httpx.post, f"http://127.0.0.1:{address[1]}/infer", json={"inputs": BOARDS[:2]}, timeout=60
+        )
+        wait_for(lambda: engine.work.in_slots == 2)
+        server.should_exit = server.force_exit = True
+        response = waiting.result(60)
+        assert (response.status_code, response.json()) == (503, {"error": "the service is ending."})
+        held.set()
+        wait_for(lambda: not engine._thread.is_alive())
+    assert (*capfd.readouterr(), caplog.text) == ("", "", "")
+
+
 def said_to(address: tuple[str, int], sent: bytes) -> bytes:
     """All that comes back until the service closes the connection."""
     with socket.create_connection(address) as client:
