@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from hrm.kernels import ops
 from hrm.kernels.ops import operator
+from hrm.kernels.ops.triton import memory_mlp
 
 
 def launch_without_running(capability: int) -> None:
@@ -58,6 +59,11 @@ def main() -> None:
     x = draw(3, 90, 64)
     for out in (ops.softmax(x, 1), ops.dropout(x, 0.5, 1), torch.ops.hrm.asin(x), ops.vector_add(x, x)):
         out.backward(x.detach())
+    memory_mlp._run_at_once = lambda k: True  # as on a GPU: its phases in one launch
+    k, v = draw(256, 64).detach(), draw(256, 64).detach()
+    weights, momentum = (ops.MemoryWeights(*map(torch.ones, ((64, 64), 64, (64, 64), 64))) for _ in range(2))
+    saved = ops.memory_mlp_forward_loss(k, v, *weights)
+    ops.memory_mlp_backward_update_(saved, weights, momentum, torch.tensor(0.1), 0.9, 0.1, 1.0)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def test_rows_of_all_operations_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 100])
-def test_row_and_elementwise_kernels_compile(capability: int) -> None:
+def test_kernels_compile(capability: int) -> None:
     """For Hopper and for Blackwell, which are not here; every kernel of these files."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.helpers.compiling", str(capability)]
@@ -108,7 +108,7 @@ def test_row_and_elementwise_kernels_compile(capability: int) -> None:
     folder = ROOT / "hrm/kernels/ops/triton"
     names = {
         name
-        for file in ("asin", "dropout", "norm", "softmax", "vector_add")
+        for file in ("asin", "dropout", "norm", "softmax", "vector_add", "memory_mlp")
         for name in re.findall(r"^def (\w+_kernel)\(", (folder / f"{file}.py").read_text(), re.MULTILINE)
     }
     assert set(compiled.split()) == names
