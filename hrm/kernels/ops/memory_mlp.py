@@ -292,7 +292,7 @@ def memory_mlp_backward_update_(
     if not saved.counters.numel():  # the definition made it
         return naive_backward_update_(saved, w, momentum, alpha, eta, theta, max_grad_norm)
     loss, z1, h, _, k, error, w2_copy, error_sums, counters = saved
-    limit = float("inf") if max_grad_norm is None else max_grad_norm
+    limit = float("inf") if max_grad_norm is None else float(max_grad_norm)
     if not is_traced(k):
         kept = (loss, z1, h, k, error, w2_copy, error_sums, counters)
         each = [_gate_of_each(x, loss) if isinstance(x, Tensor) else float(x) for x in (alpha, eta, theta)]

@@ -126,6 +126,21 @@ def test_against_torch_func_on_models_sizes(dtype: torch.dtype, shape: Any) -> N
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_second_call_takes_its_own_numbers(device: str) -> None:
+    """It is launched as the first one was compiled: whole numbers, other gates, tensors that begin elsewhere."""
+    k, v, w, momentum = draw(device, torch.float32, (), 20, 24, 40)
+    gate = torch.tensor(0.1, device=device)
+    shifted = torch.empty(k.numel() + 1, device=device)[1:].view_as(k).copy_(k)
+    for keys, alpha, limit in ((k, 0.1, 1), (k, 0.2, 2), (k, gate, 0.01), (shifted, gate, None), (k, 0.1, 1)):
+        found, wanted = (copies(w, momentum) for _ in range(2))
+        memory_mlp_backward_update_(memory_mlp_forward_loss(keys, v, *w), *found, alpha, 0.9, 3.0, limit)
+        definition = memory_mlp_forward_loss.naive(keys, v, *w)
+        memory_mlp_backward_update_.naive(definition, *wanted, alpha, 0.9, 3.0, limit)
+        for ours, exact in zip([*found[0], *found[1]], [*wanted[0], *wanted[1]], strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_tf32_where_torch_may_take_it(device: str) -> None:
     k, v, w, momentum = draw(device, torch.float32, (), 64, 128, 128)
     _, new_w, new_momentum, norms = by_torch_func(k, v, w, momentum, None)

@@ -601,7 +601,7 @@ class _Plan(NamedTuple):
     known: dict[Any, Any]  # compiled kernels
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _plan(
     tiles: _Tiles, height: int, M: int, N: int, D: int, H: int, dtype: torch.dtype, exact: bool, device: torch.device
 ) -> _Plan:
