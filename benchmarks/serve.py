@@ -49,6 +49,7 @@ from hrm.service.engine import Engine
 from hrm.tasks.form import Puzzle
 
 _CONNECTED_AT_ONCE = 64
+_SECONDS_TO_ANSWER = 600.0  # what waits is timed, not refused
 _MOST_BYTES = 1 << 16  # of a request, where services are abused
 _SECONDS_TO_ARRIVE = 2.0  # of a request, there
 
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     del model
     rates: list[float] = []
     for name, results in itertools.product(names, arguments.results.split(",")):
-        config = ServeConfig(arguments.checkpoint, results=results)
+        config = ServeConfig(arguments.checkpoint, results=results, seconds_per_request=_SECONDS_TO_ANSWER)
         with _service(name, arguments, config) as (address, process):
             kind = {"slots": name, "results": results.partition(":")[0]}
             for inputs in map(int, arguments.inputs.split(",")):
