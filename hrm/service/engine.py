@@ -32,6 +32,8 @@ from hrm.tasks.form import Puzzle
 Result = TypeVar("Result")
 _AnyFuture = Future[Any] | asyncio.Future[Any]
 
+_COLUMNS = 3  # of rows, beside tokens
+
 
 class Closed(Exception):
     """The engine takes no more work."""
@@ -128,14 +130,17 @@ class Engine:
         self._is_one_shape = is_one_shape(model.model, model.device)  # else only slots in use are computed
         self._reads_later = model.device.type != "cpu"  # it computes while the host goes on
         self._jobs: dict[int, _Job] = {}  # by slot
-        self._steps = np.zeros(self.slots, dtype=np.int64)  # that the job of a slot has taken
-        self._max_steps = np.zeros(self.slots, dtype=np.int64)
-        # A row for each slot: tokens [S], identifier, and whether its job begins with the next step. In one piece, for
-        # a single copy to the device; what is found comes back likewise.
+        self._free = list(range(self.slots))  # slots that have none
+        self._fresh: list[int] = []  # slots whose job begins with the next step
+        # A row for each slot: tokens [S], identifier, whether its job begins with the next step, and ACT steps at most.
+        # In one piece, for a single copy to the device; what is found comes back likewise.
         self._rows = torch.zeros(
-            (self.slots, model.form.seq_len + 2), dtype=torch.int32, pin_memory=model.device.type == "cuda"
+            (self.slots, model.form.seq_len + _COLUMNS), dtype=torch.int32, pin_memory=model.device.type == "cuda"
         )
         self._written = self._rows.numpy()  # the same memory, written without a word to PyTorch
+        self._staged: list[_Job] = []  # those that get the next free slots, and their rows
+        self._staged_rows = np.zeros_like(self._written)
+        self._unread: list[tuple[_Job, NDArray[np.int32]]] = []  # what a step has found for a job
         self._carry = self._inner.initial_carry(_batch(self._rows.to(model.device)))
         graphed = model.model.kernels.cuda_graphs
         self._step = GraphedWork(self._computed, model.device, eager_calls=2) if graphed else self._computed
@@ -230,7 +235,8 @@ class Engine:
     def work(self) -> Work:
         """Counts as they are now."""
         with self._changed:
-            return Work(self._work.answered, self._work.act_steps, len(self._jobs), len(self._waiting))
+            waiting = len(self._waiting) + len(self._staged)
+            return Work(self._work.answered, self._work.act_steps, len(self._jobs), waiting)
 
     @property
     def failure(self) -> BaseException | None:
@@ -264,37 +270,61 @@ class Engine:
         except BaseException as error:
             with self._changed:
                 self._closed, self._failure = True, error
-                self._ready += [(job.future, error) for job in (*self._jobs.values(), *self._waiting.take_all())]
+                unread = [job for job, _ in self._unread]
+                jobs = [*unread, *self._jobs.values(), *self._staged, *self._waiting.take_all()]
+                self._ready += [(job.future, error) for job in jobs]
                 self._ready += [(future, error) for _, future in self._besides]
                 self._jobs.clear()
+                self._staged.clear()
                 self._besides.clear()
             self._hand_out()
             traceback.print_exception(error)  # for whoever runs it; clients get a sentence
 
     def _admit(self) -> bool:
         """Give free slots to those in line, and wait while there is no work; False when closed and all is done."""
-        with self._changed:
-            for slot in [slot for slot, job in self._jobs.items() if job.future.cancelled()]:
-                del self._jobs[slot]
-            while True:
-                free = (slot for slot in range(self.slots) if slot not in self._jobs)
-                while self._waiting and len(self._jobs) < self.slots:
-                    job = self._waiting.take()
-                    if job.future.cancelled():  # but not taken out yet
-                        continue
-                    slot = next(free)
-                    self._jobs[slot] = job
-                    self._steps[slot], self._max_steps[slot] = 0, job.max_steps
-                    self._written[slot, :-2] = job.puzzle.tokens
-                    self._written[slot, -2:] = job.puzzle.identifier, True
-                if self._jobs:
-                    return True
-                self._hand_out()  # what would wait for an ACT step
-                if self._besides:
-                    return True
-                if self._closed:
-                    return False
-                self._changed.wait()
+        self._fill()
+        while not (self._jobs and self._reads_later and (self._staged or not self._free)):
+            self._read()
+            with self._changed:
+                self._stage(len(self._free))
+                if not self._staged:
+                    if self._jobs or self._besides:
+                        return True
+                    if self._closed:
+                        return False
+                    self._changed.wait()
+            self._fill()
+            if self._jobs:
+                return True
+        return True
+
+    def _stage(self, most: int) -> None:
+        """Take puzzles out of the line, up to so many, and write their rows."""
+        for slot in [slot for slot, job in self._jobs.items() if job.future.cancelled()]:
+            del self._jobs[slot]
+            self._free.append(slot)
+        while self._waiting and len(self._staged) < most:
+            job = self._waiting.take()
+            if job.future.cancelled():  # but not taken out yet
+                continue
+            row = self._staged_rows[len(self._staged)]
+            row[:-_COLUMNS] = job.puzzle.tokens
+            row[-_COLUMNS:] = job.puzzle.identifier, True, job.max_steps
+            self._staged.append(job)
+
+    def _fill(self) -> None:
+        """Give free slots to those that are staged. On a GPU the device waits for this."""
+        count = min(len(self._free), len(self._staged))
+        wanted = [number for number in range(count) if not self._staged[number].future.cancelled()]
+        if wanted:
+            slots = [self._free.pop() for _ in wanted]
+            self._written[slots] = self._staged_rows[wanted]
+            self._jobs.update(zip(slots, (self._staged[number] for number in wanted), strict=True))
+            self._fresh += slots
+        if count:
+            left = len(self._staged) - count
+            self._staged_rows[:left] = self._staged_rows[count : count + left].copy()
+            del self._staged[:count]
 
     def _work_besides(self, seconds: float) -> None:
         """Other work for so long, each a piece in turn; one piece at least."""
@@ -327,47 +357,57 @@ class Engine:
         else:
             kept = torch.tensor(slots)
             found = self._computed({"rows": self._rows[kept]}, kept)
-        if self._reads_later:
-            self._hand_out()  # of the step before, while the device is at this one
+        if self._reads_later:  # while the device is at this step
+            self._read()
+            with self._changed:
+                self._stage(max(1, self.slots // 2))
         host = found.cpu().numpy()
-        self._written[:, -1] = False
-        rows = np.array(slots) if self._is_one_shape else np.arange(len(slots))
-        q = host[rows, -2:].view(np.float32)
-        with self._changed:
-            self._steps[slots] += 1
-            self._work.act_steps += len(slots)
-            halted = (q[:, 0] > q[:, 1]) | (self._steps[slots] >= self._max_steps[slots])
-            for number, (slot, row) in enumerate(zip(slots, rows.tolist(), strict=True)):
-                job = self._jobs[slot]
-                if not (halted[number] or job.keeps_steps):
-                    continue
-                step = Step(host[row, :-2].astype(np.int64), float(q[number, 0]))
-                if job.keeps_steps:
-                    job.trajectory.append(step)
-                if halted[number]:
-                    del self._jobs[slot]
-                    self._work.answered += not job.future.cancelled()
-                    self._ready.append((job.future, Solved(step, int(self._steps[slot]), job.trajectory)))
+        self._written[self._fresh, -2] = False
+        self._fresh.clear()
+        self._work.act_steps += len(slots)
+        has_halted = host[:, -1].tolist()
+        for row, slot in zip(slots, slots, strict=True) if self._is_one_shape else enumerate(slots):
+            if (job := self._jobs.get(slot)) is None:  # given up meanwhile
+                continue
+            if has_halted[row]:
+                del self._jobs[slot]
+                self._free.append(slot)
+            if has_halted[row] or job.keeps_steps:
+                self._unread.append((job, host[row]))
         if not self._reads_later:
-            self._hand_out()
+            self._read()
 
     def _computed(self, batch: Batch, kept: Tensor | None = None) -> Tensor:
-        """An ACT step of some slots (None: all), given by their rows [N, S + 2].
+        """An ACT step of some slots (None: all), given by their rows [N, S + 3].
 
         Returns:
-            [N, S + 2] int32: answers, and the bits of q_halt and q_continue, which are float32.
+            [N, S + 3] int32: answers, the bits of q_halt, which is float32, steps taken, and whether it has halted.
         """
         rows = batch["rows"].to(self.model.device)
         before = self._carry if kept is None else self._carry.rows(kept)
-        before.halted.copy_(rows[:, -1] != 0)
+        before.halted.copy_(rows[:, -2] != 0)
         after, outputs = self._inner.model(before, _batch(rows))
         for whole, new in zip(self._carry.tensors(), after.tensors(), strict=True):
             if kept is None:
                 whole.copy_(new)
             else:
                 whole[kept] = new
-        q = torch.stack([outputs["q_halt_logits"].float(), outputs["q_continue_logits"].float()], 1)
-        return torch.cat([outputs["logits"].argmax(-1).int(), q.view(torch.int32)], 1)
+        q_halt, q_continue = outputs["q_halt_logits"].float(), outputs["q_continue_logits"].float()
+        has_halted = (q_halt > q_continue) | (after.steps >= rows[:, -1])
+        columns = [q_halt.view(torch.int32), after.steps.int(), has_halted.int()]
+        return torch.cat([outputs["logits"].argmax(-1).int(), torch.stack(columns, 1)], 1)
+
+    def _read(self) -> None:
+        """Make answers of what a step has found, and hand them out."""
+        unread, self._unread = self._unread, []
+        for job, found in unread:
+            step = Step(found[:-_COLUMNS].astype(np.int64), float(found[-3:-2].view(np.float32)[0]))
+            if job.keeps_steps:
+                job.trajectory.append(step)
+            if found[-1]:  # it has halted
+                self._work.answered += not job.future.cancelled()
+                self._ready.append((job.future, Solved(step, int(found[-2]), job.trajectory)))
+        self._hand_out()
 
     def _hand_out(self) -> None:
         """Give what is ready to those who wait for it."""
@@ -384,8 +424,8 @@ class Engine:
 
 
 def _batch(rows: Tensor) -> Batch:
-    """A model's batch, from rows [N, S + 2] of slots."""
-    return {"inputs": rows[:, :-2].contiguous(), "puzzle_identifiers": rows[:, -2].contiguous()}
+    """A model's batch, from rows [N, S + 3] of slots."""
+    return {"inputs": rows[:, :-_COLUMNS].contiguous(), "puzzle_identifiers": rows[:, -_COLUMNS].contiguous()}
 
 
 def _give_all(outcomes: Sequence[tuple[asyncio.Future[Any], object]]) -> None:
