@@ -29,7 +29,8 @@ def test_only_helpers_are_imported(file: Path) -> None:
     assert not wrong, "what several test files share belongs into tests/helpers"
 
 
-def test_folders_are_those_of_the_package() -> None:
-    package = {folder.name for folder in (TESTS.parent / "hrm").iterdir() if folder.is_dir()}
+def test_folders_are_those_of_what_is_tested() -> None:
+    """Parts of the package, and folders beside it."""
+    places = [*(TESTS.parent / "hrm").iterdir(), *TESTS.parent.iterdir()]
     folders = {file.parent.name for file in TESTS.glob("*/test_*.py")}
-    assert folders <= package
+    assert folders <= {folder.name for folder in places if folder.is_dir()}
