@@ -130,7 +130,7 @@ def _config_file(weights_file: Path) -> Path:
 
 def pretrained() -> list[str]:
     """Names of the trained models that come with this package."""
-    return sorted(folder.name for folder in PRETRAINED.iterdir() if (folder / CONFIG_FILE).is_file())
+    return sorted(folder.name for folder in PRETRAINED.iterdir() if _config_file(folder / PRETRAINED_WEIGHTS).is_file())
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hrm
-from hrm.checkpoint.weights import PUZZLE_TABLE, read_weights
+from hrm.checkpoint.weights import PUZZLE_TABLE, pretrained, read_weights
 from hrm.errors import UserError
 from hrm.evaluation.latent import by_definition
 from hrm.inference.model import TrainedModel
@@ -64,6 +64,12 @@ def test_it_is_read_without_int8_too(run: Path, saved: Path) -> None:
     model = hrm.from_pretrained(saved, device="cpu")
     assert model.model.kernels.int8 == "none"
     assert torch.equal(model.model.state_dict()[QKV], read[QKV])
+
+
+def test_it_can_come_with_the_package(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hrm.checkpoint.weights.PRETRAINED", saved.parent)
+    assert saved.name in pretrained()
+    assert hrm.from_pretrained(saved.name, device="cpu").form == FORM
 
 
 @pytest.mark.parametrize("what", ["missing", "too few", "a matrix of its own"])
