@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hrm.checkpoint.quantized import to_int8
+from hrm.checkpoint.run_folder import replacing
 from hrm.checkpoint.weights import (
     PRETRAINED_CONFIG,
     PRETRAINED_WEIGHTS,
@@ -266,7 +267,8 @@ class TrainedModel(ModelHubMixin):
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
         if self.model.kernels.int8 != "none":
             weights = to_int8(weights, self._matrices(weights))
-        save_file(weights, save_directory / PRETRAINED_WEIGHTS, {"format": "pt"})
+        with replacing(save_directory / PRETRAINED_WEIGHTS) as temporary:
+            save_file(weights, temporary, {"format": "pt"})
         self.form.save(save_directory)
         text = json.dumps(self._config(), indent=1, ensure_ascii=False)
         (save_directory / PRETRAINED_CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -1,7 +1,9 @@
 """Saved models and the hub, which is played by a folder: nothing here needs the network."""
 
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +41,16 @@ def test_a_saved_model_comes_back(model: TrainedModel, tmp_path: Path) -> None:
     assert np.unique(ours.q_halt).size == 3
     again = TrainedModel.from_pretrained(str(tmp_path / "saved"), device="cpu")  # the mixin's own way
     assert (again.predict(puzzles).answers == ours.answers).all()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_saved_files_have_the_modes_of_the_umask(mask: int, model: TrainedModel, tmp_path: Path) -> None:
+    former = os.umask(mask)
+    try:
+        model.save_pretrained(tmp_path / "saved")
+    finally:
+        os.umask(former)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "saved").iterdir()} == {0o666 & ~mask}
 
 
 def test_what_is_saved_names_no_path_of_this_machine(model: TrainedModel, tmp_path: Path) -> None:
