@@ -1,6 +1,6 @@
 # `hrm serve` in a container; docs/operating.md says how to run it.
-#   docker build -t hrm:cpu .
-#   docker build -t hrm:cu130 --build-arg TORCH=cu130 .    for NVIDIA GPUs: a build of PyTorch, by its name at pytorch.org
+#   docker build -t hrm .                                   with pip's own PyTorch: for NVIDIA GPUs, several GB
+#   docker build -t hrm --build-arg TORCH_INDEX=URL .       with another: pytorch.org/get-started shows the URL for CPUs
 ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim AS wheel
@@ -11,14 +11,15 @@ COPY hrm hrm
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
 
 FROM python:${PYTHON}-slim
-ARG TORCH=cpu
+ARG TORCH_INDEX=
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# Triton compiles a little C to start its kernels.
+# Triton compiles a little C to start its kernels; without GPUs there is none.
 # hadolint ignore=DL3008
-RUN if [ "$TORCH" != cpu ]; then \
+RUN if [[ "$TORCH_INDEX" != */cpu ]]; then \
         apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
     fi
-RUN pip install --no-cache-dir --index-url "https://download.pytorch.org/whl/$TORCH" 'torch>=2.9,<2.14'
+# hadolint ignore=DL3013
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} 'torch>=2.9,<2.14'
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     pip install --no-cache-dir "$(echo /wheel/*.whl)[serve,s3]"
 
