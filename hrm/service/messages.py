@@ -14,7 +14,7 @@ _GO_ON: dict[str, JsonValue] = {"session": "mine", "updates": 1, "state": True}
 class InferRequest(BaseModel):
     """Puzzles, written as `predict` takes them."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"inputs": [_EXAMPLE]}]})
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"inputs": [_EXAMPLE]}]})
 
     inputs: list[Any] = Field(description="Sudoku and mazes: text or grids; ARC: {input, puzzle} or a task; lists.")
     act_max_steps: int | None = Field(None, ge=1, description="ACT steps at most; null: the service's default")
@@ -47,7 +47,7 @@ class InferResponse(BaseModel):
 class UpdateRequest(BaseModel):
     """A session, and how often to update one of its states."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [_BEGIN, _GO_ON]})
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [_BEGIN, _GO_ON]})
 
     session: str | None = Field(
         None,

@@ -134,6 +134,10 @@ class Results:
         record = await self._read(partial(self._store.request_of_key, self._model, asked.key))
         if record is None:
             return None
+        if record.weights_hash != self._weights_hash:
+            raise Refused(
+                422, f"this Idempotency-Key was answered by other weights of the name {self._model}: take another."
+            )
         if record.request_hash != asked.request_hash:
             raise Refused(422, "this Idempotency-Key is of a request with other inputs or options: take another.")
         return _written(record)

@@ -53,9 +53,11 @@ def url(tmp_path: Path) -> str:
 
 
 @contextmanager
-def client_of(model: TrainedModel, url: str, name: str = "small", **options: Any) -> Iterator[TestClient]:
+def client_of(
+    model: TrainedModel, url: str, name: str = "small", weights: str = "w", **options: Any
+) -> Iterator[TestClient]:
     config = ServeConfig(checkpoint="none", **options)
-    results = Results(open_store(url), config.most_unrecorded_bytes, name, "w")
+    results = Results(open_store(url), config.most_unrecorded_bytes, name, weights)
     with TestClient(make_app(Engine(model, 4), config, name, results)) as client:
         yield client
 
@@ -178,6 +180,16 @@ def test_it_is_described(client: TestClient) -> None:
 
 
 # ---- keys
+
+
+def test_a_key_is_not_answered_by_other_weights(model: TrainedModel, url: str) -> None:
+    """Two models of one name may share a database: the answer of one is not given for the other's."""
+    with client_of(model, url) as client:
+        first = ask(client, BOARDS[0], key="k")
+    with client_of(model, url, weights="others") as client:
+        assert "answered by other weights of the name small" in error_of(ask(client, BOARDS[0], key="k"), 422)
+    with client_of(model, url) as client:
+        assert ask(client, BOARDS[0], key="k").content == first.content
 
 
 def test_a_key_is_answered_once(model: TrainedModel, url: str) -> None:
