@@ -21,6 +21,7 @@ import hrm
 from hrm import cli
 from hrm.config import ServeConfig
 from hrm.inference.model import TrainedModel
+from hrm.reading import sha256_of
 from hrm.results import open_store
 from hrm.results.records import Answer, AnsweredRequest, RecordError, StoreError, new_id
 from hrm.results.store import Store
@@ -499,7 +500,7 @@ def test_a_service_that_is_killed_and_one_that_ends(model: TrainedModel, folder:
         assert record.answers[0].text in expected.values()
         if id in given:
             assert record.answers[0].text == expected[given[id][0]]
-    with client_of(model, url, name=folder.name) as client:
+    with client_of(model, url, name=folder.name, weights=sha256_of(model.checkpoint.weights_file)) as client:
         some_id, (board, content, key) = next(item for item in reversed(given.items()) if item[1][2])
         assert client.get(f"/results/{some_id}").text == content
         assert ask(client, board, key=key).text == content
