@@ -16,7 +16,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
@@ -35,9 +35,10 @@ from benchmarks.common import (
     run_command,
     write_table,
 )
+from hrm.api import overrides
 from hrm.config import CONFIG_DIR, PretrainConfig
 from hrm.config.compose import compose
-from hrm.data.pack import open_pack
+from hrm.data.pack import Pack, open_pack
 from hrm.distributed.world import World, join_world
 from hrm.errors import UserError
 from hrm.evaluation.report.picture import PALETTE, new_picture, save_picture
@@ -146,13 +147,12 @@ def _run(name: str, seed: int, arguments: argparse.Namespace, world: World) -> d
     """Train and evaluate one model."""
     options = [*recipe(arguments.task, MODELS[name]), *arguments.overrides]
     options += [f"data_path={arguments.data}", f"device={world.device.type}", f"seed={seed}", "wandb=disabled"]
+    config, pack = compose(PretrainConfig, "pretrain", options), open_pack(arguments.data, "train")
     reset_peak(world.device)
-    timed = _step(options, arguments.data, world)
+    timed = _step(config, pack, world)
     ms = timed["ms a step"]
-    examples = open_pack(arguments.data, "train").metadata.total_groups
-    config = compose(PretrainConfig, "pretrain", options)
     steps = max(1, round(60_000 * arguments.minutes / ms))
-    epochs = max(1, round(steps * config.global_batch_size / examples))
+    epochs = max(1, round(steps * config.global_batch_size / pack.metadata.total_groups))
     reset_peak(world.device)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -196,7 +196,7 @@ def recipe(task: str, model: Model) -> list[str]:
     return [
         f"arch={model.arch}",
         *(f"{group}={choice}" for group, choice in groups.items() if group != "arch"),
-        *(f"{name}={value}" for name, value in _flat({"arch": chosen, **file})),
+        *overrides({"arch": chosen, **file}),
     ]
 
 
@@ -205,21 +205,11 @@ def _config_of(arch: str) -> type:
     return next(found.config for found in architectures().values() if found.config().name == name)
 
 
-def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _step(options: Sequence[str], data: str, world: World) -> dict[str, float]:
+def _step(config: PretrainConfig, pack: Pack, world: World) -> dict[str, float]:
     """How long a training step takes, and of what."""
-    config = compose(PretrainConfig, "pretrain", options)
-    pack = open_pack(data, "train")
     with tempfile.TemporaryDirectory() as scratch:
         shape = Shape(config.global_batch_size, pack.metadata.seq_len)
-        _, stream = batches(data, shape, Path(scratch))
+        _, stream = batches(str(pack.path), shape, Path(scratch))
         state = initial_state(config, pack, world)
         step = make_train_step(config, world, state)
         ms = median_ms(lambda: step(next(stream)), world.device, 6, 10)

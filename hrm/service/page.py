@@ -63,12 +63,5 @@ def drawn(task: Task, form: PuzzleForm) -> dict[str, Any]:
         "example": task.example(form),
         "num_puzzle_identifiers": form.num_puzzle_identifiers,
         "puzzles": list(islice(names if shown is None else compress(names, shown), _MOST_NAMES)),
-        "view": {
-            "drawing": view.drawing,
-            "symbols": view.symbols,
-            "columns": view.columns,
-            "blank": view.blank,
-            "box": view.box,
-            "result": rules.result if rules else None,
-        },
+        "view": view.as_json() | {"result": rules.result if rules else None},
     }

@@ -60,6 +60,10 @@ class View:
     drawing: Literal["symbols", "path", "colors"] = "symbols"
     grid_sizes: Callable[[Tokens], NDArray[np.int64]] | None = None
 
+    def as_json(self) -> dict[str, Any]:
+        """What a script in a browser draws by."""
+        return {name: getattr(self, name) for name in ("drawing", "symbols", "columns", "blank", "box")}
+
     def given(self, inputs: Tokens) -> Booleans:
         """Which cells of inputs [..., S] are filled in: neither blank nor padding."""
         if self.blank is None:

@@ -214,7 +214,7 @@ def use(folder: Path, model: TrainedModel, script: str, *inputs: Any) -> tuple[d
 
 
 def status(trajectory: list[dict[str, Any]], changed: list[int], step: int, result: str | None) -> str:
-    """The sentence that goes with a step of an answer that has no label."""
+    """The sentence beside a step of an answer that has no label."""
     now = trajectory[step - 1]
     parts = []
     if "keeps_rules" in now:

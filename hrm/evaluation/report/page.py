@@ -115,13 +115,7 @@ def _content(
             puzzle |= _grid_sizes(shown, row, view.grid_sizes)
         puzzles.append(puzzle | dict(details[row] if details else {}))
     return {
-        "view": {
-            "drawing": view.drawing,
-            "symbols": view.symbols,
-            "columns": view.columns,
-            "blank": view.blank,
-            "box": view.box,
-        },
+        "view": view.as_json(),
         "steps": len(shown.answers),
         "length": shown.inputs.shape[1],
         "puzzles": puzzles,
