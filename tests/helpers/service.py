@@ -19,9 +19,16 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from hrm.config import ServeConfig
+from hrm.inference.model import TrainedModel
 from hrm.service.command import settings_of
 from hrm.service.engine import Engine
+from hrm.service.http import make_app
 from tests.helpers.entry_points import ROOT
+
+
+def client_of(model: TrainedModel, **options: Any) -> TestClient:
+    """A client of a service with four slots, by way of no network."""
+    return TestClient(make_app(Engine(model, 4), ServeConfig(checkpoint="none", **options), "small"))
 
 
 def update(client: TestClient, level: str, **request: Any) -> dict[str, Any]:

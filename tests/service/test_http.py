@@ -33,7 +33,7 @@ from hrm.service.engine import Engine
 from hrm.service.http import make_app
 from hrm.tasks.form import PuzzleForm
 from tests.helpers.inference import tiny, untrained, untrained_halting_apart
-from tests.helpers.service import in_a_thread, served, wait_for
+from tests.helpers.service import client_of, in_a_thread, served, wait_for
 
 FORM = PuzzleForm("sudoku", 16, 6)
 SOLUTION = np.array([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1])
@@ -56,10 +56,6 @@ def halting_apart(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     return hrm.from_pretrained(halting_apart(tmp_path_factory.mktemp("model")), device="cpu")
-
-
-def client_of(model: TrainedModel, **options: Any) -> TestClient:
-    return TestClient(make_app(Engine(model, 4), ServeConfig(checkpoint="none", **options), "small"))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from hrm.service.memory import Bounds, LocalMemory
 from hrm.service.sessions import SessionFormat, begun
 from hrm.tasks.form import Puzzle, PuzzleForm
 from tests.helpers.inference import tiny, untrained
-from tests.helpers.service import held, refused, update, wait_for
+from tests.helpers.service import client_of, held, refused, update, wait_for
 
 FORM = PuzzleForm("sudoku", 16, 6)
 BOARD, OTHER = "1.3..4.2.1..4..1", "..34.4...14.43.."
@@ -32,10 +32,6 @@ LARGE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     return tiny(tmp_path_factory.mktemp("model"), FORM, H_cycles=2, L_cycles=2, forward_dtype="bfloat16")
-
-
-def client_of(model: TrainedModel, **options: Any) -> TestClient:
-    return TestClient(make_app(Engine(model, 4), ServeConfig(checkpoint="none", **options), "small"))
 
 
 @pytest.fixture
@@ -51,9 +47,7 @@ def arrays(state: str) -> dict[str, Any]:
 @pytest.mark.parametrize("bundled", [False, True], ids=["HRM", "one module for both levels"])
 def test_updates_in_the_order_of_the_schedule_are_the_models_act_steps(model: TrainedModel, bundled: bool) -> None:
     """To the bit, although states travel through the working memory after every update."""
-    board = (
-        BOARD if not bundled else "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
-    )
+    board = LARGE if bundled else BOARD
     if bundled:
         model = hrm.from_pretrained("sudoku_small", device="cpu")
     steps = 1 if bundled else 2
