@@ -4,15 +4,17 @@ python -m benchmarks.compare --task sudoku --data PACK --minutes 2 --seeds 0,1,2
 python -m benchmarks.compare --task maze --data PACK --models hrm,trm-attention --minutes 4
 
 All of them learn by one recipe, that of the task's record (`config/experiment/`); they differ in what MODELS says. A
-model's training step is timed first, and it gets as many steps as fill the minutes, its learning rate falling over
-all of them. So minutes count the training alone, neither compiling nor evaluating. Runs are written down as they end
-in FILE.jsonl, and a command given again goes on with those that are missing: a table may take several sittings.
+model's training step is timed first, and it gets as many steps as fill the minutes, its learning rate falling to 0
+over all of them; its other seeds get as many on a GPU of the same kind. So minutes count the training alone, neither
+compiling nor evaluating. Runs are written down as they end in compare-<task>.jsonl, and a command given again goes on
+with those that are missing: a table may take several sittings, each bounded by --stop-after.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -22,6 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from omegaconf import OmegaConf
 
 from benchmarks.common import (
@@ -56,28 +59,38 @@ class Model(NamedTuple):
     arch: str  # a file in config/arch/
     about: str
     options: Mapping[str, Any] = {}  # of the architecture, beside the recipe's
-    attends: bool = True  # to tokens; otherwise it mixes them
+    tokens: str = "attend"  # to one another; mix: by an MLP; as_record: as in the record's model
 
 
 _ONE_ACT_STEP = {"halt_max_steps": 1, "halt_exploration_prob": 0}
-_IDENTIFIER = {"puzzle_emb_ndim": 512, "puzzle_emb_len": 16, "register_tokens": 0}
+_IDENTIFIER = {"puzzle_emb_ndim": "${.hidden_size}", "register_tokens": 0}
 MODELS = {
-    "trm-mixer": Model("trm", "TRM that mixes tokens", attends=False),
-    "trm-attention": Model("trm", "TRM with attention"),
+    "trm-mixer": Model("trm", "TRM that mixes tokens; the record's model in Sudoku", tokens="mix"),
+    "trm-attention": Model("trm", "TRM with attention; the record's model in mazes"),
     "hrm": Model(
         "hrm_v1", "HRM as published: two modules, 2 cycles of 2, gradient of one step", {"H_cycles": 2, "L_cycles": 2}
     ),
-    "transformer": Model("transformer", "a plain transformer of 8 blocks, once"),
-    "transformer-looped": Model("transformer", "the same, up to 16 ACT steps", {"halt_max_steps": 16}),
-    # What matters: TRM with attention, and one thing less or other.
-    "no-outer-loop": Model("trm", "TRM with attention, one ACT step", _ONE_ACT_STEP),
-    "no-inner-loop": Model("trm", "TRM with attention, one cycle of one update", {"H_cycles": 1, "L_cycles": 1}),
-    "no-hierarchy": Model(
-        "transformer", "the blocks of TRM, one state, up to 16 ACT steps", {"num_layers": 2, "halt_max_steps": 16}
+    "transformer-looped": Model(
+        "transformer", "a plain transformer of 8 blocks, up to 16 ACT steps", {"halt_max_steps": 16}
     ),
-    "identifier": Model("trm", "TRM with attention and a vector for the puzzle's identifier", _IDENTIFIER),
+    "transformer": Model("transformer", "the same, once"),
+    # What matters: the record's model, and one thing less or other.
+    "no-outer-loop": Model("trm", "the record's model, one ACT step", _ONE_ACT_STEP, "as_record"),
+    "no-inner-loop": Model(
+        "trm", "the record's model, one cycle of one update", {"H_cycles": 1, "L_cycles": 1}, "as_record"
+    ),
+    "no-hierarchy": Model(
+        "transformer",
+        "the blocks of the record's model on one state, up to 16 ACT steps",
+        {"num_layers": 2, "halt_max_steps": 16},
+        "as_record",
+    ),
+    "identifier": Model(
+        "trm", "the record's model, its registers a vector for the puzzle's identifier", _IDENTIFIER, "as_record"
+    ),
 }
 _OWN = ("H_cycles", "L_cycles", "mlp_t", "pos_encodings", "attention_norm")  # to the record's own model
+_START_MINUTES = 0.75  # of a first run besides its training: compiling, evaluating
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -90,31 +103,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", default=",".join(MODELS), help="several; default: all")
     parser.add_argument("--minutes", type=float, default=2.0, help="of training, for each run")
     parser.add_argument("--seeds", default="0,1,2", help="several")
-    parser.add_argument("--stop-after", type=float, metavar="MINUTES", help="begin no run when so many are over")
+    parser.add_argument("--stop-after", type=float, metavar="MINUTES", help="begin no run that would end after so many")
     parser.add_argument("--picture", type=picture_file, help="draw it, as .svg or .png")
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py for all models")
     arguments = parser.parse_args(argv)
     if arguments.minutes <= 0:
         raise UserError(f"--minutes {arguments.minutes:g} is too short: give more than 0.")
     names, seeds = _names(arguments.models), _seeds(arguments.seeds)
-    open_pack(arguments.data, "test")  # a mistake is told before the first run
-    ends_at = time.monotonic() + 60 * arguments.stop_after if arguments.stop_after else float("inf")
+    puzzles = open_pack(arguments.data, "test").metadata  # a mistake is told before the first run
+    ends_at = time.monotonic() + 60 * (arguments.stop_after or math.inf)
     file = arguments.output_dir / f"compare-{arguments.task}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     with join_world(arguments.device) as world:
         about = machine(world.device)
-        runs = [run for run in _known(file) if run["minutes given"] == arguments.minutes]
+        asked = {"minutes given": arguments.minutes, "puzzle cells": puzzles.seq_len}
+        runs = [run for run in _known(file) if run.items() >= asked.items()]
         done = {(run["model"], run["seed"]) for run in runs}
+        beside: list[float] = []  # minutes that the runs took besides their training
         for seed, name in product(seeds, names):  # a whole table of the first seed, then of the next
-            if (name, seed) in done or time.monotonic() > ends_at:
+            takes = arguments.minutes + max(beside, default=_START_MINUTES)
+            if (name, seed) in done or time.monotonic() + 60 * takes > ends_at:
                 continue
-            run = {"model": name, "seed": seed, **_run(name, seed, arguments, world)}
+            own = {"model": name, "device": about["device"]}
+            timed = next(({key: run[key] for key in TIMED} for run in runs if run.items() >= own.items()), None)
+            run = {**own, "seed": seed, **asked, **_run(name, seed, timed, arguments, world)}
             runs.append(run)
+            beside.append(run["minutes in all"] - run["minutes"])
             with file.open("a") as lines:
-                lines.write(json.dumps(run | {"device": about["device"]}) + "\n")
+                lines.write(json.dumps(run) + "\n")
             print(run, flush=True)
     about |= {
-        "task": f"{arguments.task}, the recipe of experiment={EXPERIMENTS[arguments.task]}",
+        "device": ", ".join(dict.fromkeys(run["device"] for run in runs)),
+        "task": f"{arguments.task} of {puzzles.seq_len} cells, the recipe of experiment={EXPERIMENTS[arguments.task]}",
         "minutes": f"{arguments.minutes:g} of training for each run, compiling and evaluating beside them",
         **{name: MODELS[name].about for name in names},
     }
@@ -143,21 +163,25 @@ def _known(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def _run(name: str, seed: int, arguments: argparse.Namespace, world: World) -> dict[str, Any]:
-    """Train and evaluate one model."""
+def _run(
+    name: str, seed: int, timed: Mapping[str, float] | None, arguments: argparse.Namespace, world: World
+) -> dict[str, Any]:
+    """Train and evaluate one model, whose training step takes as long as `timed` says, if it was timed before."""
+    began = time.perf_counter()
     options = [*recipe(arguments.task, MODELS[name]), *arguments.overrides]
     options += [f"data_path={arguments.data}", f"device={world.device.type}", f"seed={seed}", "wandb=disabled"]
     config, pack = compose(PretrainConfig, "pretrain", options), open_pack(arguments.data, "train")
-    reset_peak(world.device)
-    timed = _step(config, pack, world)
+    torch.compiler.reset()  # what other models compiled would count against the limit
+    if timed is None:
+        reset_peak(world.device)
+        timed = _step(config, pack, world)
     ms = timed["ms a step"]
     steps = max(1, round(60_000 * arguments.minutes / ms))
     epochs = max(1, round(steps * config.global_batch_size / pack.metadata.total_groups))
     reset_peak(world.device)
-    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         chosen = [*options, f"epochs={epochs}", "eval_interval=null", f"checkpoint_path={folder}/run"]
-        chosen += ["ema_start=0", "checkpoint_interval=100000"]
+        chosen += ["lr_min_ratio=0", "ema_start=0", "checkpoint_interval=100000"]
         result = pretrain(compose(PretrainConfig, "pretrain", chosen))
     learnt = result.metrics["all" if config.ema_decay is None else "ema/all"]
     return {
@@ -166,7 +190,6 @@ def _run(name: str, seed: int, arguments: argparse.Namespace, world: World) -> d
         "weights exact": result.metrics["all"]["exact_accuracy"],
         "steps": result.step,
         **timed,
-        "minutes given": arguments.minutes,
         "minutes": result.step * ms / 60_000,
         "minutes in all": (time.perf_counter() - began) / 60,
     }
@@ -182,7 +205,7 @@ def recipe(task: str, model: Model) -> list[str]:
     }
     of_arch = file.pop("arch")
     known = {field.name for field in fields(_config_of(model.arch))}
-    if model.attends:
+    if model.tokens == "attend" or (model.tokens == "as_record" and not of_arch.get("mlp_t")):
         positions = of_arch["pos_encodings"]
         own = {"pos_encodings": "rope" if positions == "none" else positions, "attention_norm": True}
     else:
@@ -191,6 +214,8 @@ def recipe(task: str, model: Model) -> list[str]:
         own |= {name: of_arch[name] for name in ("H_cycles", "L_cycles")}
     shared = {name: value for name, value in of_arch.items() if name in known and name not in _OWN}
     chosen = shared | {"q_continue": False} | own | dict(model.options)
+    if not chosen["register_tokens"]:
+        chosen["puzzle_emb_len"] = of_arch["register_tokens"]  # as many tokens
     for name in ("epochs", "eval_interval", "ema_start"):
         file.pop(name, None)
     return [
@@ -205,8 +230,11 @@ def _config_of(arch: str) -> type:
     return next(found.config for found in architectures().values() if found.config().name == name)
 
 
+TIMED = ("ms a step", "TFLOP/s", "parameters")
+
+
 def _step(config: PretrainConfig, pack: Pack, world: World) -> dict[str, float]:
-    """How long a training step takes, and of what."""
+    """How long a training step takes, and of what: TIMED."""
     with tempfile.TemporaryDirectory() as scratch:
         shape = Shape(config.global_batch_size, pack.metadata.seq_len)
         _, stream = batches(str(pack.path), shape, Path(scratch))

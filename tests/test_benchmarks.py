@@ -396,6 +396,11 @@ def test_comparison_at_equal_minutes(tmp_path: Path) -> None:
         assert run["steps"] == pytest.approx(0.002 * 60_000 / run["ms a step"], abs=2.01)  # whole epochs of two steps
     (table,) = tmp_path.glob("*-compare-sudoku.json")
     assert [row["model"] for row in json.loads(table.read_text())["rows"]] == ["transformer", "no-inner-loop"]
+    compare.main([*arguments, "--models", "transformer,no-inner-loop", "--seeds", "0,1", "--stop-after", "0.01"])
+    assert len((tmp_path / "compare-sudoku.jsonl").read_text().splitlines()) == 2, "none would be over by then"
+    compare.main([*arguments, "--models", "transformer", "--seeds", "0,1"])
+    first, again = (json.loads(line) for line in (tmp_path / "compare-sudoku.jsonl").read_text().splitlines()[1:])
+    assert [again[name] for name in ("seed", "steps", "ms a step")] == [1, first["steps"], first["ms a step"]]
     with pytest.raises(UserError, match="--models trm is not a choice; there are trm-mixer"):
         compare.main([*arguments, "--models", "trm"])
 
