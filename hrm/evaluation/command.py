@@ -33,6 +33,7 @@ from hrm.models import ACTLossHead
 from hrm.output import output_that_counts
 from hrm.remote.urls import parts_of_url
 from hrm.results.records import Artifact
+from hrm.tasks import task_of
 from hrm.tasks.base import Evaluator
 from hrm.unforeseen import traceback_folder
 
@@ -267,6 +268,12 @@ def _evaluate_ensemble(split: _Split) -> dict[str, float]:
     ]
     evaluators, throughput = evaluators_of(split.pack), Throughput(world)
     symmetries = symmetries_of(split.pack, options.augmentations)
+    if world.is_main and len(symmetries) > 1 and not (task := task_of(split.pack)).one_answer:
+        print(
+            f"warning: puzzles of the task {task.name} have several right answers, so that right answers to "
+            "augmentations of a puzzle differ from one another and from the label; paths (ensemble.paths) do not.",
+            file=sys.stderr,
+        )
     rules = rules_of(split.pack) if options.check else None
     parts = parts_of(split.loader, world)
     scores = evaluate_ensemble(models, symmetries, options, parts, world, evaluators, throughput, rules)

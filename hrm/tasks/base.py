@@ -203,6 +203,9 @@ class Task(ABC):
     names_puzzles = False
     """Whether a report shows puzzles by the names of their identifiers."""
 
+    one_answer = True
+    """Whether a puzzle has one right answer; where it has several, a symmetry need not map the label to the label."""
+
     @abstractmethod
     def fits(self, size: PuzzleSize) -> bool:
         """Whether puzzles of the task come in this size."""

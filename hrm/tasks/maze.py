@@ -172,6 +172,7 @@ class MazeTask(Task):
     """Square mazes of any size."""
 
     name = "maze"
+    one_answer = False  # of shortest paths, of which a maze with 30x30 cells has millions
 
     def fits(self, size: PuzzleSize) -> bool:
         side = math.isqrt(size.seq_len)

@@ -46,7 +46,7 @@ from hrm.training.profiling import step_trace
 from hrm.training.resume import Progress, restore
 from hrm.training.run import Metrics, Run
 from hrm.training.run_log import RunLog, cut_records
-from hrm.training.step import TrainState, initial_state
+from hrm.training.step import TrainState, initial_state, symmetry_warnings
 from hrm.training.warm_start import WarmStart, frozen_report
 from hrm.unforeseen import traceback_folder
 
@@ -159,6 +159,7 @@ def _pretrain(config: PretrainConfig, world: World) -> tuple[Request, TrainResul
             for line in _origin(config, saved, changed, identity, environment):
                 log.say(line)
             for line in [
+                *symmetry_warnings(config, train_pack),
                 *(warm_start.report(state.model, config.arch) if warm_start else ()),
                 *frozen_report(state.model),
             ]:

@@ -124,6 +124,19 @@ def _symmetric_task(pack: Pack, option: str) -> tuple[Task, PuzzleSize]:
     return task, size
 
 
+def symmetry_warnings(config: PretrainConfig, pack: Pack) -> list[str]:
+    """What a reader of the results should know of the options that ask for symmetries, a line each."""
+    asked = [option for option in ("augment_entry", "augment_act_steps") if getattr(config, option)]
+    if not asked or (task := task_of(pack)).one_answer:
+        return []
+    return [
+        f"warning: puzzles of the task {task.name} have several right answers, of which the label is one by a rule. "
+        f"{option}=true maps it to another one, so that few answers will match exactly: leave it out, and augment "
+        "where the pack is built, with labels found anew."
+        for option in asked
+    ]
+
+
 def make_train_step(config: PretrainConfig, world: World, state: TrainState) -> TrainStep:
     """The function that advances `state` by one step, run eagerly or as a CUDA graph as `config.kernels` says."""
     inner, update = state.model.model.inner, _make_update(config, world, state)

@@ -12,8 +12,10 @@ import torch
 from hrm.batch import IGNORE_LABEL_ID
 from hrm.config import KernelsConfig, PretrainConfig
 from hrm.config.optim import OptimConfig
+from hrm.data.builders.maze import main as build_mazes
+from hrm.data.pack import open_pack
 from hrm.models import arch_config
-from hrm.training.step import TrainState, make_train_step
+from hrm.training.step import TrainState, make_train_step, symmetry_warnings
 from tests.helpers.entry_points import make_pack
 from tests.helpers.training import ALONE, start
 
@@ -125,3 +127,14 @@ def test_cells_without_a_label_stay_so(sudoku_pack: Path) -> None:
     carry, _ = state.model.model(state.model.initial_carry(batch), batch)
     data = carry.current_data
     assert torch.equal(data["labels"] == IGNORE_LABEL_ID, data["inputs"] > 1)
+
+
+def test_tasks_with_several_right_answers_warn(sudoku_pack: Path, tmp_path: Path) -> None:
+    config = config_of(sudoku_pack)
+    assert symmetry_warnings(config, open_pack(sudoku_pack, "train")) == []
+    sizes = ["--generate", "6x6", "--train-size", "4", "--test-size", "2"]
+    assert build_mazes([*sizes, "--output-dir", str(tmp_path / "m")]) == 0
+    mazes = open_pack(tmp_path / "m", "train")
+    (warning,) = symmetry_warnings(config, mazes)
+    assert "augment_entry=true maps it to another one" in warning
+    assert symmetry_warnings(replace(config, augment_entry=False), mazes) == []

@@ -35,6 +35,7 @@ from hrm.data.builders.common import (
 from hrm.data.builders.maze_puzzles import random_mazes, shortest_paths
 from hrm.data.pack import PackMetadata, PackSet, replace_pack, write_identifiers, write_provenance, write_split
 from hrm.errors import UserError, shortened
+from hrm.tasks.dihedral import NUM_DIHEDRAL
 from hrm.tasks.maze import (
     PAD_TOKEN,
     PATH,
@@ -149,19 +150,29 @@ def parse_size(text: str) -> int:
     return int(match[1])
 
 
-def write_puzzles(folder: Path, puzzles: Puzzles, aug: bool) -> None:
-    """Write one split, with the metadata of the published maze packs: a group is a maze, with `aug` its 8 variants."""
-    size = 8 if aug else 1
-    inputs, labels = (
-        (dihedral_variants(mazes) if aug else mazes).reshape(len(puzzles) * size, -1)
-        for mazes in (puzzles.questions, puzzles.answers)
-    )
+def with_variants(puzzles: Puzzles, solve: bool) -> Puzzles:
+    """Each maze with its 7 rotations and reflections after it.
+
+    Args:
+        solve: variants are solved anew, so that among equal shortest paths the same rule chooses in each of them.
+            Otherwise their answers are those of the maze, rotated and reflected, as in the published packs.
+    """
+    side = puzzles.questions.shape[1]
+    questions = dihedral_variants(puzzles.questions).reshape(-1, side, side)
+    if solve:
+        return Puzzles(questions, shortest_paths(questions))
+    return Puzzles(questions, dihedral_variants(puzzles.answers).reshape(-1, side, side))
+
+
+def write_puzzles(folder: Path, puzzles: Puzzles, group_size: int) -> None:
+    """Write one split, with the metadata of the published maze packs: a group is a maze with its variants."""
+    inputs, labels = (mazes.reshape(len(puzzles), -1) for mazes in (puzzles.questions, puzzles.answers))
     examples = PackSet(
         inputs=inputs,
         labels=labels,
         puzzle_identifiers=np.zeros(len(inputs), dtype=np.int32),
         puzzle_indices=np.arange(len(inputs) + 1, dtype=np.int32),
-        group_indices=np.arange(0, len(inputs) + 1, size, dtype=np.int32),
+        group_indices=np.arange(0, len(inputs) + 1, group_size, dtype=np.int32),
     )
     metadata = PackMetadata(
         pad_id=PAD_TOKEN,
@@ -170,7 +181,7 @@ def write_puzzles(folder: Path, puzzles: Puzzles, aug: bool) -> None:
         vocab_size=VOCAB_SIZE,
         seq_len=inputs.shape[1],
         num_puzzle_identifiers=1,
-        total_groups=len(puzzles),
+        total_groups=len(puzzles) // group_size,
         mean_puzzle_examples=1,
         sets=("all",),
     )
@@ -183,7 +194,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output-dir", type=Path, default=Path("data/maze-30x30-hard-1k"), help="the pack to write (%(default)s)"
     )
-    parser.add_argument("--aug", action="store_true", help="add the 7 rotations and reflections of training mazes")
+    parser.add_argument(
+        "--aug",
+        action="store_true",
+        help="add the 7 rotations and reflections of training mazes, those of generated mazes solved anew",
+    )
     parser.add_argument("--seed", type=int, default=42, help="of every random choice (%(default)s)")
     source = parser.add_argument_group("source: one of")
     source.add_argument("--source-repo", help=f"hub dataset with train.csv and test.csv (default: {DEFAULT_REPO})")
@@ -236,8 +251,12 @@ def build(arguments: argparse.Namespace) -> str:
             if arguments.subsample_size is not None and arguments.subsample_size < len(train):
                 train = train.take(np.sort(rng.choice(len(train), arguments.subsample_size, replace=False)))
             remark = faults(train, test)
-        write_puzzles(folder / "train", train, arguments.aug)
-        write_puzzles(folder / "test", test, aug=False)
+        if arguments.aug:
+            augmented = with_variants(train, solve=arguments.generate is not None)
+            write_puzzles(folder / "train", augmented, NUM_DIHEDRAL)
+        else:
+            write_puzzles(folder / "train", train, 1)
+        write_puzzles(folder / "test", test, 1)
         write_identifiers(folder, ["<blank>"])
         read = {file.name: file for file in files.values()}
         write_provenance(folder, "dataset/build_maze_dataset.py", recorded(arguments), source, read, task=TASK.name)
