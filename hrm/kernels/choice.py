@@ -226,6 +226,8 @@ def _attend(name: str) -> dict[str, Any]:
 
 @functools.cache
 def _functions(backend: str, attend: str, compiled: bool) -> tuple[ReasoningModule, FirstTokenBlock]:
+    if compiled and load_backend(backend).compiles_gradients_alone:
+        backend = "naive"
     reasoning_module: ReasoningModule = load_backend(backend).reasoning_module
     first_token_block = load_backend(backend).first_token_block
     reasoning_module = functools.partial(reasoning_module, **_attend(attend))

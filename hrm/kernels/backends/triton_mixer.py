@@ -1,4 +1,4 @@
-"""Blocks that mix tokens by an MLP: where no gradient is needed in Triton, elsewhere the definition."""
+"""Blocks that mix tokens by an MLP, in Triton: each half of a block is one operation, with and without gradients."""
 
 from __future__ import annotations
 
@@ -8,23 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrm.kernels import naive
 from hrm.kernels.backend import Backend, KernelRequest
 from hrm.kernels.blocks import MixerWeights, NormGatedMixerWeights
 from hrm.kernels.context import KernelContext
-from hrm.kernels.ops.triton.mixer import MOST_TOKENS, mix_features, mix_tokens
+from hrm.kernels.ops.triton.mixer import MOST_TOKENS
+from hrm.kernels.ops.triton.mixer_backward import mix_features, mix_tokens
 from hrm.kernels.requirements import is_measured, why_not_compiled, why_not_triton
 from hrm.kernels.schedule import Schedule, States, looped
 
 
-def _without_gradient(
+def reasoning_module(
     state: Tensor, injection: Tensor, blocks: Sequence[MixerWeights | NormGatedMixerWeights], context: KernelContext
 ) -> Tensor:
-    x, addend = state, injection.contiguous()
+    """As `hrm.kernels.naive.reasoning_module`."""
+    x = state
     for index, weights in enumerate(blocks):
-        x = mix_tokens(x.contiguous(), None if index else addend, weights, context.eps)
+        x = mix_tokens(x, None if index else injection, weights, context.eps)
         x = mix_features(x.view(-1, x.shape[-1]), weights, context.eps).view(x.shape)
     return x if blocks else state + injection
+
+
+def first_token_block(x: Tensor, weights: MixerWeights | NormGatedMixerWeights, context: KernelContext) -> Tensor:
+    """As `hrm.kernels.naive.first_token_block`, without gradient."""
+    first = mix_tokens(x, None, weights, context.eps)[:, 0]
+    return mix_features(first.contiguous(), weights, context.eps)
 
 
 @torch.no_grad()
@@ -32,7 +39,7 @@ def run(
     states: States, schedule: Schedule, modules: Mapping[str, Sequence[Any]], context: KernelContext
 ) -> dict[str, Tensor]:
     """As `hrm.kernels.schedule.Run`."""
-    return looped(_without_gradient)(states, schedule, modules, context)
+    return looped(reasoning_module)(states, schedule, modules, context)
 
 
 def why_not(request: KernelRequest) -> str | None:
@@ -55,8 +62,8 @@ def _default(request: KernelRequest) -> dict[str, bool] | None:
 
 
 BACKEND = Backend(
-    naive.reasoning_module,
-    naive.first_token_block,
+    reasoning_module,
+    first_token_block,
     run=run,
     block_types=(MixerWeights, NormGatedMixerWeights),
     why_not=why_not,

@@ -77,6 +77,8 @@ def _gated_kernel(
     x: tl.tensor_descriptor,
     weight: tl.tensor_descriptor,
     out: tl.tensor_descriptor,
+    gates: tl.tensor_descriptor,
+    ups: tl.tensor_descriptor,
     squares: tl.tensor,
     M: tl.tensor,
     K: tl.constexpr,
@@ -101,6 +103,9 @@ def _gated_kernel(
         if NORMED:
             rows = m + tl.arange(0, BLOCK_M)
             tl.store(squares + (tile % TILES_N) * M + rows, tl.sum(product * product, 1), rows < M)
+        if gates is not None:
+            gates.store([m, n], gate.to(gates.dtype))
+            ups.store([m, n], up.to(ups.dtype))
         out.store([m, n], (product * tl.sigmoid(gate)).to(out.dtype))
 
 
@@ -110,6 +115,8 @@ def _add_scaled_rms_kernel(
     mixed: tl.tensor,
     squares: tl.tensor,
     out: tl.tensor,
+    rstd: tl.tensor,
+    factors: tl.tensor,
     M: tl.tensor,
     eps: tl.tensor,
     D: tl.constexpr,
@@ -128,9 +135,15 @@ def _add_scaled_rms_kernel(
         total = tl.zeros((ROWS,), tl.float32)
         for part in tl.static_range(PARTS):
             total += tl.load(squares + part * M + rows, rows < M, 0)
-        wide = wide * tl.rsqrt(total / F + eps)[:, None]
+        factor = tl.rsqrt(total / F + eps)
+        wide = wide * factor[:, None]
+        if factors is not None:
+            tl.store(factors + rows, factor, rows < M)
     wide += tl.load(x + at, inside, 0).to(tl.float32)
-    tl.store(out + at, wide * tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)[:, None], inside)
+    scale = tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)
+    if rstd is not None:
+        tl.store(rstd + rows, scale, rows < M)
+    tl.store(out + at, wide * scale[:, None], inside)
 
 
 def mix_tokens(
@@ -162,18 +175,42 @@ def mix_tokens(
 
 def mix_features(x: Tensor, weights: MixerWeights | NormGatedMixerWeights, eps: float) -> Tensor:
     """The second half of a block, the MLP over features, of rows `x` [M, D], contiguous."""
-    M, D = x.shape
-    F = weights.down.shape[1]
     normed = isinstance(weights, NormGatedMixerWeights)
+    inner, squares, _ = gated(x, weights.gate_up.contiguous(), normed, save=False)
+    return add_scaled_rms(x, inner @ weights.down.T, squares, weights.down.shape[1], eps, save=False)[0]
+
+
+def gated(x: Tensor, gate_up: Tensor, normed: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gated MLP between its matmuls, before its norm.
+
+    Args:
+        x: [M, D], contiguous.
+        gate_up: [2 F, D], contiguous.
+        normed: whether the norm of gate times up is wanted.
+        save: whether the projections are.
+
+    Returns:
+        silu(gate) * up [M, F]; with `normed`, sums [F / _BLOCK_N, M] of the squares of gate * up, float32; with `save`,
+        gate and up [M, 2 F].
+    """
+    M, D = x.shape
+    F = gate_up.shape[0] // 2
     parts = triton.cdiv(F, _BLOCK_N)
     inner = x.new_empty(M, F)
-    squares = torch.empty(parts, M, device=x.device) if normed else inner
+    squares = x.new_empty(parts, M, dtype=torch.float32) if normed else None
+    projected = x.new_empty(M, 2 * F) if save else None
+    gates = ups = None
+    if projected is not None:
+        gates = TensorDescriptor.from_tensor(projected[:, :F], [_BLOCK_M, _BLOCK_N])
+        ups = TensorDescriptor.from_tensor(projected[:, F:], [_BLOCK_M, _BLOCK_N])
     tiles = triton.cdiv(M, _BLOCK_M) * parts
     programs = min(tiles, _PROGRAMS_PER_MULTIPROCESSOR * multiprocessor_count(x.device))
     _gated_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [_BLOCK_M, _BLOCK_K]),
-        TensorDescriptor.from_tensor(weights.gate_up.contiguous().view(2, F, D), [2, _BLOCK_N, _BLOCK_K]),
+        TensorDescriptor.from_tensor(gate_up.view(2, F, D), [2, _BLOCK_N, _BLOCK_K]),
         TensorDescriptor.from_tensor(inner, [_BLOCK_M, _BLOCK_N]),
+        gates,
+        ups,
         squares,
         M,
         D,
@@ -186,8 +223,29 @@ def mix_features(x: Tensor, weights: MixerWeights | NormGatedMixerWeights, eps: 
         num_warps=4,
         num_stages=stages(x.device),
     )
-    mixed = inner @ weights.down.T
+    return inner, squares, projected
+
+
+def add_scaled_rms(
+    x: Tensor, mixed: Tensor, squares: Tensor | None, F: int, eps: float, save: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """rms_norm(x + mixed), of which the rows of `mixed` have their own norm first where `squares` are given.
+
+    Args:
+        x, mixed: [M, D], contiguous.
+        squares: sums of squares as `gated` gives them, of F units in all.
+        save: whether the norms' factors are wanted.
+
+    Returns:
+        [M, D], and with `save`, float32 [M], 1 / rms of the rows of the sum and of the F units, if those have a norm.
+    """
+    M, D = x.shape
     out = torch.empty_like(x)
+    rstd = x.new_empty(M, dtype=torch.float32) if save else None
+    factors = x.new_empty(M, dtype=torch.float32) if save and squares is not None else None
+    parts = 0 if squares is None else len(squares)
     grid, tile = row_wise(M, D)
-    _add_scaled_rms_kernel[grid](x, mixed, squares, out, M, eps, D, F, parts, normed, **tile)
-    return out
+    _add_scaled_rms_kernel[grid](
+        x, mixed, squares, out, rstd, factors, M, eps, D, F, parts, squares is not None, **tile
+    )
+    return out, rstd, factors
