@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,8 +48,9 @@ def find_puzzles(model: TrainedModel, count: int, data_path: str | None, seed: i
         data_path = trained_on
     if data_path is not None:
         return _of_pack(open_pack(data_path, "test"), model, count)
-    if model.task.name == "sudoku":
-        return _generated_sudoku(model.form.seq_len, count, seed)
+    generators = {"sudoku": _generated_sudoku, "maze": _generated_mazes}
+    if model.task.name in generators:
+        return generators[model.task.name](model.form.seq_len, count, seed)
     raise UserError(
         "there are no puzzles to compare the exported model on: give a pack of the task "
         f"{model.task.name}, by data_path=..."
@@ -91,3 +93,14 @@ def _generated_sudoku(cells: int, count: int, seed: int) -> Puzzles:
         np.zeros(count, dtype=np.int64),
         f"generated Sudoku puzzles without a spare given (seed {seed})",
     )
+
+
+def _generated_mazes(cells: int, count: int, seed: int) -> Puzzles:
+    """Mazes as `hrm data maze --generate` makes them by another seed, with the paths that it takes for labels."""
+    from hrm.data.builders.maze import least_moves
+    from hrm.data.builders.maze_puzzles import random_mazes, shortest_paths
+
+    side = math.isqrt(cells)
+    mazes, _ = random_mazes(count, side, least_moves(side), np.random.default_rng(seed))
+    inputs, labels = (grids.reshape(count, cells).astype(np.int64) for grids in (mazes, shortest_paths(mazes)))
+    return Puzzles(inputs, labels, np.zeros(count, dtype=np.int64), f"generated {side}x{side} mazes (seed {seed})")

@@ -19,6 +19,7 @@ from hrm.export.puzzles import find_puzzles
 from hrm.inference.model import TrainedModel
 from hrm.tasks.form import PuzzleForm
 from tests.helpers.exporting import ACT_STEPS, ARCHITECTURES, HRM, export, loaded, pack_of_answers, run_folder
+from tests.helpers.inference import untrained
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -113,6 +114,15 @@ def test_generated_puzzles_have_one_solution_and_no_spare_given(folder: Path) ->
             without = board.copy()
             without[cell] = 0
             assert count_solutions(without[None], box)[0] > 1
+
+
+def test_generated_mazes_come_with_a_shortest_path(tmp_path: Path) -> None:
+    from hrm.tasks.maze import is_shortest_path
+
+    model = loaded(untrained(tmp_path / "mazes", PuzzleForm("maze", seq_len=64, vocab_size=6)))
+    puzzles = find_puzzles(model, 5, None, seed=0)
+    assert len(puzzles) == 5
+    assert is_shortest_path(puzzles.inputs, puzzles.labels).all()
 
 
 def test_other_tasks_need_a_pack(tmp_path: Path) -> None:

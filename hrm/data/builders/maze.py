@@ -59,6 +59,11 @@ SIDES = range(3, 65)
 PUBLISHED_SIDE, PUBLISHED_MIN_LENGTH = 30, 110
 
 
+def least_moves(side: int) -> int:
+    """From start to goal of a generated maze, where nothing else is asked for."""
+    return PUBLISHED_MIN_LENGTH if side == PUBLISHED_SIDE else 2 * side
+
+
 @dataclass(frozen=True)
 class Puzzles:
     """Mazes and their answers, tokens `[N, n, n]`."""
@@ -222,8 +227,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     check_at_least(arguments, {"seed": 0, "subsample_size": 1, "train_size": 1, "test_size": 1, "min_length": 1})
     if generating:
         side = parse_size(arguments.generate)
-        min_length = PUBLISHED_MIN_LENGTH if side == PUBLISHED_SIDE else 2 * side
-        fill_in(arguments, {"train_size": 1000, "test_size": 1000, "min_length": min_length})
+        fill_in(arguments, {"train_size": 1000, "test_size": 1000, "min_length": least_moves(side)})
     return arguments
 
 
