@@ -13,8 +13,6 @@ with those that are missing: a table may take several sittings, each bounded by 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import statistics
 import tempfile
 import time
@@ -36,8 +34,9 @@ from benchmarks.common import (
     picture_file,
     reset_peak,
     run_command,
-    write_table,
+    write_results,
 )
+from benchmarks.sittings import Sittings, add_options, numbers_of
 from hrm.api import overrides
 from hrm.config import CONFIG_DIR, PretrainConfig
 from hrm.config.compose import compose
@@ -102,36 +101,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--models", default=",".join(MODELS), help="several; default: all")
     parser.add_argument("--minutes", type=float, default=2.0, help="of training, for each run")
-    parser.add_argument("--seeds", default="0,1,2", help="several")
-    parser.add_argument("--stop-after", type=float, metavar="MINUTES", help="begin no run that would end after so many")
+    add_options(parser)
     parser.add_argument("--picture", type=picture_file, help="draw it, as .svg or .png")
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py for all models")
     arguments = parser.parse_args(argv)
     if arguments.minutes <= 0:
         raise UserError(f"--minutes {arguments.minutes:g} is too short: give more than 0.")
-    names, seeds = _names(arguments.models), _seeds(arguments.seeds)
+    names, seeds = _names(arguments.models), numbers_of(arguments.seeds)
     puzzles = open_pack(arguments.data, "test").metadata  # a mistake is told before the first run
-    ends_at = time.monotonic() + 60 * (arguments.stop_after or math.inf)
-    file = arguments.output_dir / f"compare-{arguments.task}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
     with join_world(arguments.device) as world:
         about = machine(world.device)
         asked = {"minutes given": arguments.minutes, "puzzle cells": puzzles.seq_len}
-        runs = [run for run in _known(file) if run.items() >= asked.items()]
-        done = {(run["model"], run["seed"]) for run in runs}
+        sittings = Sittings(arguments.output_dir / f"compare-{arguments.task}.jsonl", asked, arguments.stop_after)
         beside: list[float] = []  # minutes that the runs took besides their training
         for seed, name in product(seeds, names):  # a whole table of the first seed, then of the next
             takes = arguments.minutes + max(beside, default=_START_MINUTES)
-            if (name, seed) in done or time.monotonic() + 60 * takes > ends_at:
+            if sittings.of(model=name, seed=seed) or not sittings.has_time_for(takes):
                 continue
-            own = {"model": name, "device": about["device"]}
-            timed = next(({key: run[key] for key in TIMED} for run in runs if run.items() >= own.items()), None)
-            run = {**own, "seed": seed, **asked, **_run(name, seed, timed, arguments, world)}
-            runs.append(run)
+            earlier = sittings.of(model=name, device=about["device"])
+            timed = {key: earlier[0][key] for key in TIMED} if earlier else None
+            run = {"model": name, "device": about["device"], "seed": seed, **_run(name, seed, timed, arguments, world)}
             beside.append(run["minutes in all"] - run["minutes"])
-            with file.open("a") as lines:
-                lines.write(json.dumps(run) + "\n")
+            sittings.add(run)
             print(run, flush=True)
+    runs = sittings.runs
     about |= {
         "device": ", ".join(dict.fromkeys(run["device"] for run in runs)),
         "task": f"{arguments.task} of {puzzles.seq_len} cells, the recipe of experiment={EXPERIMENTS[arguments.task]}",
@@ -139,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **{name: MODELS[name].about for name in names},
     }
     table = [row for name in names if (row := _row(name, [run for run in runs if run["model"] == name]))]
-    print(write_table(file.with_name(f"{about['date']}-compare-{arguments.task}"), "compare", about, table, runs=runs))
+    print(write_results(f"compare-{arguments.task}", about, table, arguments.output_dir, runs=runs))
     if arguments.picture:
         draw(table, runs, arguments.picture)
 
@@ -150,17 +143,6 @@ def _names(text: str) -> list[str]:
         if name not in MODELS:
             raise UserError(f"--models {name} is not a choice; there are {', '.join(MODELS)}.")
     return names
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return sorted({int(seed) for seed in text.split(",")})
-    except ValueError as error:
-        raise UserError(f"--seeds {text} cannot be read: give whole numbers, such as 0,1,2.") from error
-
-
-def _known(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _run(

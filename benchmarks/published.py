@@ -1,7 +1,7 @@
 """The published HRM code (github.com/sapientinc/HRM) beside ours, from a checkout of it, in the same call.
 
     git clone https://github.com/sapientinc/HRM
-    python -m benchmarks.train_step --published HRM      also benchmarks.loop, .evaluate and .latency
+    python -m benchmarks.train_step --published HRM      also benchmarks.loop, .evaluate, .latency and .learning
 
 It runs as it is, in a process of its own (`published_side.py`), through torch.compile as it always does unless its own
 switch, the environment variable DISABLE_COMPILE, is set.
@@ -13,12 +13,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hrm.config import PretrainConfig
 from hrm.errors import UserError
 from hrm.models.hrm import HRMConfig
 
@@ -27,6 +29,10 @@ _SIDE = Path(__file__).with_name("published_side.py")
 _OPTIONS = (
     *("H_cycles", "L_cycles", "H_layers", "L_layers", "hidden_size", "expansion", "num_heads", "pos_encodings"),
     *("rms_norm_eps", "rope_theta", "halt_max_steps", "halt_exploration_prob", "puzzle_emb_ndim", "forward_dtype"),
+)
+_TRAINING = (
+    *("epochs", "lr", "lr_min_ratio", "lr_warmup_steps", "weight_decay", "beta1", "beta2"),
+    *("puzzle_emb_lr", "puzzle_emb_weight_decay", "seed"),
 )
 
 
@@ -91,6 +97,40 @@ class Published:
             "warmup": warmup,
             "repeats": repeats,
         }
+        return self._ask(request, compiled)
+
+    def learn(self, config: PretrainConfig, pack: Path, device: torch.device, window: int) -> dict[str, Any]:
+        """Train the published code as `config` says, and evaluate it once at the end.
+
+        Args:
+            config: as far as the published code has its options: the others stay as they are there.
+            pack: a folder with splits `train` and `test`.
+            window: steps that a point of the curve is the mean of.
+
+        Returns:
+            `test`: metrics of the test split; `curve`: for each window its last `step`, `lm_loss` and, where a sequence
+            halted, `exact_accuracy` and ACT `steps`; `steps`; `minutes`, compiling and evaluating included;
+            `stand-ins`, as of `measure`.
+
+        Raises:
+            UserError: the published code has no such option, or fails; the sentence ends with its last line.
+        """
+        if config.optim.name != "adam_atan2":
+            raise UserError(f"the published code has no optim={config.optim.name}: take optim=adam_atan2.")
+        request = {
+            "work": "learn",
+            "arch": published_arch(config.arch),
+            "pack": str(pack.resolve()),
+            "batch_size": config.global_batch_size,
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+            "config": {name: getattr(config, name) for name in _TRAINING},
+            "window": window,
+        }
+        return self._ask(request)
+
+    def _ask(self, request: Mapping[str, Any], compiled: bool | None = None) -> dict[str, Any]:
+        """What its process answers."""
         environment = dict(os.environ)
         if compiled is not None:
             environment.pop("DISABLE_COMPILE", None)

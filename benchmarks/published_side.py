@@ -140,15 +140,16 @@ class Published:
             seed=0,
             eval_save_outputs=[],
         )
-        torch.random.manual_seed(0)
-        self.metadata = self._dataset(1)[1]
+        vars(self.config).update(request.get("config", {}))
+        torch.random.manual_seed(self.config.seed)
+        self.metadata = self._dataset("train", 1)[1]
         self.state = self.pretrain.init_train_state(self.config, self.metadata, world_size=1)
 
-    def _dataset(self, epochs: int) -> tuple[Any, Any]:
+    def _dataset(self, split: str, epochs: int) -> tuple[Any, Any]:
         loader, metadata = self.pretrain.create_dataloader(
             self.config,
-            "train",
-            test_set_mode=False,
+            split,
+            test_set_mode=split == "test",
             epochs_per_iter=epochs,
             global_batch_size=self.batch_size,
             rank=0,
@@ -159,7 +160,7 @@ class Published:
     def loader(self, batches: int) -> Iterator[Any]:
         """Its loader, for so many batches at least."""
         epochs = 2 + batches * self.batch_size // self.metadata.total_groups
-        return iter(self._dataset(epochs)[0])
+        return iter(self._dataset("train", epochs)[0])
 
     def in_memory(self, batches: int = 16) -> Iterator[Any]:
         """Batches that wait in memory, again and again."""
@@ -173,8 +174,41 @@ class Published:
             ready.append({name: field.pin_memory() if self.on_cuda else field for name, field in batch.items()})
         return cycle(ready)
 
-    def train(self, batch: dict[str, Tensor]) -> None:
-        self.pretrain.train_batch(self.config, self.state, batch, self.batch_size, rank=0, world_size=1)
+    def train(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """A training step; its metrics, as published."""
+        metrics: dict[str, Any] | None = self.pretrain.train_batch(
+            self.config, self.state, batch, self.batch_size, rank=0, world_size=1
+        )
+        return metrics or {}
+
+    def learn(self, window: int) -> dict[str, Any]:
+        """All its epochs, and an evaluation: the test split's metrics, and means over windows of so many steps.
+
+        Of a window's sequences, `exact_accuracy` and `steps` are of those that halted; both are missing if none did.
+        """
+        began = time.perf_counter()
+        self.state.model.train()
+        curve, sums = [], dict.fromkeys(("lm_loss", "exact_accuracy", "steps", "count"), 0.0)
+        for _, batch, _ in self._dataset("train", self.config.epochs)[0]:
+            metrics = self.train(batch)
+            if not metrics:  # past the last step
+                continue
+            halted = float(metrics["train/count"])
+            sums["lm_loss"] += float(metrics["train/lm_loss"]) / window
+            sums["count"] += halted
+            for name in ("exact_accuracy", "steps"):
+                sums[name] += halted * float(metrics[f"train/{name}"])
+            if self.state.step % window == 0:
+                halted = sums.pop("count")
+                of_halted = {name: sums[name] / halted for name in ("exact_accuracy", "steps") if halted}
+                curve.append({"step": self.state.step, "lm_loss": sums["lm_loss"], **of_halted})
+                sums = dict.fromkeys((*sums, "count"), 0.0)
+        self.state.model.eval()
+        loader, metadata = self._dataset("test", 1)
+        found = self.pretrain.evaluate(self.config, self.state, loader, metadata, rank=0, world_size=1)
+        test = {name: float(value) for name, value in found[metadata.sets[0]].items()}
+        steps = self.state.total_steps
+        return {"test": test, "curve": curve, "steps": steps, "minutes": (time.perf_counter() - began) / 60}
 
     # ---- what can be asked for: each yields milliseconds
 
@@ -247,6 +281,9 @@ def main() -> None:
     torch.set_num_threads(request["threads"])
     stand_ins = stand_in_for_what_is_missing()
     published = Published(checkout, request)
+    if request["work"] == "learn":
+        print(json.dumps(published.learn(request["window"]) | {"stand-ins": stand_ins}), flush=True)
+        return
     calls = 1 + request["warmup"] + request["repeats"]
     works = {"step": published.step, "evaluation": published.evaluation, "latency": published.latency}
     times = published.loop(calls) if request["work"] == "loop" else works[request["work"]]()

@@ -22,6 +22,7 @@ from benchmarks import (
     evaluate,
     kernels,
     latency,
+    learning,
     loop,
     loss_curves,
     plot,
@@ -471,6 +472,36 @@ def test_the_published_code_runs_beside_ours(module: Any, tmp_path: Path, monkey
     assert theirs["kernels"] == "published"
     assert theirs["ms"] > 0
     assert ours["x published"] == pytest.approx(theirs["ms"] / ours["ms"])
+
+
+@needs_checkout
+def test_the_published_code_learns_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISABLE_COMPILE", "1")
+    make_pack(tmp_path / "pack", train_size=32, test_size=20)
+    arguments = ["--published", CHECKOUT, "--data", str(tmp_path / "pack"), "--device", "cpu", "--epochs", "20"]
+    arguments += ["--out", str(tmp_path), *TINY, "arch.pos_encodings=rope", "kernels=naive", "global_batch_size=16"]
+    arguments += ["lr=1e-3", "lr_warmup_steps=10"]
+    learning.main([*arguments, "--seeds", "0", "--codes", "ours"])
+    learning.main([*arguments, "--seeds", "0"])
+    (file,) = tmp_path.glob("*-learning.json")
+    rows = {row["code"]: row for row in json.loads(file.read_text())["rows"]}
+    assert [row["steps"] for row in rows.values()] == [40, 40]
+    assert rows["ours"]["loss"] == pytest.approx(rows["published"]["loss"], rel=0.1)
+    assert len((tmp_path / "learning.jsonl").read_text().splitlines()) == 2
+
+
+def test_what_a_difference_of_learning_is_worth() -> None:
+    def run(code: str, exact: float, solves: float) -> dict[str, Any]:
+        curve = [{"step": 50, "lm_loss": 9.0, "exact_accuracy": solves}, {"step": 100, "lm_loss": 1.0}]
+        return {"code": code, "steps": 100, "curve": curve, "test": {"exact_accuracy": exact, "accuracy": 0.5}}
+
+    runs = [run("published", 0.4, 0.02), run("published", 0.3, 0.0), run("ours", 0.1, 0.0), run("ours", 0.2, 0.0)]
+    assert [learning.measures(one)["solves from step"] for one in runs] == [50, 101, 101, 101]
+    assert {learning.measures(one)["loss"] for one in runs} == {1.0}
+    found = learning.chances(runs)
+    assert found["exact, %"] == "2 of 6 divisions"  # the codes' own, and its mirror image
+    assert found["cells, %"] == "6 of 6 divisions"
+    assert learning.chances(runs[:2]) == {}
 
 
 TWO_LAYERS = [*TINY, "arch.H_layers=2", "arch.L_layers=2"]
