@@ -18,9 +18,6 @@ from hrm.models import ACTLossHead, Carry
 # Batches on the device at once. At the end of such a pool slots run empty, for at most the steps of one puzzle: a small
 # part of the work when each slot has seen this many.
 _PARTS_PER_POOL = 64
-# ACT steps between looks at whether a pool is done. A look waits for the device, which costs a CPU nothing.
-_STEPS_PER_LOOK = 4
-_STEPS_PER_LOOK_ON_CPU = 1
 
 
 class _Slots:
@@ -125,7 +122,7 @@ class EarlyHalting:
         self._step = GraphedWork(self._state.step, device, eager_calls=2) if graphed else self._state.step
         # Where shapes are free: a graph has one, and so has compiled code.
         self._shrinks = device.type == "cpu" and not graphed and not model.kernels.compile
-        self._steps_per_look = _STEPS_PER_LOOK_ON_CPU if device.type == "cpu" else _STEPS_PER_LOOK
+        self._slots = slots
 
     @torch.no_grad()
     def answer(self, parts: Iterable[Part], throughput: Throughput) -> Iterator[tuple[str, Batch, Predictions]]:
@@ -140,33 +137,56 @@ class EarlyHalting:
     def _answer(self, parts: Iterable[Part], throughput: Throughput) -> Iterator[tuple[str, Batch, Predictions]]:
         warm = False
         for set_name, of_set in groupby(parts, lambda part: part.set_name):
-            while pool := list(islice(of_set, _PARTS_PER_POOL)):
-                puzzles = {name: torch.cat([part.batch[name][: part.real] for part in pool]) for name in pool[0].batch}
-                if not warm:
-                    self._state.fill(puzzles)
-                    for _ in range(3):  # two eager steps compile and tune, the third is recorded
-                        self._step({})
-                    throughput.start()
-                    warm = True
-                predictions = self._answer_pool(puzzles)
+            pools = _pools(of_set)
+            puzzles = next(pools)
+            if not warm:
+                self._state.fill(puzzles)
+                for _ in range(3):  # two eager steps compile and tune, the third is recorded
+                    self._step({})
+                throughput.start()
+                warm = True
+            self._begin(puzzles)
+            following: Batch | None = puzzles
+            while following is not None:
+                puzzles, following = following, next(pools, None)  # read while the device works
+                predictions = self._finish(puzzles)
                 throughput.count(len(predictions.steps))
+                if following is not None:
+                    self._begin(following)  # and so is what the caller does with the answers
                 yield set_name, puzzles, predictions
 
     @torch.no_grad()
     def answer_pool(self, puzzles: Batch) -> Predictions:
         """Answer puzzles on the host, as many as a pool may have at most: in order, on the CPU."""
         with self._model.weights_at_hand():
-            return self._answer_pool(puzzles)
+            self._begin(puzzles)
+            return self._finish(puzzles)
 
-    def _answer_pool(self, puzzles: Batch) -> Predictions:
-        count = len(puzzles["inputs"])
+    def _begin(self, puzzles: Batch) -> None:
+        """Take the steps that a pool of puzzles takes at least, without waiting for them."""
         self._state.fill(puzzles)
-        while int(self._state.finished) < count:
-            for _ in range(self._steps_per_look):
-                self._step({})
+        self._take_steps(len(puzzles["inputs"]))
+
+    def _finish(self, puzzles: Batch) -> Predictions:
+        """Take the other steps of the pool that was begun."""
+        count = len(puzzles["inputs"])
+        # A look waits for the device.
+        while unfinished := count - int(self._state.finished):
+            self._take_steps(unfinished)
+        return Predictions(*(field[:count].to("cpu", copy=True) for field in self._state.predictions))
+
+    def _take_steps(self, unfinished: int) -> None:
+        """As many as so many puzzles take at least: a step finishes at most one in every slot."""
+        for _ in range(-(-unfinished // self._slots)):
+            self._step({})
             if self._shrinks:
                 self._state.give_up_empty_slots()
-        return Predictions(*(field[:count].cpu() for field in self._state.predictions))
+
+
+def _pools(parts: Iterator[Part]) -> Iterator[Batch]:
+    """The puzzles of parts, a pool at a time, on the host and without padding."""
+    while pool := list(islice(parts, _PARTS_PER_POOL)):
+        yield {name: torch.cat([part.batch[name][: part.real] for part in pool]) for name in pool[0].batch}
 
 
 def halting_metrics(puzzles: Batch, predictions: Predictions) -> dict[str, Tensor]:
