@@ -27,8 +27,9 @@ from urllib.request import urlopen
 
 import numpy as np
 
+from benchmarks.clients import Clients, request_of
 from benchmarks.common import machine, make_parser, run_command, write_results
-from benchmarks.serve import Clients, first_puzzles, request_of
+from benchmarks.serve import first_puzzles
 from hrm.inference.model import from_pretrained
 from tests.helpers.servers import Server, free_port, postgresql, redis
 

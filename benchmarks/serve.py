@@ -26,9 +26,8 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.clients import Clients, Load, ask, request_of, saturate
 from benchmarks.common import machine, make_parser, picture_file, run_command, write_results
 from hrm.config import ServeConfig
 from hrm.data.pack import open_pack
@@ -48,7 +48,6 @@ from hrm.service.command import results_of, run
 from hrm.service.engine import Engine
 from hrm.tasks.form import Puzzle
 
-_CONNECTED_AT_ONCE = 64
 _SECONDS_TO_ANSWER = 600.0  # what waits is timed, not refused
 _MOST_BYTES = 1 << 16  # of a request, where services are abused
 _SECONDS_TO_ARRIVE = 2.0  # of a request, there
@@ -61,8 +60,12 @@ class _StaticBatches(Engine):
     batches at their best.
     """
 
-    def _admit(self) -> bool:
-        return bool(self._jobs) or super()._admit()
+    def _fill(self) -> None:
+        if not self._jobs:
+            super()._fill()
+
+    def _goes_ahead(self) -> bool:
+        return False
 
 
 SERVICES: dict[str, Callable[[TrainedModel, int | None], Engine]] = {
@@ -70,30 +73,6 @@ SERVICES: dict[str, Callable[[TrainedModel, int | None], Engine]] = {
     "static batches": _StaticBatches,
     "one at a time": lambda model, _: Engine(model, 1),
 }
-
-
-@dataclass
-class _Load:
-    """What requests met with."""
-
-    ms: list[float] = field(default_factory=list)  # of those that were answered
-    answered: int = 0  # puzzles
-    texts: dict[int, str] = field(default_factory=dict)  # answers by board
-    errors: Counter[str] = field(default_factory=Counter)
-    left_out: int = 0
-    seconds: float = 0.0
-    cpu_seconds: float = math.nan  # of the service, where the system tells
-
-    def row(self) -> dict[str, Any]:
-        times = np.percentile(self.ms or [np.nan], [50, 95, 99]).tolist()
-        return {
-            "puzzles/s": self.answered / self.seconds,
-            **dict(zip(("p50 ms", "p95 ms", "p99 ms"), times, strict=True)),
-            "CPU ms a puzzle": 1000 * self.cpu_seconds / max(self.answered, 1),
-            "answered": self.answered,
-            "left out": self.left_out,
-            "errors": " ".join(f"{error}: {count}" for error, count in self.errors.items()) or 0,
-        }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -106,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--boards", type=int, default=2000, help="requests of the saturated service")
     parser.add_argument("--clients", type=int, default=64, help="that ask in parallel there, for a puzzle each")
     parser.add_argument("--inputs", default="1", help="puzzles of a request, of fewer clients; several")
+    parser.add_argument("--processes", type=int, default=1, help="of these clients")
     parser.add_argument("--shares", default="0.25,0.5,0.75,0.9,1.1", help="of its rate, at which requests arrive")
     parser.add_argument("--seconds", type=float, default=20.0, help="of arrivals at each rate")
     parser.add_argument("--in-flight", type=int, default=512, help="requests at a time at most")
@@ -146,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with _service(name, arguments, config) as (address, process):
             kind = {"slots": name, "results": results.partition(":")[0]}
             for inputs in map(int, arguments.inputs.split(",")):
-                load = _measured(process.pid, _saturate(address, tokens, max(1, arguments.clients // inputs), inputs))
+                clients = max(1, arguments.clients // inputs)
+                load = _measured(process.pid, partial(saturate, address, tokens, clients, inputs, arguments.processes))
                 found = load.answered / load.seconds
                 rates = rates or [float(share) * found for share in arguments.shares.split(",") if share]
                 differ = sum(text != expected.texts[number] for number, text in load.texts.items())
@@ -154,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows.append(row | {"of offline": found / offline, "unlike predict": differ})
                 print(rows[-1], flush=True)
             for rate in rates:
-                load = _measured(process.pid, _arrive(address, tokens, rate, arguments))
+                load = _measured(process.pid, partial(asyncio.run, _arrive(address, tokens, rate, arguments)))
                 rows.append({**kind, "asked/s": rate, "puzzles a request": 1, **load.row()})
                 print(rows[-1], flush=True)
     print(write_results("serve", about, rows, arguments.output_dir))
@@ -217,126 +198,22 @@ def _service(
         process.join()
 
 
-# ---- requests
+# ---- load
 
 
-class Clients:
-    """Connections to one address, as many as there are requests at a time, kept open."""
-
-    def __init__(self, address: tuple[str, int]) -> None:
-        self._address = address
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-
-    async def connect(self, count: int) -> None:
-        """Have so many open, asked for in turns: one that a listener has no room for is answered seconds later."""
-        at_once = asyncio.Semaphore(_CONNECTED_AT_ONCE)
-
-        async def one() -> None:
-            async with at_once:
-                self._idle.append(await asyncio.open_connection(*self._address))
-
-        await asyncio.gather(*(one() for _ in range(count)))
-
-    async def infer(self, tokens: np.ndarray[Any, Any]) -> list[str]:
-        """The answers to puzzles [N, S], each on one line.
-
-        Raises:
-            RuntimeError: it is refused.
-            OSError, asyncio.IncompleteReadError: the connection breaks.
-        """
-        body = json.dumps({"inputs": [{"tokens": row} for row in tokens.tolist()]}).encode()
-        status, content = await self.ask(request_of(body))
-        if status != 200:
-            raise RuntimeError(str(status))
-        texts: list[str] = json.loads(content)["texts"]
-        return texts
-
-    async def ask(self, request: bytes) -> tuple[int, bytes]:
-        """Status and body of an answer."""
-        while self._idle and self._idle[-1][0].at_eof():  # the service closes what was idle for long
-            self._idle.pop()[1].close()
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
-        try:
-            writer.write(request)
-            await writer.drain()
-            head = (await reader.readuntil(b"\r\n\r\n")).lower()
-            length = head.partition(b"content-length:")[2].split(b"\r\n")[0]
-            body = await reader.readexactly(int(length)) if length else await reader.read()
-        except BaseException:
-            writer.close()
-            raise
-        if b"connection: close" in head or not length:
-            writer.close()
-        else:
-            self._idle.append((reader, writer))
-        return int(head.split()[1]), body
-
-    def close(self) -> None:
-        for _, writer in self._idle:
-            writer.close()
-
-
-def request_of(
-    body: bytes,
-    path: str = "/infer",
-    *,
-    method: str = "POST",
-    headers: Mapping[str, str] | None = None,
-    length: int | None = None,
-) -> bytes:
-    """A request as it is sent.
-
-    Args:
-        length: what it says that its body has; None: the truth.
-    """
-    fields = {"Host": "h", "Content-Type": "application/json", **(headers or {})}
-    fields["Content-Length"] = str(len(body) if length is None else length)
-    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
-    return "\r\n".join([*lines, "", ""]).encode() + body
-
-
-def _measured(process: int | None, work: Coroutine[Any, Any, _Load]) -> _Load:
-    """Run it, and note how long the processors work for the service meanwhile."""
+def _measured(process: int | None, work: Callable[[], Load]) -> Load:
+    """Do it, and note how long the processors work for the service meanwhile."""
     before = _cpu_seconds(process)
-    load = asyncio.run(work)
+    load = work()
     load.cpu_seconds = _cpu_seconds(process) - before
-    return load
-
-
-async def _asked(clients: Clients, tokens: np.ndarray[Any, Any], numbers: range, load: _Load, due: float) -> None:
-    try:
-        texts = await clients.infer(tokens[numbers.start : numbers.stop])
-        load.texts.update(zip(numbers, texts, strict=True))
-        load.answered += len(texts)
-        load.ms.append(1000 * (time.perf_counter() - due))
-    except RuntimeError as error:
-        load.errors[str(error)] += 1
-    except (OSError, asyncio.IncompleteReadError) as error:
-        load.errors[type(error).__name__] += 1
-
-
-async def _saturate(address: tuple[str, int], tokens: np.ndarray[Any, Any], count: int, inputs: int = 1) -> _Load:
-    """Every puzzle once, so many a request, by so many clients that are never idle."""
-    load, clients = _Load(), Clients(address)
-    parts = iter([range(first, min(first + inputs, len(tokens))) for first in range(0, len(tokens), inputs)])
-
-    async def client() -> None:
-        for numbers in parts:
-            await _asked(clients, tokens, numbers, load, time.perf_counter())
-
-    await clients.connect(count)
-    began = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(count)))
-    load.seconds = time.perf_counter() - began
-    clients.close()
     return load
 
 
 async def _arrive(
     address: tuple[str, int], tokens: np.ndarray[Any, Any], rate: float, arguments: argparse.Namespace
-) -> _Load:
+) -> Load:
     """Puzzles that arrive at random, `rate` a second."""
-    load, clients = _Load(), Clients(address)
+    load, clients = Load(), Clients(address)
     generator = np.random.default_rng(arguments.seed)
     times = np.cumsum(generator.exponential(1 / rate, round(rate * arguments.seconds)))
     flying: set[asyncio.Task[None]] = set()
@@ -348,7 +225,7 @@ async def _arrive(
             load.left_out += 1
             continue
         puzzle = range(number % len(tokens), number % len(tokens) + 1)
-        task = asyncio.create_task(_asked(clients, tokens, puzzle, load, due))
+        task = asyncio.create_task(ask(clients, tokens, puzzle, load, due))
         flying.add(task)
         task.add_done_callback(flying.discard)
     if flying:
@@ -376,7 +253,7 @@ def _abused(arguments: argparse.Namespace, tokens: np.ndarray[Any, Any], texts: 
             counts: Counter[str] = Counter()
             if round_:
                 counts = asyncio.run(_abuse(address, tokens, arguments.abuse))
-            load = asyncio.run(_saturate(address, tokens, 8))
+            load = saturate(address, tokens, 8)
             unlike = sum(text != texts[number] for number, text in load.texts.items())
             after = {"boards after it": len(load.texts), "unlike predict": unlike, "errors": sum(load.errors.values())}
             rows.append({"round": round_, "requests": sum(counts.values()), **after, "MB": _resident_mb(process.pid)})

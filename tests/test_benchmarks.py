@@ -1,10 +1,12 @@
 """The benchmarks run, write what they measured, and the loss curves tell equal from different."""
 
 import argparse
+import asyncio
 import json
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +37,7 @@ from benchmarks import (
     suite,
     train_step,
 )
+from benchmarks.clients import Load, saturate
 from benchmarks.common import BASELINE, Shape, batches, run_command
 from hrm.batch import Batch
 from hrm.config import PretrainConfig
@@ -167,6 +170,32 @@ def test_a_static_batch_ends_before_the_next_one_begins(tmp_path: Path, monkeypa
     assert all(future.done() for future in futures)
     assert all(now <= before or not now & before for before, now in pairwise(at_work))
     assert any(now < before for before, now in pairwise(at_work)), "some halt before others"
+
+
+def test_clients_in_several_processes_ask_for_every_puzzle_once() -> None:
+    asked: list[list[int]] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.lower().partition(b"content-length:")[2].split()[0])
+                rows = [each["tokens"] for each in json.loads(await reader.readexactly(length))["inputs"]]
+                asked.extend(rows)
+                body = json.dumps({"texts": [str(row[0]) for row in rows]}).encode()
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        writer.close()
+
+    async def load() -> Load:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        async with server:
+            return await asyncio.to_thread(saturate, server.sockets[0].getsockname(), boards, 4, 3, processes=2)
+
+    boards = np.arange(11)[:, None].repeat(16, 1)
+    whole = asyncio.run(load())
+    assert sorted(asked) == boards.tolist()
+    assert whole.texts == {number: str(number) for number in range(11)}
+    assert (whole.answered, len(whole.ms), whole.errors) == (11, 4, {})
 
 
 def test_the_rate_without_a_service_is_that_of_all_boards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

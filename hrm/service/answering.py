@@ -67,7 +67,7 @@ async def answer(
     if augmentations > 1:
         return await _all(_of_several(puzzle, engine, max_steps, augmentations, request) for puzzle in puzzles)
     answers = []
-    all_solved = await asyncio.gather(*engine.ask(puzzles, max_steps, keeps_steps=trajectory, request=request))
+    all_solved = await engine.ask(puzzles, max_steps, keeps_steps=trajectory, request=request)
     for number, (puzzle, solved) in enumerate(zip(puzzles, all_solved, strict=True), start=1):
         if trajectory:  # in a thread: there is much to write, and rules to check
             written = await asyncio.to_thread(_written, engine, puzzle, solved.last, solved.steps, solved.trajectory)
@@ -101,7 +101,7 @@ async def _of_several(
     steps = 0
     # Where nothing tells a right answer all are wanted, so they are asked for at once.
     for turn in [[each] for each in copies] if rules else [copies]:
-        all_solved = await asyncio.gather(*engine.ask([copy for copy, _ in turn], max_steps, request=request))
+        all_solved = await engine.ask([copy for copy, _ in turn], max_steps, request=request)
         for (_, undo), solved in zip(turn, all_solved, strict=True):
             given.append(Step(undo(solved.last.tokens).astype(np.int64), solved.last.q_halt))
             steps += solved.steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import sys
@@ -92,7 +93,12 @@ def run(
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn passes a signal on when all is answered; it has been heard by then.
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(settings).run(sockets=[listener])
+    # No thread goes on while Python looks for garbage; what there is by now, PyTorch above all, is none.
+    gc.freeze()
+    try:
+        uvicorn.Server(settings).run(sockets=[listener])
+    finally:
+        gc.unfreeze()
 
 
 def settings_of(app: FastAPI, config: ServeConfig) -> uvicorn.Config:

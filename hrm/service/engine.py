@@ -20,19 +20,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from hrm.batch import Batch
-from hrm.cuda_graphs import GraphedWork
 from hrm.inference.model import TrainedModel
-from hrm.inference.predictor import is_one_shape, sequences_at_once
+from hrm.inference.predictor import sequences_at_once
 from hrm.service.sessions import updated
+from hrm.service.slots import Found, Slots
 from hrm.tasks.form import Puzzle
 
 Result = TypeVar("Result")
 _AnyFuture = Future[Any] | asyncio.Future[Any]
-
-_COLUMNS = 3  # of rows, beside tokens
 
 
 class Closed(Exception):
@@ -57,13 +53,25 @@ class Solved:
 
 
 @dataclass(eq=False)
-class _Job:
-    puzzle: Puzzle
+class _Asked:
+    """Puzzles whose answers are waited for together."""
+
     max_steps: int
     keeps_steps: bool
     request: object
-    future: Future[Solved] | asyncio.Future[Solved]
+    future: Future[Solved] | asyncio.Future[list[Solved]]
+    is_one: bool = False  # what is waited for is no list
+    solved: list[Solved | None] = field(default_factory=list)  # by the puzzle's number
+    unsolved: int = 0
+
+
+@dataclass(eq=False)
+class _Job:
+    puzzle: Puzzle
+    number: int  # of those asked for together
+    asked: _Asked
     trajectory: list[Step] = field(default_factory=list)
+    ticket: int | None = None  # once it is not in the engine's line any more
 
 
 class _Lines:
@@ -79,14 +87,14 @@ class _Lines:
         return bool(self._lines)
 
     def add(self, job: _Job) -> None:
-        self._lines.setdefault(job.request, OrderedDict())[job] = None
+        self._lines.setdefault(job.asked.request, OrderedDict())[job] = None
 
     def remove(self, job: _Job) -> None:
         """Take a puzzle out, if it is there."""
-        if (line := self._lines.get(job.request)) is not None:
+        if (line := self._lines.get(job.asked.request)) is not None:
             line.pop(job, None)
             if not line:
-                del self._lines[job.request]
+                del self._lines[job.asked.request]
 
     def take(self) -> _Job:
         """The next puzzle."""
@@ -126,26 +134,12 @@ class Engine:
     def __init__(self, model: TrainedModel, slots: int | None = None) -> None:
         self.model = model
         self.slots = slots or sequences_at_once(model.device)
-        self._inner = model.model
-        self._is_one_shape = is_one_shape(model.model, model.device)  # else only slots in use are computed
-        self._reads_later = model.device.type != "cpu"  # it computes while the host goes on
-        self._jobs: dict[int, _Job] = {}  # by slot
-        self._free = list(range(self.slots))  # slots that have none
-        self._fresh: list[int] = []  # slots whose job begins with the next step
-        # A row for each slot: tokens [S], identifier, whether its job begins with the next step, and ACT steps at most.
-        # In one piece, for a single copy to the device; what is found comes back likewise.
-        self._rows = torch.zeros(
-            (self.slots, model.form.seq_len + _COLUMNS), dtype=torch.int32, pin_memory=model.device.type == "cuda"
-        )
-        self._written = self._rows.numpy()  # the same memory, written without a word to PyTorch
-        self._staged: list[_Job] = []  # those that get the next free slots, and their rows
-        self._staged_rows = np.zeros_like(self._written)
-        self._unread: list[tuple[_Job, NDArray[np.int32]]] = []  # what a step has found for a job
-        self._carry = self._inner.initial_carry(_batch(self._rows.to(model.device)))
-        graphed = model.model.kernels.cuda_graphs
-        self._step = GraphedWork(self._computed, model.device, eager_calls=2) if graphed else self._computed
+        self._slots = Slots(model, self.slots)
+        self._jobs: dict[int, _Job] = {}  # by ticket: in slots, or next
+        self._halted_lately = 0  # puzzles, in the last step that was read
         self._ready: list[tuple[_AnyFuture, object]] = []  # to be handed out: an answer or an error
         self._waiting = _Lines()
+        self._withdrawn: list[int] = []  # tickets of what nobody waits for any more
         self._besides: deque[tuple[Generator[None, None, Any], Future[Any]]] = deque()  # work other than puzzles
         self._changed = threading.Condition()
         self._closed = False
@@ -168,7 +162,7 @@ class Engine:
             Closed: it takes no more.
         """
         future: Future[Solved] = Future()
-        self._put_in_line([_Job(puzzle, max_steps or self.model.act_max_steps, keeps_steps, request, future)])
+        self._put_in_line([puzzle], _Asked(max_steps or self.model.act_max_steps, keeps_steps, request, future, True))
         return future
 
     def ask(
@@ -178,28 +172,28 @@ class Engine:
         *,
         keeps_steps: bool = False,
         request: object = None,
-    ) -> list[asyncio.Future[Solved]]:
+    ) -> asyncio.Future[list[Solved]]:
         """As `submit`, for several puzzles, from within an event loop.
 
         The loop is woken once for all that an ACT step has answered. A future of `submit` wakes its thread for itself,
         and at some hundred answers a step the engine would then wait for the interpreter more than for the device.
         """
-        loop = asyncio.get_running_loop()
-        jobs = [
-            _Job(puzzle, max_steps or self.model.act_max_steps, keeps_steps, request, loop.create_future())
-            for puzzle in puzzles
-        ]
-        self._put_in_line(jobs)
-        return [job.future for job in jobs]  # type: ignore[misc]
+        future: asyncio.Future[list[Solved]] = asyncio.get_running_loop().create_future()
+        if not puzzles:
+            future.set_result([])
+        self._put_in_line(puzzles, _Asked(max_steps or self.model.act_max_steps, keeps_steps, request, future))
+        return future
 
-    def _put_in_line(self, jobs: Sequence[_Job]) -> None:
+    def _put_in_line(self, puzzles: Sequence[Puzzle], asked: _Asked) -> None:
+        asked.solved = [None] * len(puzzles)
+        asked.unsolved = len(puzzles)
+        jobs = [_Job(puzzle, number, asked) for number, puzzle in enumerate(puzzles)]
         with self._changed:
             self._check_open()
             for job in jobs:
                 self._waiting.add(job)
             self._changed.notify()
-        for job in jobs:
-            job.future.add_done_callback(partial(self._withdrawn, job))
+        asked.future.add_done_callback(partial(self._withdraw, jobs))
 
     def run(self, work: Generator[None, None, Result]) -> Future[Result]:
         """Do other work with the model. Cancelling the future ends it where it yields next.
@@ -225,18 +219,23 @@ class Engine:
         if self._closed:
             raise Closed("the service is ending")
 
-    def _withdrawn(self, job: _Job, future: Future[Solved] | asyncio.Future[Solved]) -> None:
-        """Forget a puzzle that nobody waits for any more; one that has a slot gives it up before the next ACT step."""
+    def _withdraw(self, jobs: Sequence[_Job], future: _AnyFuture) -> None:
+        """Forget puzzles that nobody waits for any more."""
         if future.cancelled():
             with self._changed:
-                self._waiting.remove(job)
+                for job in jobs:
+                    if job.ticket is None:
+                        self._waiting.remove(job)
+                    else:
+                        self._withdrawn.append(job.ticket)
 
     @property
     def work(self) -> Work:
         """Counts as they are now."""
         with self._changed:
-            waiting = len(self._waiting) + len(self._staged)
-            return Work(self._work.answered, self._work.act_steps, len(self._jobs), waiting)
+            in_slots = min(len(self._jobs), self.slots)
+            waiting = len(self._waiting) + len(self._jobs) - in_slots
+            return Work(self._work.answered, self._work.act_steps, in_slots, waiting)
 
     @property
     def failure(self) -> BaseException | None:
@@ -247,7 +246,7 @@ class Engine:
         """Answer an empty puzzle, so that what is compiled and recorded is ready for the first request."""
         puzzle = Puzzle(np.zeros(self.model.form.seq_len, dtype=np.int64))
         self.submit(puzzle, max_steps=3).result()
-        for level in self._inner.model.inner.levels:
+        for level in self.model.model.model.inner.levels:
             self.run(updated(self.model, puzzle, level, 1)).result()
 
     def close(self) -> None:
@@ -261,7 +260,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            with torch.no_grad(), self._inner.weights_at_hand():
+            with torch.no_grad(), self.model.model.weights_at_hand():
                 while self._admit():
                     began = time.perf_counter()
                     if self._jobs:
@@ -270,61 +269,40 @@ class Engine:
         except BaseException as error:
             with self._changed:
                 self._closed, self._failure = True, error
-                unread = [job for job, _ in self._unread]
-                jobs = [*unread, *self._jobs.values(), *self._staged, *self._waiting.take_all()]
-                self._ready += [(job.future, error) for job in jobs]
-                self._ready += [(future, error) for _, future in self._besides]
+                jobs = [*self._jobs.values(), *self._waiting.take_all()]
+                futures = dict.fromkeys(job.asked.future for job in jobs)
+                self._ready += [(future, error) for future in [*futures, *(future for _, future in self._besides)]]
                 self._jobs.clear()
-                self._staged.clear()
                 self._besides.clear()
             self._hand_out()
             traceback.print_exception(error)  # for whoever runs it; clients get a sentence
 
     def _admit(self) -> bool:
         """Give free slots to those in line, and wait while there is no work; False when closed and all is done."""
-        self._fill()
-        while not (self._jobs and self._reads_later and (self._staged or not self._free)):
-            self._read()
-            with self._changed:
-                self._stage(len(self._free))
-                if not self._staged:
-                    if self._jobs or self._besides:
-                        return True
-                    if self._closed:
-                        return False
-                    self._changed.wait()
-            self._fill()
-            if self._jobs:
-                return True
-        return True
-
-    def _stage(self, most: int) -> None:
-        """Take puzzles out of the line, up to so many, and write their rows."""
-        for slot in [slot for slot, job in self._jobs.items() if job.future.cancelled()]:
-            del self._jobs[slot]
-            self._free.append(slot)
-        while self._waiting and len(self._staged) < most:
-            job = self._waiting.take()
-            if job.future.cancelled():  # but not taken out yet
-                continue
-            row = self._staged_rows[len(self._staged)]
-            row[:-_COLUMNS] = job.puzzle.tokens
-            row[-_COLUMNS:] = job.puzzle.identifier, True, job.max_steps
-            self._staged.append(job)
+        with self._changed:
+            while True:
+                self._fill()
+                if self._jobs or self._besides:
+                    return True
+                if self._closed:
+                    return False
+                self._changed.wait()
 
     def _fill(self) -> None:
-        """Give free slots to those that are staged. On a GPU the device waits for this."""
-        count = min(len(self._free), len(self._staged))
-        wanted = [number for number in range(count) if not self._staged[number].future.cancelled()]
-        if wanted:
-            slots = [self._free.pop() for _ in wanted]
-            self._written[slots] = self._staged_rows[wanted]
-            self._jobs.update(zip(slots, (self._staged[number] for number in wanted), strict=True))
-            self._fresh += slots
-        if count:
-            left = len(self._staged) - count
-            self._staged_rows[:left] = self._staged_rows[count : count + left].copy()
-            del self._staged[:count]
+        """Take puzzles out of the line for the slots that are free, and for those that become free meanwhile."""
+        for ticket in self._withdrawn:
+            if ticket in self._jobs:
+                self._slots.give_up(ticket)
+        self._withdrawn.clear()
+        for ticket in self._slots.left():
+            del self._jobs[ticket]
+        ahead = max(2 * self._halted_lately, self.slots // 4, 1) if self._slots.reads_later else 0
+        most = self.slots + min(ahead, self.slots)
+        while self._waiting and len(self._jobs) < most:
+            job = self._waiting.take()
+            if not job.asked.future.cancelled():  # but not taken out yet
+                job.ticket = self._slots.put(job.puzzle, job.asked.max_steps)
+                self._jobs[job.ticket] = job
 
     def _work_besides(self, seconds: float) -> None:
         """Other work for so long, each a piece in turn; one piece at least."""
@@ -350,63 +328,40 @@ class Engine:
                 return
 
     def _advance(self) -> None:
-        """One ACT step of the slots in use."""
-        slots = sorted(self._jobs)
-        if self._is_one_shape:
-            found = self._step({"rows": self._rows})
-        else:
-            kept = torch.tensor(slots)
-            found = self._computed({"rows": self._rows[kept]}, kept)
-        if self._reads_later:  # while the device is at this step
-            self._read()
-            with self._changed:
-                self._stage(max(1, self.slots // 2))
-        host = found.cpu().numpy()
-        self._written[self._fresh, -2] = False
-        self._fresh.clear()
-        self._work.act_steps += len(slots)
-        has_halted = host[:, -1].tolist()
-        for row, slot in zip(slots, slots, strict=True) if self._is_one_shape else enumerate(slots):
-            if (job := self._jobs.get(slot)) is None:  # given up meanwhile
-                continue
-            if has_halted[row]:
-                del self._jobs[slot]
-                self._free.append(slot)
-            if has_halted[row] or job.keeps_steps:
-                self._unread.append((job, host[row]))
-        if not self._reads_later:
-            self._read()
+        """One ACT step of the puzzles in slots.
 
-    def _computed(self, batch: Batch, kept: Tensor | None = None) -> Tensor:
-        """An ACT step of some slots (None: all), given by their rows [N, S + 3].
-
-        Returns:
-            [N, S + 3] int32: answers, the bits of q_halt, which is float32, steps taken, and whether it has halted.
+        Where more wait than there are slots, the next step is launched before this one is read: it keeps the device at
+        work. Else it would only delay those that come meanwhile.
         """
-        rows = batch["rows"].to(self.model.device)
-        before = self._carry if kept is None else self._carry.rows(kept)
-        before.halted.copy_(rows[:, -2] != 0)
-        after, outputs = self._inner.model(before, _batch(rows))
-        for whole, new in zip(self._carry.tensors(), after.tensors(), strict=True):
-            if kept is None:
-                whole.copy_(new)
-            else:
-                whole[kept] = new
-        q_halt, q_continue = outputs["q_halt_logits"].float(), outputs["q_continue_logits"].float()
-        has_halted = (q_halt > q_continue) | (after.steps >= rows[:, -1])
-        columns = [q_halt.view(torch.int32), after.steps.int(), has_halted.int()]
-        return torch.cat([outputs["logits"].argmax(-1).int(), torch.stack(columns, 1)], 1)
+        self._slots.launch()
+        while self._slots.launched > self._goes_ahead():
+            self._read(self._slots.read())
 
-    def _read(self) -> None:
+    def _goes_ahead(self) -> bool:
+        is_full = bool(self._waiting) or len(self._jobs) > self.slots
+        return self._slots.reads_later and is_full and not self._besides
+
+    def _read(self, found: Found) -> None:
         """Make answers of what a step has found, and hand them out."""
-        unread, self._unread = self._unread, []
-        for job, found in unread:
-            step = Step(found[:-_COLUMNS].astype(np.int64), float(found[-3:-2].view(np.float32)[0]))
-            if job.keeps_steps:
+        self._work.act_steps += len(found.tickets)
+        self._halted_lately = int(found.has_halted.sum())
+        columns = (found.tickets, found.q_halt, found.steps, found.has_halted)
+        for row, (ticket, q_halt, steps, has_halted) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            if (job := self._jobs.get(ticket)) is None:  # given up meanwhile
+                continue
+            asked = job.asked
+            if not (has_halted or asked.keeps_steps):
+                continue
+            step = Step(found.tokens[row].astype(np.int64), q_halt)
+            if asked.keeps_steps:
                 job.trajectory.append(step)
-            if found[-1]:  # it has halted
-                self._work.answered += not job.future.cancelled()
-                self._ready.append((job.future, Solved(step, int(found[-2]), job.trajectory)))
+            if has_halted:
+                del self._jobs[ticket]
+                self._work.answered += not asked.future.cancelled()
+                asked.solved[job.number] = Solved(step, steps, job.trajectory)
+                asked.unsolved -= 1
+                if not asked.unsolved:
+                    self._ready.append((asked.future, asked.solved[0] if asked.is_one else asked.solved))
         self._hand_out()
 
     def _hand_out(self) -> None:
@@ -421,11 +376,6 @@ class Engine:
         for loop, outcomes in by_loop.items():
             with suppress(RuntimeError):  # the loop is closed: nobody waits
                 loop.call_soon_threadsafe(_give_all, outcomes)
-
-
-def _batch(rows: Tensor) -> Batch:
-    """A model's batch, from rows [N, S + 3] of slots."""
-    return {"inputs": rows[:, :-_COLUMNS].contiguous(), "puzzle_identifiers": rows[:, -_COLUMNS].contiguous()}
 
 
 def _give_all(outcomes: Sequence[tuple[asyncio.Future[Any], object]]) -> None:

@@ -8,6 +8,7 @@ As tokens, 0 is padding, 1 a blank and digit `d` is `d + 1`.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -298,7 +299,7 @@ class Sudoku(Task):
 
     def answer_value(self, answer: Tokens, puzzle: Puzzle, form: PuzzleForm) -> list[list[int]]:
         """The rows of digits, 0 for a blank."""
-        side = BoxShape.from_cells(form.seq_len).side
+        side = math.isqrt(form.seq_len)
         rows: list[list[int]] = decode_tokens(answer).reshape(side, side).tolist()
         return rows
 

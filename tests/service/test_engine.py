@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Generator
 from concurrent.futures import CancelledError
 from functools import partial
@@ -15,7 +16,9 @@ import torch
 import hrm
 from hrm.inference.model import TrainedModel
 from hrm.service import engine as engine_module
+from hrm.service import slots as slots_module
 from hrm.service.engine import Closed, Engine, Solved
+from hrm.service.slots import Found, Slots
 from hrm.tasks.form import Puzzle, PuzzleForm
 from tests.helpers.inference import untrained_halting_apart
 from tests.helpers.service import held
@@ -35,19 +38,37 @@ def puzzles() -> list[Puzzle]:
     return [Puzzle(board) for board in BOARDS]
 
 
-@pytest.fixture(params=["slots in use", "all slots, answers later"])
-def as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines work as on a CPU, and as on a GPU: there, batches keep their size, and the host goes on meanwhile."""
-    if request.param == "slots in use":
-        return
-    monkeypatch.setattr(engine_module, "is_one_shape", lambda *_: True)
-    init = Engine.__init__
+class _AsLateAsCanBe(Slots):
+    """A device that computes a step when it is read: the host has written what is for later steps by then."""
 
-    def reading_later(self: Engine, *arguments: Any) -> None:
-        init(self, *arguments)
-        self._reads_later = True
+    def __init__(self, model: TrainedModel, count: int) -> None:
+        super().__init__(model, count)
+        self.reads_later = True
+        self._put_then: deque[int] = deque()  # when a step was launched
 
-    monkeypatch.setattr(Engine, "__init__", reading_later)
+    @property
+    def launched(self) -> int:
+        return len(self._put_then)
+
+    def launch(self) -> None:
+        self._put_then.append(self._put)
+
+    def read(self) -> Found:
+        now, self._put = self._put, self._put_then.popleft()
+        super().launch()
+        self._put = now
+        return super().read()
+
+
+@pytest.fixture(params=["slots in use", "all slots", "all slots, late"])
+def as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Engines work as on a CPU, as where code is compiled, for batches of one size, and as on a GPU."""
+    name: str = request.param
+    if name != "slots in use":
+        monkeypatch.setattr(slots_module, "is_one_shape", lambda *_: True)
+    if name == "all slots, late":
+        monkeypatch.setattr(engine_module, "Slots", _AsLateAsCanBe)
+    return name
 
 
 @pytest.mark.usefixtures("as_on")
@@ -104,7 +125,7 @@ def test_event_loops_are_woken_once_for_all_that_a_step_answers(
 
     async def ask() -> list[Solved]:
         parts = [engine.ask(puzzles()[part::4]) for part in range(4)]
-        return await asyncio.gather(*(future for part in parts for future in part))
+        return [solved for part in parts for solved in await part]
 
     solved = asyncio.run(ask())
     order = [number for part in range(4) for number in range(part, len(BOARDS), 4)]
@@ -130,13 +151,14 @@ def test_what_an_event_loop_does_not_wait_for_gives_up_its_place(
     monkeypatch.setattr(Engine, "_advance", slow)
 
     async def ask() -> Solved:
-        *given_up, last = engine.ask(puzzles()[:3])
-        for future in given_up:
-            future.cancel()
+        given_up = engine.ask(puzzles()[:2])
+        last = engine.ask(puzzles()[2:3])
+        given_up.cancel()
         await asyncio.sleep(0)
         assert engine.work.waiting <= 1
         hold.set()
-        return await last
+        (solved,) = await last
+        return solved
 
     expected = model.predict(BOARDS[2:3], tokens=True)
     assert (asyncio.run(ask()).last.tokens == expected.answers[0]).all()
@@ -149,6 +171,63 @@ def test_what_an_event_loop_does_not_wait_for_gives_up_its_place(
     assert (engine.submit(puzzles()[2]).result(60).last.tokens == expected.answers[0]).all()
     engine.close()
     assert engine.failure is None
+
+
+@pytest.mark.usefixtures("as_on")
+@pytest.mark.parametrize("slots", [2, 7])
+def test_answers_stay_right_while_others_are_given_up(model: TrainedModel, slots: int) -> None:
+    expected = model.predict(BOARDS, tokens=True)
+    engine, generator = Engine(model, slots), np.random.default_rng(slots)
+
+    async def client() -> int:
+        """How many puzzles were answered, of requests of which every third is given up sooner or later."""
+        answered = 0
+        for _ in range(12):
+            numbers = generator.integers(0, len(BOARDS), generator.integers(1, 6))
+            asked = engine.ask([puzzles()[number] for number in numbers])
+            if generator.random() < 1 / 3:
+                await asyncio.sleep(generator.random() * 0.01)
+                asked.cancel()
+                continue
+            for number, solved in zip(numbers, await asked, strict=True):
+                assert (solved.last.tokens == expected.answers[number]).all()
+                assert solved.steps == expected.steps[number]
+                answered += 1
+        return answered
+
+    async def clients() -> int:
+        return sum(await asyncio.gather(*(client() for _ in range(8))))
+
+    answered = asyncio.run(clients())
+    engine.close()
+    assert engine.failure is None
+    work = engine.work
+    assert (work.in_slots, work.waiting) == (0, 0)
+    assert answered <= work.answered < 8 * 12 * 5
+
+
+def test_the_device_is_ahead_of_the_host_only_where_puzzles_wait(
+    model: TrainedModel, monkeypatch: pytest.MonkeyPatch, as_on: str
+) -> None:
+    engine = Engine(model, 4)
+    launch = engine._slots.launch
+    unread: list[int] = []
+
+    def noted() -> None:
+        unread.append(engine._slots.launched)
+        launch()
+
+    monkeypatch.setattr(engine._slots, "launch", noted)
+
+    async def ask(count: int) -> None:
+        unread.clear()
+        await engine.ask(puzzles()[:count])
+
+    asyncio.run(ask(4))
+    assert set(unread) == {0}, "one more step would only delay those that come meanwhile"
+    asyncio.run(ask(20))
+    assert set(unread) == ({0, 1} if as_on == "all slots, late" else {0})
+    engine.close()
 
 
 @pytest.mark.usefixtures("as_on")
@@ -166,6 +245,9 @@ def test_every_step_is_kept_where_it_is_asked_for(model: TrainedModel) -> None:
 
 
 def test_what_nobody_waits_for_gives_up_its_place(model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = model.predict(BOARDS, tokens=True)
+    long, other, short = np.argsort(expected.steps)[[-1, -2, 0]]
+    assert expected.steps[long] > 1
     engine = Engine(model, 1)
     hold, entered = threading.Event(), threading.Event()
     advance = Engine._advance
@@ -176,7 +258,7 @@ def test_what_nobody_waits_for_gives_up_its_place(model: TrainedModel, monkeypat
         advance(self)
 
     monkeypatch.setattr(Engine, "_advance", slow)
-    in_slot, in_line, last = (engine.submit(puzzle) for puzzle in puzzles()[:3])
+    in_slot, in_line, last = (engine.submit(puzzles()[number]) for number in (long, other, short))
     assert entered.wait(60)
     assert engine.work.in_slots == 1
     assert engine.work.waiting == 2
@@ -184,11 +266,11 @@ def test_what_nobody_waits_for_gives_up_its_place(model: TrainedModel, monkeypat
     assert in_line.cancel()
     assert engine.work.waiting == 1, "what is taken out of the line takes no memory until its turn comes"
     hold.set()
-    expected = model.predict(BOARDS[2:3], tokens=True)
-    assert (last.result(60).last.tokens == expected.answers[0]).all()
+    assert (last.result(60).last.tokens == expected.answers[short]).all()
     with pytest.raises(CancelledError):
         in_line.result()
     assert engine.work.answered == 1
+    assert engine.work.act_steps == 1 + expected.steps[short], "it leaves its slot after the step that was held"
     engine.close()
 
 
@@ -240,8 +322,8 @@ def test_a_failure_reaches_all_who_wait(
     def broken(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine, "_computed", broken)
-    monkeypatch.setattr(other, "_computed", broken)
+    monkeypatch.setattr(engine._slots, "launch", broken)
+    monkeypatch.setattr(other._slots, "launch", broken)
     futures = [engine.submit(puzzle) for puzzle in puzzles()[:5]]
     for future in futures:
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -253,7 +335,7 @@ def test_a_failure_reaches_all_who_wait(
         engine.submit(puzzles()[0])
 
     async def ask() -> list[object]:
-        return await asyncio.gather(*other.ask(puzzles()[:5]), return_exceptions=True)
+        return await asyncio.gather(*(other.ask([puzzle]) for puzzle in puzzles()[:5]), return_exceptions=True)
 
     assert [str(error) for error in asyncio.run(ask())] == ["out of memory"] * 5
     with pytest.raises(Closed, match="the model cannot compute any more"):
@@ -333,7 +415,7 @@ def test_a_failure_reaches_other_work(model: TrainedModel, monkeypatch: pytest.M
     def broken(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine, "_computed", broken)
+    monkeypatch.setattr(engine._slots, "launch", broken)
     with held(engine) as event:
         engine.submit(puzzles()[0])
         work = engine.run(pieces([], "a", 10**9))

@@ -272,7 +272,7 @@ def test_a_model_that_fails_is_not_ready(model: TrainedModel, monkeypatch: pytes
         def broken(*_: object) -> None:
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(engine, "_computed", broken)
+        monkeypatch.setattr(engine._slots, "launch", broken)
         failed = client.post("/infer", json={"inputs": BOARDS[:2]})
         assert failed.status_code == 500
         assert failed.json() == {"error": "the service failed (RuntimeError: out of memory)."}
