@@ -3,11 +3,14 @@
 Operands of the matmuls of a block are rounded to e4m3; sums, the norms and the residual stream keep the precision
 they have elsewhere, and so does attention between its projections. Three ways compute the same:
 
-- `hrm.kernels.ops.hopper.fp8`, where the rounding is an epilogue of the kernel before: GPUs of compute capability 9.0,
-  in 16 bit, for blocks with attention and SwiGLU (`BlockWeights`);
+- `hrm.kernels.ops.hopper.fp8` and `fp8_mixer`, where the rounding is an epilogue of the kernel before: GPUs of compute
+  capability 9.0, in 16 bit, for blocks with attention and SwiGLU (`BlockWeights`) and those that mix tokens by an MLP;
 - the library's fp8 matmul: other blocks, other NVIDIA GPUs from 8.9 on, and sizes that the kernels for Hopper are not
   made for;
 - `naive_reasoning_module`, matmuls of the rounded numbers in float32: anywhere, and what the others are tested against.
+
+An MLP over tokens keeps the precision it has elsewhere: it is a small part of a block, and the products of its normed
+gate reach 10,000, beyond the format.
 
 Nothing is scaled by what the data is. From 2^-6 to 448, e4m3 is equally precise, and below it keeps an absolute error
 of 2^-10: activations, of rms 0.1 to 2, are rounded as they are, weights times a constant. Scales taken from the largest
@@ -29,7 +32,7 @@ from torch import Tensor
 from hrm.kernels import naive
 from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import Attend, BlockWeights, rms_norm, sdpa
-from hrm.kernels.ops.e4m3 import WEIGHT_SCALE, Fp8BlockWeights, to_e4m3
+from hrm.kernels.ops.e4m3 import E4M3, WEIGHT_SCALE, Fp8BlockWeights, to_e4m3
 from hrm.kernels.ops.hopper import device as hopper
 from hrm.kernels.schedule import Module
 
@@ -37,6 +40,7 @@ Matmul = Callable[[Tensor, Tensor], Tensor]
 
 BLOCK_TYPES = naive.BLOCK_TYPES  # of weights that it computes
 
+_KEPT = ("token_gate_up", "token_down")  # matrices that are not rounded
 _MULTIPLE = 16  # sizes that the library's matmul takes
 
 
@@ -44,20 +48,21 @@ def quantize_blocks(blocks: Sequence[Any]) -> list[Any]:
     """Round weights to e4m3 on their device, without waiting for it; what lies beyond ±14 becomes ±14.
 
     Returns:
-        `Fp8BlockWeights` for `BlockWeights`; blocks of the same type, of matrices times WEIGHT_SCALE, for others.
+        `Fp8BlockWeights` for `BlockWeights`; blocks of the same type, of matrices times WEIGHT_SCALE, for others, but
+        those of MLPs over tokens as they are.
     """
     return [_quantize_block(weights) for weights in blocks]
 
 
 def module(*, compiled: bool, attend: Attend = sdpa) -> Module[Any]:
-    """`reasoning_module`; blocks that have no kernels of their own go through torch.compile where it says so."""
+    """`reasoning_module`; what has no kernels of its own goes through torch.compile where it says so."""
     other_module: Module[Any] = functools.partial(_other_module, attend=attend)
     if compiled:
         other_module = torch.compile(other_module, dynamic=False, fullgraph=True)
 
     def by_blocks(state: Tensor, injection: Tensor, blocks: Sequence[Any], context: KernelContext) -> Tensor:
-        compute = reasoning_module if _have_kernels(blocks) else other_module
-        return compute(state, injection, blocks, context)
+        own = _attend(blocks) or _kernels(state, blocks, context) is not None
+        return (reasoning_module if own else other_module)(state, injection, blocks, context)
 
     return by_blocks
 
@@ -73,12 +78,12 @@ def reasoning_module(
     Args:
         state, injection: [B, T, D] of one dtype, which is the result's too.
     """
-    if not _have_kernels(blocks):
-        return _other_module(state, injection, blocks, context)
-    kernels = _hopper(state.device)
-    if kernels is not None and kernels.fits(state, blocks, context.num_heads):
+    kernels = _kernels(state, blocks, context)
+    if kernels is not None:
         result: Tensor = kernels.reasoning_module(state, injection, blocks, context)
         return result
+    if not _attend(blocks):
+        return _other_module(state, injection, blocks, context)
     matmul = _library_matmul if _library_takes(state.device, blocks) else _naive_matmul
     return _reasoning_module(state, injection, blocks, context, matmul)
 
@@ -90,14 +95,25 @@ def naive_reasoning_module(
     context: KernelContext,
 ) -> Tensor:
     """The definition of `reasoning_module`, in plain PyTorch."""
-    if _have_kernels(blocks):
+    if _attend(blocks):
         return _reasoning_module(state, injection, blocks, context, _naive_matmul)
     return naive.reasoning_module(state, injection, blocks, context, linear=_naive_linear)
 
 
-def _have_kernels(blocks: Sequence[Any]) -> bool:
-    """Whether `hrm.kernels.ops.hopper.fp8` has kernels for them."""
+def _attend(blocks: Sequence[Any]) -> bool:
+    """Whether they are what `quantize_blocks` makes of `BlockWeights`."""
     return all(isinstance(weights, Fp8BlockWeights) for weights in blocks)
+
+
+def _kernels(state: Tensor, blocks: Sequence[Any], context: KernelContext) -> ModuleType | None:
+    """The kernels made for Hopper that take these operands, if there are any."""
+    if hopper.why_not(state.device):
+        return None
+    from hrm.kernels.ops.hopper import fp8 as of_attention
+    from hrm.kernels.ops.hopper import fp8_mixer
+
+    kernels = of_attention if _attend(blocks) else fp8_mixer
+    return kernels if kernels.fits(state, blocks, context.num_heads) else None
 
 
 @torch.no_grad()
@@ -110,12 +126,16 @@ def _other_module(
 
 
 def _naive_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """The product of x [..., K], rounded, and a rounded weight [N, K], in the dtype of `x`."""
+    """The product of x [..., K], rounded, and a rounded weight [N, K], in the dtype of `x`; as it is where that is."""
+    if weight.dtype != E4M3:
+        return F.linear(x, weight)
     return _naive_matmul(to_e4m3(x), weight).to(x.dtype)
 
 
 def _library_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`_naive_linear` on the matrix units of an NVIDIA GPU, for weights of any size."""
+    if weight.dtype != E4M3:
+        return F.linear(x, weight)
     columns, inputs = weight.shape
     product = _library_matmul(_padded(to_e4m3(x), inputs), _padded(weight, inputs, columns), x.dtype)
     return product[..., :columns]
@@ -151,10 +171,20 @@ def _reasoning_module(
 
 
 def _quantize_block(weights: Any) -> Any:
-    if isinstance(weights, BlockWeights) and (kernels := _hopper(weights.qkv.device)) is not None:
-        return kernels.quantize_block(weights)
+    matrices = {name: matrix.detach() for name, matrix in weights._asdict().items()}
+    names = [name for name in matrices if name not in _KEPT]
+    matrices |= zip(names, _quantize([matrices[name] for name in names]), strict=True)
     kind = Fp8BlockWeights if isinstance(weights, BlockWeights) else type(weights)
-    return kind(*(to_e4m3(WEIGHT_SCALE * matrix.detach().float()) for matrix in weights))
+    return kind(**matrices)
+
+
+def _quantize(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The matrices times WEIGHT_SCALE, rounded."""
+    if hopper.why_not(matrices[0].device):
+        return [to_e4m3(WEIGHT_SCALE * matrix.float()) for matrix in matrices]
+    from hrm.kernels.ops.hopper import fp8 as kernels
+
+    return kernels.quantize(matrices)
 
 
 def _naive_matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -182,12 +212,3 @@ def _has_fp8(device: torch.device) -> bool:
 @functools.cache
 def _scales(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.ones((), device=device), torch.full((), 1 / WEIGHT_SCALE, device=device)
-
-
-def _hopper(device: torch.device) -> ModuleType | None:
-    """The kernels made for Hopper if they run on `device`."""
-    if hopper.why_not(device):
-        return None
-    from hrm.kernels.ops.hopper import fp8 as hopper_fp8
-
-    return hopper_fp8

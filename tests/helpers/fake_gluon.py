@@ -182,9 +182,10 @@ class FakeGluon:
         return torch.stack((x, y), -1)
 
     def load(self, at: Pointer, mask: Tensor | bool = True, other: float = 0.0) -> Block:
-        return block(torch.where(torch.as_tensor(mask), at.memory.view(-1)[at.offsets * mask], other))
+        return block(torch.where(torch.as_tensor(mask).bool(), at.memory.view(-1)[at.offsets * mask], other))
 
-    def store(self, at: Pointer, value: Tensor, mask: Tensor) -> None:
+    def store(self, at: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
+        mask = torch.ones_like(at.offsets, dtype=torch.bool) if mask is None else mask.bool()
         at.memory.view(-1)[at.offsets[mask]] = value[mask]
 
     def warpgroup_mma(self, a: Any, b: Shared, acc: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from hrm.kernels import fp8, naive
 from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import BlockWeights, RotaryTables
-from hrm.kernels.ops.e4m3 import E4M3, WEIGHT_SCALE, Fp8BlockWeights, to_e4m3
+from hrm.kernels.ops.e4m3 import E4M3, PRODUCT_SCALE, WEIGHT_SCALE, Fp8BlockWeights, to_e4m3
 from hrm.models.layers import truncated_normal
 
 ON_GPU = torch.cuda.is_available()
@@ -126,27 +126,38 @@ def test_module_without_fp8_kernels(dtype: torch.dtype, width: int, num_heads: i
 
 
 OTHER_BLOCKS = [kind for kind in fp8.BLOCK_TYPES if kind is not BlockWeights]
+MIXERS = [kind for kind in OTHER_BLOCKS if "token_down" in kind._fields]
 
 
-@pytest.mark.parametrize("kind", OTHER_BLOCKS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blocks_without_kernels_of_their_own(kind: Any, dtype: torch.dtype) -> None:
-    """Their matmuls are of operands rounded to e4m3, and nothing else of them is rounded; sizes may be any."""
-    tokens, token_inner = 9, 20
-    case, generator = Case(2, tokens, 32, 2, 48), torch.Generator().manual_seed(1)
+def draw_other_blocks(kind: Any, case: Case, tokens: int, token_inner: int) -> list[Any]:
+    generator = torch.Generator().manual_seed(1)
     shapes = {"token_gate_up": (2 * token_inner, tokens), "token_down": (tokens, token_inner)}
     drawn = [block._asdict() for block in case.blocks]
     for matrices in drawn:
         for name, shape in shapes.items():
             matrices[name] = truncated_normal(shape, shape[1] ** -0.5, generator).to(DEVICE)
-    blocks = [kind(*(matrices[name] for name in kind._fields)) for matrices in drawn]
+    return [kind(*(matrices[name] for name in kind._fields)) for matrices in drawn]
+
+
+@pytest.mark.parametrize("kind", OTHER_BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_without_kernels_of_their_own(kind: Any, dtype: torch.dtype) -> None:
+    """Operands of their matmuls but those over tokens are rounded to e4m3, and nothing else of them; of any size."""
+    tokens = 9
+    case = Case(2, tokens, 32, 2, 48)
+    blocks = draw_other_blocks(kind, case, tokens, token_inner=20)
     quantized = fp8.quantize_blocks([kind(*(matrix.to(dtype) for matrix in block)) for block in blocks])
-    assert all(type(block) is kind and block.down.dtype == E4M3 for block in quantized)
+    for block in quantized:
+        assert type(block) is kind
+        of_tokens = {name for name, matrix in block._asdict().items() if matrix.dtype != E4M3}
+        assert of_tokens == {name for name in kind._fields if name.startswith("token_")}
     state, injection = case.state.to(dtype), case.injection.to(dtype)
     actual = fp8.module(compiled=False)(state, injection, quantized, case.context)
     assert actual.dtype == dtype
 
     def linear(x: Tensor, weight: Tensor) -> Tensor:
+        if weight.dtype != E4M3:
+            return torch.nn.functional.linear(x, weight)
         return (to_e4m3(x).double() @ weight.double().T / WEIGHT_SCALE).to(x.dtype)
 
     expected = naive.reasoning_module(state, injection, quantized, case.context, linear=linear)
@@ -278,6 +289,45 @@ def test_module_on_models_sizes(
     assert relative_error(actual, exact) < 1.2 * relative_error(definition, exact)
     assert relative_error(actual, definition) < relative_error(definition, exact)
     assert torch.equal(actual, case.run(fp8.reasoning_module, dtype))
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("inputs", "inner"), [(512, 1536), (256, 336)])
+def test_linear_swiglu_and_squares(rows: int, inputs: int, inner: int) -> None:
+    from hrm.kernels.ops.hopper import fp8 as hopper_fp8
+
+    x, weight, expected = hopper_operands(rows, inputs, 2 * inner)
+    gate, up = expected.chunk(2, -1)
+    actual, squares = hopper_fp8.linear_swiglu_and_squares(x, weight)
+    expected = PRODUCT_SCALE * gate * gate.sigmoid() * up
+    assert relative_error(actual, expected) < 1.02 * relative_error(to_e4m3(expected.float()), expected)
+    torch.testing.assert_close(squares.double().sum(0), (gate * up).square().sum(1), rtol=2e-3, atol=0)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 82), (5, 88), (48, 97)])
+@pytest.mark.parametrize(("width", "inner"), [(512, 1536), (256, 784)])
+def test_mixers(kind: Any, dtype: torch.dtype, batch: int, tokens: int, width: int, inner: int) -> None:
+    """Where a normed gate is rounded before its norm, roundings fall elsewhere than the definition's."""
+    from hrm.kernels.ops.hopper import fp8_mixer
+
+    case = Case(batch, tokens, width, 2, inner)
+    exact = draw_other_blocks(kind, case, tokens, token_inner=256)
+    blocks = fp8.quantize_blocks([kind(*(matrix.to(dtype) for matrix in block)) for block in exact])
+    state, injection = case.state.to(dtype), case.injection.to(dtype)
+    assert fp8_mixer.fits(state, blocks, 2)
+    actual = fp8.module(compiled=True)(state, injection, blocks, case.context)
+    assert actual.dtype == dtype
+    definition = fp8.naive_reasoning_module(state, injection, blocks, case.context)
+    wide = [kind(*(matrix.double() for matrix in block)) for block in exact]
+    expected = naive.reasoning_module(case.state.double(), case.injection.double(), wide, case.context)
+    assert relative_error(actual, expected) < 1.2 * relative_error(definition, expected)
+    assert torch.equal(actual, fp8.reasoning_module(state, injection, blocks, case.context))
 
 
 @pytest.mark.gpu

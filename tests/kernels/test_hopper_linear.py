@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ if not triton.__version__.startswith("3.6."):
 
 from hrm.kernels.ops.hopper import linear as hopper_linear  # noqa: E402
 from hrm.kernels.ops.hopper import residual_rms as hopper_residual_rms  # noqa: E402
-from tests.helpers.fake_gluon import Block, Descriptor, FakeGluon, Number, Pointer, on_cpu  # noqa: E402
+from hrm.kernels.ops.hopper import shared_rows  # noqa: E402
+from tests.helpers.fake_gluon import Block, Descriptor, FakeGluon, Number, Pointer, block, on_cpu  # noqa: E402
 
 EPS = 1e-5
 EPSILON = torch.finfo(torch.float16).eps
@@ -53,6 +56,7 @@ def test_swiglu(rows: int, inputs: int, inner: int, programs: int, save: bool, a
         x += torch.arange(rows)[:, None] % 7 * 100  # and means, larger than the spread around them
     out, projected = empty(rows, inner), empty(rows, 2 * inner)
     rstd, shifts = torch.full((2, rows), math.nan)
+    squares = torch.full((inner // 64, rows), math.nan)
     for program in range(programs):
         on_cpu(hopper_linear, "_swiglu_kernel", FakeGluon(program, programs, seed=program))(
             Descriptor(x, 128, 64),
@@ -63,6 +67,7 @@ def test_swiglu(rows: int, inputs: int, inner: int, programs: int, save: bool, a
             Pointer(rstd),
             Pointer(shifts) if norm == "layer" else None,
             Pointer(gate_up.float().sum(1)) if norm == "layer" else None,
+            Pointer(squares) if activate else None,
             Number(rows),
             Number(inner),
             EPS,
@@ -86,6 +91,8 @@ def test_swiglu(rows: int, inputs: int, inner: int, programs: int, save: bool, a
         assert_rounded_once(projected, exact)
     if activate:
         gate, up = exact.chunk(2, dim=1)
+        of_some_units = (gate * up).square().view(rows, -1, 64).sum(2)
+        torch.testing.assert_close(squares.T.double(), of_some_units, rtol=1e-4, atol=0)
         assert_rounded_once(out, torch.nn.functional.silu(gate) * up)
 
 
@@ -128,4 +135,67 @@ def test_residual_rms(rows: int, inputs: int, programs: int, save: bool, scaled:
     # Half of a row waits in 16 bit for its norm.
     assert (y.double() - total * factors[:, None]).norm() / math.sqrt(y.numel()) < EPSILON
     if save:
+        torch.testing.assert_close(rstd.double(), factors, rtol=1e-5, atol=0)
+
+
+def wait_for(at: Pointer) -> Block:
+    """In place of assembly."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        found = at.memory.view(-1)[at.offsets]
+        if (found >= 0).all():
+            return block(found)
+        time.sleep(1e-4)
+    raise AssertionError("deadlock")
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "programs"),
+    [
+        (300, 64, 512, 2),  # rows past the end; one slice; some tiles for each program
+        (5, 320, 256, 3),  # one program has the whole row; more slices than stages; programs without a tile
+        (200, 128, 1024, 4),
+    ],
+)
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("divided", [False, True])
+def test_shared_rows(rows: int, inputs: int, outputs: int, programs: int, rounded: bool, divided: bool) -> None:
+    x, weight, residual = draw((rows, inputs), (outputs, inputs), (rows, outputs))
+    y, y8, rstd = empty(rows, outputs), empty(rows, outputs), torch.full((rows,), math.nan)
+    squares = torch.rand(3, rows, generator=torch.Generator().manual_seed(0))
+    shares = outputs // 256
+    sums = torch.full((shares, -(-rows // 128) * 128), -1.0)
+
+    def run(program: int) -> None:
+        gluon = FakeGluon(program, programs, seed=program)
+        on_cpu(shared_rows, "_shared_rows_kernel", gluon, _wait_for=wait_for)(
+            Descriptor(x, 64, 64),
+            Descriptor(weight, 256, 64),
+            *(Descriptor(rows_of, 64, 64) for rows_of in (residual, y, y8)),
+            Pointer(squares) if divided else None,
+            Pointer(sums),
+            Pointer(rstd),
+            Number(rows),
+            Number(inputs),
+            EPS,
+            0.5,
+            3,
+            20,
+            shares,
+            3,
+            not rounded,
+            rounded,
+        )
+
+    with ThreadPoolExecutor(programs) as pool:  # those that share rows wait for one another
+        list(pool.map(run, range(programs)))
+    product = 0.5 * x.double() @ weight.double().T
+    if divided:
+        product *= (squares.double().sum(0) / 20 + EPS).rsqrt()[:, None]
+    total = residual.double() + product
+    factors = (total.square().mean(1) + EPS).rsqrt()
+    assert_rounded_once(y, total * factors[:, None])
+    if rounded:
+        assert torch.equal(y8, y)
+    else:
         torch.testing.assert_close(rstd.double(), factors, rtol=1e-5, atol=0)

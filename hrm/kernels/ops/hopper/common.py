@@ -74,6 +74,14 @@ def quarters(x: gl.tensor) -> Any:
     return a, b, c, d
 
 
+@gluon.jit
+def store_squares(squares: gl.tensor, x: gl.tensor, m: gl.tensor, n: gl.tensor, M: gl.tensor, N: gl.tensor) -> None:
+    """Write the squares of a tile of x [M, N], summed along its rows, to `squares` [tiles in a row, M]."""
+    sums = gl.sum(x * x, 1)
+    rows = m + gl.arange(0, x.type.shape[0], sums.type.layout)
+    gl.store(squares + n // x.type.shape[1] * M + rows, sums, (rows < M) & (n < N))
+
+
 def multiprocessor_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -26,8 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hrm.kernels.context import KernelContext
-from hrm.kernels.naive import BlockWeights
-from hrm.kernels.ops.e4m3 import E4M3, WEIGHT_SCALE, Fp8BlockWeights
+from hrm.kernels.ops.e4m3 import E4M3, PRODUCT_SCALE, WEIGHT_SCALE, Fp8BlockWeights
 from hrm.kernels.ops.hopper.common import (
     LOAD_REGISTERS,
     MULTIPLY_REGISTERS,
@@ -37,6 +36,7 @@ from hrm.kernels.ops.hopper.common import (
     multiprocessor_count,
     quarters,
     run_of,
+    store_squares,
     store_tile,
 )
 from hrm.kernels.ops.hopper.residual_rms import NORM_STAGES, NORM_WIDTH, norm_kernel
@@ -102,10 +102,14 @@ def _multiply(
     buffers: gl.tuple,
     barriers: gl.tuple,
     work: gl.tuple,
+    squares: gl.tensor,
+    M: gl.tensor,
+    N: gl.tensor,
     SLICES: gl.constexpr,
     STAGES: gl.constexpr,
     SCALE: gl.constexpr,
     SWIGLU: gl.constexpr,
+    PRODUCT_SCALE: gl.constexpr,
 ) -> None:
     """One of the two groups of four warps."""
     x_tile, weight_ring, staging = buffers
@@ -146,7 +150,11 @@ def _multiply(
 
         if SWIGLU:
             gate, up = acc.reshape([BLOCK_M, 2, BLOCK_N]).permute([0, 2, 1]).split()
-            value = _silu(SCALE * gate) * (SCALE * up)
+            gate = SCALE * gate
+            up = SCALE * up
+            if squares is not None:
+                store_squares(squares, gate * up, m, n, M, N)
+            value = _silu(gate) * (PRODUCT_SCALE * up)
             store_tile(out_desc, m, n, value, staging.index(2 * HALF + tile % 2), 1)
         else:
             part: gl.constexpr = BLOCK_N // 4
@@ -163,14 +171,19 @@ def _linear_kernel(
     x_desc: tma.tensor_descriptor,
     weight_desc: tma.tensor_descriptor,
     out_desc: tma.tensor_descriptor,
+    squares: gl.tensor,
     M: gl.tensor,
     N: gl.tensor,
     SLICES: gl.constexpr,
     STAGES: gl.constexpr,
     SCALE: gl.constexpr,
     SWIGLU: gl.constexpr,
+    PRODUCT_SCALE: gl.constexpr,
 ) -> None:
-    """The weights are [1, N, K] or, with SWIGLU, [2, N, K]: gate and up, tiles of both being one operand."""
+    """The weights are [1, N, K] or, with SWIGLU, [2, N, K]: gate and up, tiles of both being one operand.
+
+    squares: gets, of each row, the sums of squares of gate * up, as `store_squares` says.
+    """
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     PARTS: gl.constexpr = weight_desc.block_type.shape[0]
@@ -201,8 +214,14 @@ def _linear_kernel(
     buffers = (x_tile, weight_ring, staging)
     gl.warp_specialize(
         [
-            (_multiply, (0, out_desc, buffers, barriers, work, SLICES, STAGES, SCALE, SWIGLU)),
-            (_multiply, (1, out_desc, buffers, barriers, work, SLICES, STAGES, SCALE, SWIGLU)),
+            (
+                _multiply,
+                (0, out_desc, buffers, barriers, work, squares, M, N, SLICES, STAGES, SCALE, SWIGLU, PRODUCT_SCALE),
+            ),
+            (
+                _multiply,
+                (1, out_desc, buffers, barriers, work, squares, M, N, SLICES, STAGES, SCALE, SWIGLU, PRODUCT_SCALE),
+            ),
             (_load, ((x_desc, weight_desc), (x_tile, weight_ring), barriers, work, SLICES, STAGES)),
         ],
         [4, 1],
@@ -221,8 +240,8 @@ def _round(source: tl.tensor, target: tl.tensor, n: tl.tensor, SCALE: tl.constex
 def _quantize_kernel(
     sources: tl.tuple, targets: tl.tuple, sizes: tl.tuple, SCALE: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
-    """Four matrices in one launch, each with its own row of programs."""
-    for i in tl.static_range(4):
+    """All matrices in one launch, each with its own row of programs."""
+    for i in tl.static_range(len(sources)):
         if tl.program_id(1) == i:
             _round(sources[i], targets[i], sizes[i], SCALE, BLOCK)
 
@@ -236,14 +255,15 @@ def _add_kernel(a: tl.tensor, b: tl.tensor, x: tl.tensor, x8: tl.tensor, n: tl.t
     tl.store(x8 + at, total.to(x8.dtype.element_ty), inside)
 
 
-def quantize_block(weights: BlockWeights) -> Fp8BlockWeights:
-    """As `hrm.kernels.fp8.quantize_blocks`, a block in one launch."""
-    sources = tuple(matrix.contiguous() for matrix in weights)
+def quantize(matrices: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The matrices times WEIGHT_SCALE in e4m3, in one launch."""
+    sources = tuple(matrix.contiguous() for matrix in matrices)
     targets = tuple(torch.empty_like(matrix, dtype=E4M3) for matrix in sources)
     sizes = tuple(matrix.numel() for matrix in sources)
     block = 4096  # four vectors of 16 bytes in flight for each of 128 threads
-    _quantize_kernel[(triton.cdiv(max(sizes), block), 4)](sources, targets, sizes, WEIGHT_SCALE, block, num_warps=4)
-    return Fp8BlockWeights(*targets)
+    grid = (triton.cdiv(max(sizes), block), len(sources))
+    _quantize_kernel[grid](sources, targets, sizes, WEIGHT_SCALE, block, num_warps=4)
+    return targets
 
 
 def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -258,13 +278,21 @@ def linear_swiglu(x: Tensor, gate_up: Tensor) -> Tensor:
 
     x is [M, K], gate_up [2 F, K]: the rows of gate, then those of up.
     """
-    weight = gate_up.view(2, -1, gate_up.shape[1])
-    out = torch.empty(x.shape[0], weight.shape[1], dtype=E4M3, device=x.device)
-    _launch(x, weight, out, swiglu=True)
+    out = torch.empty(x.shape[0], gate_up.shape[0] // 2, dtype=E4M3, device=x.device)
+    _launch(x, gate_up.view(2, -1, gate_up.shape[1]), out, swiglu=True)
     return out
 
 
-def _launch(x: Tensor, weight: Tensor, out: Tensor, swiglu: bool) -> None:
+def linear_swiglu_and_squares(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """`linear_swiglu` times PRODUCT_SCALE, and the squares of gate * up, sums of some at a time [parts, M] float32."""
+    M, F = x.shape[0], gate_up.shape[0] // 2
+    out = torch.empty(M, F, dtype=E4M3, device=x.device)
+    squares = torch.empty(triton.cdiv(F, _OUTPUTS // 2), M, device=x.device)
+    _launch(x, gate_up.view(2, F, -1), out, swiglu=True, squares=squares)
+    return out, squares
+
+
+def _launch(x: Tensor, weight: Tensor, out: Tensor, swiglu: bool, squares: Tensor | None = None) -> None:
     M, K = x.shape
     parts, N, _ = weight.shape
     columns = _OUTPUTS // parts
@@ -273,12 +301,14 @@ def _launch(x: Tensor, weight: Tensor, out: Tensor, swiglu: bool) -> None:
         descriptor(x, ROWS, _INPUTS),
         descriptor(weight, parts, columns, _INPUTS),
         descriptor(out, ROWS, 64 // out.itemsize),
+        squares,
         M,
         N,
         SLICES=K // _INPUTS,
         STAGES=_STAGES,
         SCALE=1 / WEIGHT_SCALE,
         SWIGLU=swiglu,
+        PRODUCT_SCALE=1.0 if squares is None else PRODUCT_SCALE,
         num_warps=4,
         maxnreg=START_REGISTERS,
     )

@@ -33,6 +33,7 @@ from hrm.kernels.ops.hopper.common import (
     descriptor,
     multiprocessor_count,
     run_of,
+    store_squares,
     store_tile,
 )
 
@@ -137,7 +138,7 @@ def _norm_rows(
     SLICES: gl.constexpr,
 ) -> Any:
     """`_norm_factors`, kept in global memory: by both groups, and by every program that has some of the rows."""
-    rstd, shifts, _ = vectors
+    rstd, shifts, _, _ = vectors
     factors, means = _norm_factors(x_tile, x_full, phase, eps, layout, SLICES, shifts is not None)
     rows = m + gl.arange(0, x_tile.type.shape[1], gl.SliceLayout(1, layout))
     gl.store(rstd + rows, factors, rows < sizes[0])
@@ -166,8 +167,8 @@ def _swiglu_multiply(
     out_desc, gate_desc, up_desc = descs
     x_tile, weight_ring, staging = buffers
     x_full, x_empty, weight_full, weight_empty, turns = barriers
-    _, shifts, sums = vectors
-    _, F = sizes
+    _, shifts, sums, squares = vectors
+    M, F = sizes
     start, end, tiles_n = work
     BLOCK_M: gl.constexpr = x_tile.type.shape[1]
     BLOCK_K: gl.constexpr = x_tile.type.shape[2]
@@ -220,6 +221,8 @@ def _swiglu_multiply(
         if NORM:
             acc = acc * gl.expand_dims(factors, 1)
         gate, up = acc.reshape([BLOCK_M, 2, BLOCK_N]).permute([0, 2, 1]).split()
+        if squares is not None:
+            store_squares(squares, gate * up, m, n, M, F)
         if SAVE:
             store_tile(gate_desc, m, n, gate, staging, 0)
             store_tile(up_desc, m, n, up, staging, 0)
@@ -238,6 +241,7 @@ def _swiglu_kernel(
     rstd: gl.tensor,
     shifts: gl.tensor,
     sums: gl.tensor,
+    squares: gl.tensor,
     M: gl.tensor,
     F: gl.tensor,
     eps: gl.tensor,
@@ -250,6 +254,7 @@ def _swiglu_kernel(
     """NORM: of rows that are divided by their root mean square or, with `shifts`, laid around 0 and divided by that.
 
     shifts: gets mean / standard deviation of each row; `sums` are those of the rows of both weights.
+    squares: gets, of each row, the sums of squares of gate * up, as `store_squares` says.
     """
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
@@ -280,7 +285,7 @@ def _swiglu_kernel(
     outputs = (out_desc, gate_desc, up_desc)
     first = (x_tile, weight_ring, staging.index(0))
     second = (x_tile, weight_ring, staging.index(1))
-    vectors = (rstd, shifts, sums)
+    vectors = (rstd, shifts, sums, squares)
     sizes = (M, F)
     gl.warp_specialize(
         [
@@ -310,6 +315,15 @@ def linear_swiglu(x: Tensor, gate_up: Tensor, save: bool) -> tuple[Tensor, Tenso
     projected = x.new_empty(x.shape[0], gate_up.shape[0]) if save else None
     _launch_swiglu(x, gate_up, out, projected)
     return out, projected
+
+
+def linear_swiglu_and_squares(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """`linear_swiglu` and the squares of gate * up, summed over COLUMNS hidden units at a time, [F / COLUMNS, M]."""
+    M, F = x.shape[0], gate_up.shape[0] // 2
+    out = x.new_empty(M, F)
+    squares = x.new_empty(triton.cdiv(F, COLUMNS), M, dtype=torch.float32)
+    _launch_swiglu(x, gate_up, out, None, squares=squares)
+    return out, squares
 
 
 def pays_for_linear(x: Tensor, weight: Tensor) -> bool:
@@ -356,11 +370,12 @@ def _launch_swiglu(
     eps: float = 0.0,
     shifts: Tensor | None = None,
     sums: Tensor | None = None,
+    squares: Tensor | None = None,
 ) -> None:
     """Write to `out` [M, F] what gate and up make of each other, to `projected` [M, 2 F] what they are.
 
     With `rstd` [M], of the rows of x after their norm, whose factors are left there; with `shifts` and `sums` too, that
-    is a layer norm, as `layer_norm_linear` says.
+    is a layer norm, as `layer_norm_linear` says. `squares`: see `linear_swiglu_and_squares`.
     """
     M, K = x.shape
     F = gate_up.shape[0] // 2
@@ -380,6 +395,7 @@ def _launch_swiglu(
         rstd,
         shifts,
         sums,
+        squares,
         M,
         F,
         eps,

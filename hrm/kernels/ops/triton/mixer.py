@@ -12,6 +12,8 @@ Shapes: B sequences, T tokens, D features, M = B T rows, G and F inner widths of
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hrm.kernels.blocks import MixerWeights, NormGatedMixerWeights
+from hrm.kernels.ops.hopper import device as hopper
 from hrm.kernels.ops.triton.common import multiprocessor_count, row_wise, stages, tile_rows
 
 # As in `ops.triton.linear`, which says why.
@@ -36,6 +39,7 @@ def _mix_tokens_kernel(
     gate_up: tl.tensor,
     down: tl.tensor,
     out: tl.tensor,
+    rounded: tl.tensor,
     eps: tl.tensor,
     T: tl.constexpr,
     D: tl.constexpr,
@@ -69,7 +73,10 @@ def _mix_tokens_kernel(
     if NORMED:
         mixed = mixed * tl.rsqrt(squares / G + eps)[None, :]
     total = x.to(tl.float32) + mixed  # rows from T on are zeros
-    tl.store(out + at, total * tl.rsqrt(tl.sum(total * total, 0) / T + eps)[None, :], inside)
+    y = total * tl.rsqrt(tl.sum(total * total, 0) / T + eps)[None, :]
+    tl.store(out + at, y, inside)
+    if rounded is not None:
+        tl.store(rounded + at, y.to(rounded.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -147,9 +154,16 @@ def _add_scaled_rms_kernel(
 
 
 def mix_tokens(
-    state: Tensor, injection: Tensor | None, weights: MixerWeights | NormGatedMixerWeights, eps: float
+    state: Tensor,
+    injection: Tensor | None,
+    weights: MixerWeights | NormGatedMixerWeights,
+    eps: float,
+    rounded: Tensor | None = None,
 ) -> Tensor:
-    """`naive.mix_tokens` of the sum of `state` and `injection`, each [B, T, D] and contiguous, T up to MOST_TOKENS."""
+    """`naive.mix_tokens` of the sum of `state` and `injection`, each [B, T, D] and contiguous, T up to MOST_TOKENS.
+
+    With `rounded`, [B, T, D] in another format, the same is written there too.
+    """
     B, T, D = state.shape
     G = weights.token_down.shape[1]
     out = torch.empty_like(state)
@@ -159,6 +173,7 @@ def mix_tokens(
         weights.token_gate_up.contiguous(),
         weights.token_down.contiguous(),
         out,
+        rounded,
         eps,
         T,
         D,
@@ -175,9 +190,22 @@ def mix_tokens(
 
 def mix_features(x: Tensor, weights: MixerWeights | NormGatedMixerWeights, eps: float) -> Tensor:
     """The second half of a block, the MLP over features, of rows `x` [M, D], contiguous."""
-    normed = isinstance(weights, NormGatedMixerWeights)
+    normed, down = isinstance(weights, NormGatedMixerWeights), weights.down.contiguous()
     inner, squares, _ = gated(x, weights.gate_up.contiguous(), normed, save=False)
-    return add_scaled_rms(x, inner @ weights.down.T, squares, weights.down.shape[1], eps, save=False)[0]
+    kernels = _hopper(x)
+    if kernels is not None and kernels.pays_for_residual_rms(inner, down):
+        y: Tensor = kernels.residual_rms(x, inner, down, squares, eps)
+        return y
+    return add_scaled_rms(x, inner @ down.T, squares, down.shape[1], eps, save=False)[0]
+
+
+def _hopper(x: Tensor) -> ModuleType | None:
+    """The kernels made for Hopper if they run on the device of `x`."""
+    if hopper.why_not(x.device):
+        return None
+    from hrm.kernels.ops.hopper import mixer_features
+
+    return mixer_features
 
 
 def gated(x: Tensor, gate_up: Tensor, normed: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -190,9 +218,13 @@ def gated(x: Tensor, gate_up: Tensor, normed: bool, save: bool) -> tuple[Tensor,
         save: whether the projections are.
 
     Returns:
-        silu(gate) * up [M, F]; with `normed`, sums [F / _BLOCK_N, M] of the squares of gate * up, float32; with `save`,
+        silu(gate) * up [M, F]; with `normed`, sums [parts, M] of the squares of gate * up, float32; with `save`,
         gate and up [M, 2 F].
     """
+    kernels = _hopper(x)
+    if kernels is not None and kernels.pays_for_gated(x, gate_up):
+        found: tuple[Tensor, Tensor | None, Tensor | None] = kernels.gated(x, gate_up, normed, save)
+        return found
     M, D = x.shape
     F = gate_up.shape[0] // 2
     parts = triton.cdiv(F, _BLOCK_N)

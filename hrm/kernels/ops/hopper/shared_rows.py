@@ -1,0 +1,390 @@
+"""Matmul, residual and norm for Hopper GPUs, where programs share rows that are wider than one of them can hold.
+
+A program keeps 128 rows of 256 outputs in registers until it knows their norm: it leaves the sums of its squares in
+global memory and waits there for those of the programs that have the other columns. So x passes from memory once, and
+one of a program's two groups of warps finishes its rows while the other still multiplies.
+`hrm.kernels.ops.hopper.residual_rms`, whose programs make one half of a row after the other, reads x twice, and its
+tensor cores wait meanwhile.
+
+Programs that share rows have to run at the same time: there are no more than multiprocessors, each of which holds one.
+How warps work together is said in `hrm.kernels.ops.hopper.common`.
+
+Shapes: M rows, K inputs, D outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from hrm.kernels.ops.hopper.common import (
+    DTYPES,
+    LOAD_REGISTERS,
+    MULTIPLY_REGISTERS,
+    ROWS,
+    START_REGISTERS,
+    descriptor,
+    multiprocessor_count,
+    quarters,
+)
+
+SHARE = 256  # columns of a program
+# Of 16 KiB of x and 32 KiB of weights, beside 64 KiB for residual and output and 16 for the output in e4m3.
+_STAGES = 3
+_LINE = 128  # bytes of a row of an operand's tile
+
+
+@gluon.jit
+def _load(
+    descs: gl.tuple, rings: gl.tuple, barriers: gl.tuple, work: gl.tuple, SHARES: gl.constexpr, STAGES: gl.constexpr
+) -> None:
+    x_desc, weight_desc = descs
+    x_ring, weight_ring = rings
+    full, empty = barriers
+    tiles, K = work
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
+    step = 0
+    for tile in range(gl.program_id(0) // SHARES, tiles, gl.num_programs(0) // SHARES):
+        for k in range(0, K, BLOCK_K):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), 2 * x_desc.block_type.nbytes + weight_desc.block_type.nbytes)
+            for group in gl.static_range(2):
+                at = [(2 * tile + group) * BLOCK_M, k]
+                tma.async_copy_global_to_shared(x_desc, at, full.index(stage), x_ring.index(2 * stage + group))
+            at = [gl.program_id(0) % SHARES * BLOCK_N, k]
+            tma.async_copy_global_to_shared(weight_desc, at, full.index(stage), weight_ring.index(stage))
+            step += 1
+
+
+@gluon.jit
+def _wait_for(at: gl.tensor) -> Any:
+    """The numbers there, once none is less than 0."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; AGAIN: ld.relaxed.gpu.global.f32 $0, [$1]; setp.lt.f32 p, $0, 0f00000000; @p bra AGAIN; }",
+        "=f,l",
+        [at.to(gl.int64)],
+        gl.float32,
+        False,
+        1,
+    )
+
+
+@gluon.jit
+def _factors(
+    squares: gl.tensor,
+    m: gl.tensor,
+    M: gl.tensor,
+    eps: gl.tensor,
+    layout: gl.constexpr,
+    HEIGHT: gl.constexpr,
+    PARTS: gl.constexpr,
+    UNITS: gl.constexpr,
+) -> Any:
+    """1 / rms of HEIGHT rows of UNITS numbers whose squares are summed in PARTS, for accumulators of that layout."""
+    WIDTH: gl.constexpr = max(8, triton.next_power_of_2(PARTS))
+    # As the accumulator's rows, so that the four threads of a row have a quarter of its sums each.
+    of_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    rows = gl.expand_dims(m + gl.arange(0, HEIGHT, gl.SliceLayout(1, of_sums)), 1)
+    parts = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, of_sums)), 0)
+    found = gl.load(squares + parts * M + rows, (rows < M) & (parts < PARTS), other=0.0)
+    factors = gl.rsqrt(gl.sum(found, 1) / UNITS + eps)
+    return gl.convert_layout(factors, gl.SliceLayout(1, layout), assert_trivial=True)
+
+
+@gluon.jit
+def _add_residual(x: gl.tensor, residual: gl.shared_memory_descriptor, factors: gl.tensor) -> Any:
+    """x, its rows times `factors`, + residual, and the sums of its squares in each row."""
+    of_rows: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    factors = gl.convert_layout(factors, of_rows, assert_trivial=True)
+    x = x * gl.expand_dims(factors, 1) + residual.load(x.type.layout).to(gl.float32)
+    return x, gl.sum(x * x, 1)
+
+
+@gluon.jit
+def _store_quarter(
+    J: gl.constexpr,
+    x: gl.tensor,
+    scale: gl.tensor,
+    descs: gl.tuple,
+    at: gl.tuple,
+    stagings: gl.tuple,
+    ROUND: gl.constexpr,
+) -> None:
+    """Write a quarter of the columns to y and, with ROUND, also in e4m3."""
+    y_desc, y8_desc = descs
+    staging, staging8 = stagings
+    m, n = at
+    n += J * x.type.shape[1]
+    y = x * gl.expand_dims(scale, 1)
+    staging.index(J).store(y.to(staging.dtype))
+    if ROUND:
+        if J >= 2:
+            tma.store_wait(2)  # What left from this buffer two quarters ago, as the last but two, has been read.
+        staging8.index(J % 2).store(y.to(staging8.dtype))
+    fence_async_shared()
+    if ROUND:
+        tma.async_copy_shared_to_global(y8_desc, [m, n], staging8.index(J % 2))
+    tma.async_copy_shared_to_global(y_desc, [m, n], staging.index(J))
+
+
+@gluon.jit
+def _multiply(
+    GROUP: gl.constexpr,
+    descs: gl.tuple,
+    rings: gl.tuple,
+    stagings: gl.tuple,
+    barriers: gl.tuple,
+    vectors: gl.tuple,
+    work: gl.tuple,
+    M: gl.tensor,
+    eps: gl.tensor,
+    SCALE: gl.constexpr,
+    PARTS: gl.constexpr,
+    UNITS: gl.constexpr,
+    SHARES: gl.constexpr,
+    STAGES: gl.constexpr,
+    SAVE: gl.constexpr,
+    ROUND: gl.constexpr,
+) -> None:
+    """One of the two groups of four warps, each with half of the rows."""
+    residual_desc, y_desc, y8_desc = descs
+    x_ring, weight_ring = rings
+    staging = stagings[0]
+    full, empty, residual_full = barriers
+    squares, sums, rstd = vectors
+    tiles, K = work
+    BLOCK_M: gl.constexpr = x_ring.type.shape[1]
+    BLOCK_K: gl.constexpr = x_ring.type.shape[2]
+    BLOCK_N: gl.constexpr = weight_ring.type.shape[1]
+    # A matrix instruction takes 32 bytes of each row.
+    inputs: gl.constexpr = 256 // x_ring.dtype.primitive_bitwidth
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, inputs])
+    results = (y_desc, y8_desc)
+    share = gl.program_id(0) % SHARES
+    n = share * BLOCK_N
+    step = 0
+    phase = 0
+    for tile in range(gl.program_id(0) // SHARES, tiles, gl.num_programs(0) // SHARES):
+        m = (2 * tile + GROUP) * BLOCK_M
+        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
+        # The first slice is being multiplied while `staging` passes from the last store to this tile's residual.
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), step // STAGES & 1)
+        weight = weight_ring.index(stage).permute([1, 0])
+        acc = warpgroup_mma(x_ring.index(2 * stage + GROUP), weight, acc, use_acc=False, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        step += 1
+        tma.store_wait(0)
+        gl.thread_barrier()
+        mbarrier.expect(residual_full, 4 * residual_desc.block_type.nbytes)
+        for j in gl.static_range(4):
+            at = [m, n + j * (BLOCK_N // 4)]
+            tma.async_copy_global_to_shared(residual_desc, at, residual_full, staging.index(j))
+        factors = gl.full([BLOCK_M], SCALE, gl.float32, gl.SliceLayout(1, layout))
+        if squares is not None:
+            factors = factors * _factors(squares, m, M, eps, layout, BLOCK_M, PARTS, UNITS)
+        for _ in range(BLOCK_K, K, BLOCK_K):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), step // STAGES & 1)
+            weight = weight_ring.index(stage).permute([1, 0])
+            acc = warpgroup_mma(x_ring.index(2 * stage + GROUP), weight, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+            step += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+
+        mbarrier.wait(residual_full, phase)
+        phase ^= 1
+        a, b, c, d = quarters(acc)
+        a, squares_a = _add_residual(a, staging.index(0), factors)
+        b, squares_b = _add_residual(b, staging.index(1), factors)
+        c, squares_c = _add_residual(c, staging.index(2), factors)
+        d, squares_d = _add_residual(d, staging.index(3), factors)
+        fence_async_shared()  # orders these reads before the copy engine's next writes
+        total = squares_a + squares_b + squares_c + squares_d
+        rows = m + gl.arange(0, BLOCK_M, total.type.layout)
+        if SHARES > 1:
+            height = 2 * tiles * BLOCK_M
+            gl.store(sums + share * height + rows, total)
+            total = _wait_for(sums + rows)
+            for other in gl.static_range(1, SHARES):
+                total += _wait_for(sums + other * height + rows)
+        row_scale = gl.rsqrt(total / (SHARES * BLOCK_N) + eps)
+        if SAVE:
+            gl.store(rstd + rows, row_scale, (rows < M) & (share == 0))
+        _store_quarter(0, a, row_scale, results, (m, n), stagings, ROUND)
+        _store_quarter(1, b, row_scale, results, (m, n), stagings, ROUND)
+        _store_quarter(2, c, row_scale, results, (m, n), stagings, ROUND)
+        _store_quarter(3, d, row_scale, results, (m, n), stagings, ROUND)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _shared_rows_kernel(
+    x_desc: tma.tensor_descriptor,
+    weight_desc: tma.tensor_descriptor,
+    residual_desc: tma.tensor_descriptor,
+    y_desc: tma.tensor_descriptor,
+    y8_desc: tma.tensor_descriptor,
+    squares: gl.tensor,
+    sums: gl.tensor,
+    rstd: gl.tensor,
+    M: gl.tensor,
+    K: gl.tensor,
+    eps: gl.tensor,
+    SCALE: gl.constexpr,
+    PARTS: gl.constexpr,
+    UNITS: gl.constexpr,
+    SHARES: gl.constexpr,
+    STAGES: gl.constexpr,
+    SAVE: gl.constexpr,
+    ROUND: gl.constexpr,
+) -> None:
+    """sums: [SHARES, M], M filled up to whole tiles, of -1: gets those of the squares of each share of the rows."""
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    weight_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
+    first = gl.allocate_shared_memory(y_desc.dtype, [4, BLOCK_M, BLOCK_N // 4], y_desc.layout)
+    second = gl.allocate_shared_memory(y_desc.dtype, [4, BLOCK_M, BLOCK_N // 4], y_desc.layout)
+    first8 = first
+    second8 = second
+    if ROUND:
+        first8 = gl.allocate_shared_memory(y8_desc.dtype, [2, BLOCK_M, BLOCK_N // 4], y8_desc.layout)
+        second8 = gl.allocate_shared_memory(y8_desc.dtype, [2, BLOCK_M, BLOCK_N // 4], y8_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    residual_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)  # Both groups read the weights.
+    for group in gl.static_range(2):
+        mbarrier.init(residual_full.index(group), count=1)
+    work = (gl.cdiv(M, 2 * BLOCK_M), K)
+    results = (residual_desc, y_desc, y8_desc)
+    rings = (x_ring, weight_ring)
+    vectors = (squares, sums, rstd)
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    0,
+                    results,
+                    rings,
+                    (first, first8),
+                    (full, empty, residual_full.index(0)),
+                    vectors,
+                    work,
+                    M,
+                    eps,
+                    SCALE,
+                    PARTS,
+                    UNITS,
+                    SHARES,
+                    STAGES,
+                    SAVE,
+                    ROUND,
+                ),
+            ),
+            (
+                _multiply,
+                (
+                    1,
+                    results,
+                    rings,
+                    (second, second8),
+                    (full, empty, residual_full.index(1)),
+                    vectors,
+                    work,
+                    M,
+                    eps,
+                    SCALE,
+                    PARTS,
+                    UNITS,
+                    SHARES,
+                    STAGES,
+                    SAVE,
+                    ROUND,
+                ),
+            ),
+            (_load, ((x_desc, weight_desc), rings, (full, empty), work, SHARES, STAGES)),
+        ],
+        [4, 1],
+        [MULTIPLY_REGISTERS, LOAD_REGISTERS],
+    )
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear_residual_rms` takes these operands."""
+    shares, odd = divmod(weight.shape[0], SHARE)
+    return x.dtype in DTYPES and not odd and shares in (1, 2, 4) and x.shape[1] % (16 // x.itemsize) == 0
+
+
+def linear_residual_rms(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    eps: float,
+    *,
+    squares: Tensor | None = None,
+    scale: float = 1.0,
+    rstd: Tensor | None = None,
+    rounded: Tensor | None = None,
+) -> Tensor:
+    """rms_norm(residual + scale x @ weight.T / rms(u)) of contiguous x [M, K] and weight [D, K], 16 bit or e4m3.
+
+    Args:
+        squares: of the squares of K numbers u for each row, sums of some at a time, [parts, M] float32. By default,
+            nothing is divided.
+        rstd: gets 1 / rms of what is normalised, [M] float32.
+        rounded: gets the result in e4m3, [M, D].
+    """
+    M, K = x.shape
+    shares = weight.shape[0] // SHARE
+    tiles = triton.cdiv(M, ROWS)
+    inputs = _LINE // x.itemsize
+    y = torch.empty_like(residual)
+    sums = torch.full((shares, ROWS * tiles), -1.0, device=x.device) if shares > 1 else None
+    block = (ROWS // 2, SHARE // 4)
+    y_desc = descriptor(y, *block)
+    _shared_rows_kernel[(shares * min(tiles, multiprocessor_count(x.device) // shares),)](
+        descriptor(x, ROWS // 2, inputs),
+        descriptor(weight, SHARE, inputs),
+        descriptor(residual, *block),
+        y_desc,
+        y_desc if rounded is None else descriptor(rounded, *block),
+        squares,
+        sums,
+        rstd,
+        M,
+        K,
+        eps,
+        SCALE=scale,
+        PARTS=0 if squares is None else len(squares),
+        UNITS=K,
+        SHARES=shares,
+        STAGES=_STAGES,
+        SAVE=rstd is not None,
+        ROUND=rounded is not None,
+        num_warps=4,
+        maxnreg=START_REGISTERS,
+    )
+    return y

@@ -1,0 +1,77 @@
+"""The half of mixer blocks over features on a Hopper GPU; `test_hopper_linear.py` runs its kernels' source on a CPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hrm.kernels import naive
+from hrm.kernels.naive import MixerWeights, NormGatedMixerWeights
+
+ON_GPU = torch.cuda.is_available()
+ON_HOPPER = ON_GPU and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_HOPPER, reason="no GPU of compute capability 9.0")]
+EPS = 1e-5
+DTYPES = [torch.bfloat16, torch.float16]
+ROWS = [1, 127, 300, 12_345, 33_792]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "inner"), [(512, 1536), (512, 512), (256, 776), (1024, 200)])
+def test_shared_rows(rows: int, dtype: torch.dtype, width: int, inner: int) -> None:
+    """Twice: a program that read what an earlier launch left would be found."""
+    from hrm.kernels.ops.hopper import shared_rows
+
+    x, residual = draw(rows, inner).to(dtype), draw(rows, width, seed=1).to(dtype)
+    squares = draw(5, rows, seed=2).square()
+    for seed in (3, 4):
+        weight = (draw(width, inner, seed=seed) / math.sqrt(inner)).to(dtype)
+        rstd = torch.full((rows,), math.nan, device="cuda")
+        rounded = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device="cuda")
+        assert shared_rows.fits(x, weight)
+        y = shared_rows.linear_residual_rms(x, weight, residual, EPS, rstd=rstd, rounded=rounded)
+        total = residual.double() + x.double() @ weight.double().T
+        factors = (total.square().mean(1) + EPS).rsqrt()
+        expected = total * factors[:, None]
+        assert error(y, expected) < 1.1 * error(expected.to(dtype), expected)
+        torch.testing.assert_close(rstd.double(), factors, rtol=1e-4, atol=0)
+        assert error(rounded, expected) < 1.02 * error(expected.float().to(rounded.dtype), expected)
+        y = shared_rows.linear_residual_rms(x, weight, residual, EPS, squares=squares, scale=0.5)
+        product = 0.5 * x.double() @ weight.double().T * (squares.double().sum(0) / inner + EPS).rsqrt()[:, None]
+        expected = naive.rms_norm(residual.double() + product, EPS)
+        assert error(y, expected) < 1.1 * error(expected.to(dtype), expected)
+
+
+@pytest.mark.parametrize("kind", [MixerWeights, NormGatedMixerWeights])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "inner"), [(512, 1536), (256, 776)])
+def test_mix_features(kind: Any, rows: int, dtype: torch.dtype, width: int, inner: int) -> None:
+    from hrm.kernels.ops.hopper import mixer_features
+
+    shapes = [(8, 8), (8, 8), (2 * inner, width), (width, inner)]
+    drawn = [draw(*shape, seed=i) / math.sqrt(shape[1]) for i, shape in enumerate(shapes)]
+    weights, x = kind(*(matrix.to(dtype) for matrix in drawn)), draw(rows, width, seed=9).to(dtype)
+
+    def definition(dtype: torch.dtype) -> Tensor:
+        wide, each = x.to(dtype), kind(*(matrix.to(dtype) for matrix in weights))
+        return naive.rms_norm(wide + naive._mlp(each, wide, each.gate_up, each.down, EPS), EPS)
+
+    exact = definition(torch.float64)
+    actual = mixer_features.mix_features(x, weights, EPS)
+    assert actual.dtype == dtype
+    assert error(actual, exact) < 1.05 * error(definition(dtype), exact)
+    assert torch.equal(actual, mixer_features.mix_features(x, weights, EPS))
