@@ -317,13 +317,14 @@ def linear_swiglu(x: Tensor, gate_up: Tensor, save: bool) -> tuple[Tensor, Tenso
     return out, projected
 
 
-def linear_swiglu_and_squares(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """`linear_swiglu` and the squares of gate * up, summed over COLUMNS hidden units at a time, [F / COLUMNS, M]."""
+def linear_swiglu_and_squares(x: Tensor, gate_up: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`linear_swiglu` and, second, the squares of gate * up, sums of COLUMNS hidden units [F / COLUMNS, M], float32."""
     M, F = x.shape[0], gate_up.shape[0] // 2
     out = x.new_empty(M, F)
+    projected = x.new_empty(M, 2 * F) if save else None
     squares = x.new_empty(triton.cdiv(F, COLUMNS), M, dtype=torch.float32)
-    _launch_swiglu(x, gate_up, out, None, squares=squares)
-    return out, squares
+    _launch_swiglu(x, gate_up, out, projected, squares=squares)
+    return out, squares, projected
 
 
 def pays_for_linear(x: Tensor, weight: Tensor) -> bool:

@@ -158,7 +158,6 @@ def _multiply(
     UNITS: gl.constexpr,
     SHARES: gl.constexpr,
     STAGES: gl.constexpr,
-    SAVE: gl.constexpr,
     ROUND: gl.constexpr,
 ) -> None:
     """One of the two groups of four warps, each with half of the rows."""
@@ -166,7 +165,7 @@ def _multiply(
     x_ring, weight_ring = rings
     staging = stagings[0]
     full, empty, residual_full = barriers
-    squares, sums, rstd = vectors
+    squares, sums, rstd, factors_out = vectors
     tiles, K = work
     BLOCK_M: gl.constexpr = x_ring.type.shape[1]
     BLOCK_K: gl.constexpr = x_ring.type.shape[2]
@@ -197,7 +196,11 @@ def _multiply(
             tma.async_copy_global_to_shared(residual_desc, at, residual_full, staging.index(j))
         factors = gl.full([BLOCK_M], SCALE, gl.float32, gl.SliceLayout(1, layout))
         if squares is not None:
-            factors = factors * _factors(squares, m, M, eps, layout, BLOCK_M, PARTS, UNITS)
+            found = _factors(squares, m, M, eps, layout, BLOCK_M, PARTS, UNITS)
+            factors = factors * found
+            if factors_out is not None:
+                rows = m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+                gl.store(factors_out + rows, found, (rows < M) & (share == 0))
         for _ in range(BLOCK_K, K, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), step // STAGES & 1)
@@ -226,7 +229,7 @@ def _multiply(
             for other in gl.static_range(1, SHARES):
                 total += _wait_for(sums + other * height + rows)
         row_scale = gl.rsqrt(total / (SHARES * BLOCK_N) + eps)
-        if SAVE:
+        if rstd is not None:
             gl.store(rstd + rows, row_scale, (rows < M) & (share == 0))
         _store_quarter(0, a, row_scale, results, (m, n), stagings, ROUND)
         _store_quarter(1, b, row_scale, results, (m, n), stagings, ROUND)
@@ -245,6 +248,7 @@ def _shared_rows_kernel(
     squares: gl.tensor,
     sums: gl.tensor,
     rstd: gl.tensor,
+    factors: gl.tensor,
     M: gl.tensor,
     K: gl.tensor,
     eps: gl.tensor,
@@ -253,7 +257,6 @@ def _shared_rows_kernel(
     UNITS: gl.constexpr,
     SHARES: gl.constexpr,
     STAGES: gl.constexpr,
-    SAVE: gl.constexpr,
     ROUND: gl.constexpr,
 ) -> None:
     """sums: [SHARES, M], M filled up to whole tiles, of -1: gets those of the squares of each share of the rows."""
@@ -280,7 +283,7 @@ def _shared_rows_kernel(
     work = (gl.cdiv(M, 2 * BLOCK_M), K)
     results = (residual_desc, y_desc, y8_desc)
     rings = (x_ring, weight_ring)
-    vectors = (squares, sums, rstd)
+    vectors = (squares, sums, rstd, factors)
     gl.warp_specialize(
         [
             (
@@ -300,7 +303,6 @@ def _shared_rows_kernel(
                     UNITS,
                     SHARES,
                     STAGES,
-                    SAVE,
                     ROUND,
                 ),
             ),
@@ -321,7 +323,6 @@ def _shared_rows_kernel(
                     UNITS,
                     SHARES,
                     STAGES,
-                    SAVE,
                     ROUND,
                 ),
             ),
@@ -347,6 +348,7 @@ def linear_residual_rms(
     squares: Tensor | None = None,
     scale: float = 1.0,
     rstd: Tensor | None = None,
+    factors: Tensor | None = None,
     rounded: Tensor | None = None,
 ) -> Tensor:
     """rms_norm(residual + scale x @ weight.T / rms(u)) of contiguous x [M, K] and weight [D, K], 16 bit or e4m3.
@@ -355,6 +357,7 @@ def linear_residual_rms(
         squares: of the squares of K numbers u for each row, sums of some at a time, [parts, M] float32. By default,
             nothing is divided.
         rstd: gets 1 / rms of what is normalised, [M] float32.
+        factors: gets 1 / rms(u), [M] float32.
         rounded: gets the result in e4m3, [M, D].
     """
     M, K = x.shape
@@ -374,6 +377,7 @@ def linear_residual_rms(
         squares,
         sums,
         rstd,
+        factors,
         M,
         K,
         eps,
@@ -382,7 +386,6 @@ def linear_residual_rms(
         UNITS=K,
         SHARES=shares,
         STAGES=_STAGES,
-        SAVE=rstd is not None,
         ROUND=rounded is not None,
         num_warps=4,
         maxnreg=START_REGISTERS,

@@ -49,8 +49,10 @@ def test_shared_rows(rows: int, dtype: torch.dtype, width: int, inner: int) -> N
         assert error(y, expected) < 1.1 * error(expected.to(dtype), expected)
         torch.testing.assert_close(rstd.double(), factors, rtol=1e-4, atol=0)
         assert error(rounded, expected) < 1.02 * error(expected.float().to(rounded.dtype), expected)
-        y = shared_rows.linear_residual_rms(x, weight, residual, EPS, squares=squares, scale=0.5)
-        product = 0.5 * x.double() @ weight.double().T * (squares.double().sum(0) / inner + EPS).rsqrt()[:, None]
+        y = shared_rows.linear_residual_rms(x, weight, residual, EPS, squares=squares, scale=0.5, factors=rstd)
+        factors = (squares.double().sum(0) / inner + EPS).rsqrt()
+        torch.testing.assert_close(rstd.double(), factors, rtol=1e-4, atol=0)
+        product = 0.5 * x.double() @ weight.double().T * factors[:, None]
         expected = naive.rms_norm(residual.double() + product, EPS)
         assert error(y, expected) < 1.1 * error(expected.to(dtype), expected)
 
