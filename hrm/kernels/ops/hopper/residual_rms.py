@@ -64,7 +64,7 @@ def _norm_load(
 
 
 @gluon.jit
-def _pack(x: gl.tensor, dtype: gl.constexpr) -> Any:
+def pack(x: gl.tensor, dtype: gl.constexpr) -> Any:
     """Neighbouring columns of x [M, N], rounded to 16 bits, in one word: [M, N / 2] of int32.
 
     In assembly, because the compiler would keep what it rounds as float32 through the next matmul, and spill.
@@ -75,7 +75,7 @@ def _pack(x: gl.tensor, dtype: gl.constexpr) -> Any:
 
 
 @gluon.jit
-def _unpack(words: gl.tensor, dtype: gl.constexpr, layout: gl.constexpr) -> Any:
+def unpack(words: gl.tensor, dtype: gl.constexpr, layout: gl.constexpr) -> Any:
     """The numbers in `words` [M, N / 2] as float32 [M, N] in `layout`, the one they were packed from."""
     widen_bf16: gl.constexpr = (
         "{ .reg .b32 l, h; shl.b32 l, $2, 16; and.b32 h, $2, 0xffff0000; mov.b32 $0, l; mov.b32 $1, h; }"
@@ -105,7 +105,7 @@ def _add_residual(
     x = SCALE * x + before
     squares = gl.sum(x * x, 1)
     if PACK:
-        x = _pack(x, residual.dtype)
+        x = pack(x, residual.dtype)
     # Orders the read before the copy engine's next write; and the compiler, short of registers, cannot load ahead.
     fence_async_shared()
     return x, squares
@@ -237,10 +237,10 @@ def _norm_multiply(
             rows = m + gl.arange(0, BLOCK_M, row_scale.type.layout)
             gl.store(rstd + rows, row_scale, rows < M)
         scale = gl.expand_dims(row_scale, 1)
-        _store_quarter(0, _unpack(a, dtype, layout), scale, results, m, 0, stagings, ROUND)
-        _store_quarter(1, _unpack(b, dtype, layout), scale, results, m, 0, stagings, ROUND)
-        _store_quarter(2, _unpack(c, dtype, layout), scale, results, m, 0, stagings, ROUND)
-        _store_quarter(3, _unpack(d, dtype, layout), scale, results, m, 0, stagings, ROUND)
+        _store_quarter(0, unpack(a, dtype, layout), scale, results, m, 0, stagings, ROUND)
+        _store_quarter(1, unpack(b, dtype, layout), scale, results, m, 0, stagings, ROUND)
+        _store_quarter(2, unpack(c, dtype, layout), scale, results, m, 0, stagings, ROUND)
+        _store_quarter(3, unpack(d, dtype, layout), scale, results, m, 0, stagings, ROUND)
         _store_quarter(0, e, scale, results, m, 1, stagings, ROUND)
         _store_quarter(1, f, scale, results, m, 1, stagings, ROUND)
         _store_quarter(2, g, scale, results, m, 1, stagings, ROUND)

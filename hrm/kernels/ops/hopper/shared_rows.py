@@ -1,8 +1,8 @@
 """Matmul, residual and norm for Hopper GPUs, where programs share rows that are wider than one of them can hold.
 
-A program keeps 128 rows of 256 outputs in registers until it knows their norm: it leaves the sums of its squares in
-global memory and waits there for those of the programs that have the other columns. So x passes from memory once, and
-one of a program's two groups of warps finishes its rows while the other still multiplies.
+A program has 128 rows of 256 outputs. It leaves the sums of their squares in global memory, goes on to its next rows
+and, while the tensor cores are at those, finds there the sums of the programs that have the other columns, and finishes
+its own, which waited in 16 bit. So x passes from memory once, and the tensor cores wait for nothing.
 `hrm.kernels.ops.hopper.residual_rms`, whose programs make one half of a row after the other, reads x twice, and its
 tensor cores wait meanwhile.
 
@@ -39,11 +39,13 @@ from hrm.kernels.ops.hopper.common import (
     multiprocessor_count,
     quarters,
 )
+from hrm.kernels.ops.hopper.residual_rms import pack, unpack
 
 SHARE = 256  # columns of a program
 # Of 16 KiB of x and 32 KiB of weights, beside 64 KiB for residual and output and 16 for the output in e4m3.
 _STAGES = 3
 _LINE = 128  # bytes of a row of an operand's tile
+_LEAST_SLICES = 5  # of a tile, there are more: so long it takes to finish the tile before
 
 
 @gluon.jit
@@ -107,30 +109,79 @@ def _factors(
 
 
 @gluon.jit
+def _slice(
+    acc: gl.tensor,
+    step: gl.tensor,
+    GROUP: gl.constexpr,
+    rings: gl.tuple,
+    barriers: gl.tuple,
+    FIRST: gl.constexpr,
+    STAGES: gl.constexpr,
+) -> Any:
+    """`acc` and the product of the next slices of x and weights, which may still be under way."""
+    x_ring, weight_ring = rings
+    full, empty = barriers
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), step // STAGES & 1)
+    weight = weight_ring.index(stage).permute([1, 0])
+    acc = warpgroup_mma(x_ring.index(2 * stage + GROUP), weight, acc, use_acc=not FIRST, is_async=True)
+    acc = warpgroup_mma_wait(1, deps=(acc,))
+    if not FIRST:
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+    return acc
+
+
+@gluon.jit
 def _add_residual(x: gl.tensor, residual: gl.shared_memory_descriptor, factors: gl.tensor) -> Any:
-    """x, its rows times `factors`, + residual, and the sums of its squares in each row."""
+    """x, its rows times `factors`, + residual, packed, and the sums of its squares in each row."""
     of_rows: gl.constexpr = gl.SliceLayout(1, x.type.layout)
     factors = gl.convert_layout(factors, of_rows, assert_trivial=True)
     x = x * gl.expand_dims(factors, 1) + residual.load(x.type.layout).to(gl.float32)
-    return x, gl.sum(x * x, 1)
+    return pack(x, residual.dtype), gl.sum(x * x, 1)
+
+
+@gluon.jit
+def _row_scale(
+    total: gl.tensor,
+    m: gl.tensor,
+    share: gl.tensor,
+    vectors: gl.tuple,
+    sizes: gl.tuple,
+    eps: gl.tensor,
+    SHARES: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+) -> Any:
+    """1 / rms of rows of which `total` are the sums of squares of this program's share, as soon as all are there."""
+    _, sums, rstd, _ = vectors
+    M, height = sizes
+    rows = m + gl.arange(0, total.type.shape[0], total.type.layout)
+    if SHARES > 1:
+        total = _wait_for(sums + rows)
+        for other in gl.static_range(1, SHARES):
+            total += _wait_for(sums + other * height + rows)
+    scale = gl.rsqrt(total / (SHARES * BLOCK_N) + eps)
+    if rstd is not None:
+        gl.store(rstd + rows, scale, (rows < M) & (share == 0))
+    return scale
 
 
 @gluon.jit
 def _store_quarter(
     J: gl.constexpr,
-    x: gl.tensor,
+    words: gl.tensor,
     scale: gl.tensor,
+    layout: gl.constexpr,
     descs: gl.tuple,
     at: gl.tuple,
     stagings: gl.tuple,
     ROUND: gl.constexpr,
 ) -> None:
-    """Write a quarter of the columns to y and, with ROUND, also in e4m3."""
+    """Write a quarter of the columns, packed in `words`, to y and, with ROUND, also in e4m3."""
     y_desc, y8_desc = descs
     staging, staging8 = stagings
     m, n = at
-    n += J * x.type.shape[1]
-    y = x * gl.expand_dims(scale, 1)
+    y = unpack(words, staging.dtype, layout) * gl.expand_dims(scale, 1)
+    n += J * y.type.shape[1]
     staging.index(J).store(y.to(staging.dtype))
     if ROUND:
         if J >= 2:
@@ -160,12 +211,15 @@ def _multiply(
     STAGES: gl.constexpr,
     ROUND: gl.constexpr,
 ) -> None:
-    """One of the two groups of four warps, each with half of the rows."""
+    """One of the two groups of four warps, each with half of the rows.
+
+    What a tile becomes waits in 16 bit for its norm, and is finished while the first slices of the next are multiplied.
+    """
     residual_desc, y_desc, y8_desc = descs
     x_ring, weight_ring = rings
     staging = stagings[0]
     full, empty, residual_full = barriers
-    squares, sums, rstd, factors_out = vectors
+    squares, sums, _, factors_out = vectors
     tiles, K = work
     BLOCK_M: gl.constexpr = x_ring.type.shape[1]
     BLOCK_K: gl.constexpr = x_ring.type.shape[2]
@@ -173,27 +227,29 @@ def _multiply(
     # A matrix instruction takes 32 bytes of each row.
     inputs: gl.constexpr = 256 // x_ring.dtype.primitive_bitwidth
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, inputs])
+    dtype: gl.constexpr = staging.dtype
     results = (y_desc, y8_desc)
+    of_slices = (full, empty)
+    height = 2 * tiles * BLOCK_M
+    sizes = (M, height)
     share = gl.program_id(0) % SHARES
+    first = gl.program_id(0) // SHARES
     n = share * BLOCK_N
+    acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
+    a, b, c, d = quarters(acc)
+    of_quarter: gl.constexpr = a.type.layout
+    total = gl.sum(a, 1)
+    a = pack(a, dtype)
+    b = pack(b, dtype)
+    c = pack(c, dtype)
+    d = pack(d, dtype)
+    scale = total
     step = 0
     phase = 0
-    for tile in range(gl.program_id(0) // SHARES, tiles, gl.num_programs(0) // SHARES):
+    before = 0  # the first row of the tile that is to be finished
+    for tile in range(first, tiles, gl.num_programs(0) // SHARES):
         m = (2 * tile + GROUP) * BLOCK_M
-        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
-        # The first slice is being multiplied while `staging` passes from the last store to this tile's residual.
-        stage = step % STAGES
-        mbarrier.wait(full.index(stage), step // STAGES & 1)
-        weight = weight_ring.index(stage).permute([1, 0])
-        acc = warpgroup_mma(x_ring.index(2 * stage + GROUP), weight, acc, use_acc=False, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=(acc,))
-        step += 1
-        tma.store_wait(0)
-        gl.thread_barrier()
-        mbarrier.expect(residual_full, 4 * residual_desc.block_type.nbytes)
-        for j in gl.static_range(4):
-            at = [m, n + j * (BLOCK_N // 4)]
-            tma.async_copy_global_to_shared(residual_desc, at, residual_full, staging.index(j))
+        acc = _slice(acc, step, GROUP, rings, of_slices, True, STAGES)
         factors = gl.full([BLOCK_M], SCALE, gl.float32, gl.SliceLayout(1, layout))
         if squares is not None:
             found = _factors(squares, m, M, eps, layout, BLOCK_M, PARTS, UNITS)
@@ -201,40 +257,54 @@ def _multiply(
             if factors_out is not None:
                 rows = m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
                 gl.store(factors_out + rows, found, (rows < M) & (share == 0))
-        for _ in range(BLOCK_K, K, BLOCK_K):
-            stage = step % STAGES
-            mbarrier.wait(full.index(stage), step // STAGES & 1)
-            weight = weight_ring.index(stage).permute([1, 0])
-            acc = warpgroup_mma(x_ring.index(2 * stage + GROUP), weight, acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        acc = _slice(acc, step + 1, GROUP, rings, of_slices, False, STAGES)
+        acc = _slice(acc, step + 2, GROUP, rings, of_slices, False, STAGES)
+        if tile != first:
+            scale = _row_scale(total, before, share, vectors, sizes, eps, SHARES, BLOCK_N)
+            _store_quarter(0, a, scale, of_quarter, results, (before, n), stagings, ROUND)
+        acc = _slice(acc, step + 3, GROUP, rings, of_slices, False, STAGES)
+        if tile != first:
+            _store_quarter(1, b, scale, of_quarter, results, (before, n), stagings, ROUND)
+        acc = _slice(acc, step + 4, GROUP, rings, of_slices, False, STAGES)
+        if tile != first:
+            _store_quarter(2, c, scale, of_quarter, results, (before, n), stagings, ROUND)
+        acc = _slice(acc, step + 5, GROUP, rings, of_slices, False, STAGES)
+        if tile != first:
+            _store_quarter(3, d, scale, of_quarter, results, (before, n), stagings, ROUND)
+        step += 6
+        if 6 * BLOCK_K < K:
+            acc = _slice(acc, step, GROUP, rings, of_slices, False, STAGES)
+            step += 1
+        tma.store_wait(0)
+        gl.thread_barrier()
+        mbarrier.expect(residual_full, 4 * residual_desc.block_type.nbytes)
+        for j in gl.static_range(4):
+            at = [m, n + j * (BLOCK_N // 4)]
+            tma.async_copy_global_to_shared(residual_desc, at, residual_full, staging.index(j))
+        for _k in range(7 * BLOCK_K, K, BLOCK_K):
+            acc = _slice(acc, step, GROUP, rings, of_slices, False, STAGES)
             step += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
 
         mbarrier.wait(residual_full, phase)
         phase ^= 1
-        a, b, c, d = quarters(acc)
-        a, squares_a = _add_residual(a, staging.index(0), factors)
-        b, squares_b = _add_residual(b, staging.index(1), factors)
-        c, squares_c = _add_residual(c, staging.index(2), factors)
-        d, squares_d = _add_residual(d, staging.index(3), factors)
+        w, x, y, z = quarters(acc)
+        a, squares_a = _add_residual(w, staging.index(0), factors)
+        b, squares_b = _add_residual(x, staging.index(1), factors)
+        c, squares_c = _add_residual(y, staging.index(2), factors)
+        d, squares_d = _add_residual(z, staging.index(3), factors)
         fence_async_shared()  # orders these reads before the copy engine's next writes
         total = squares_a + squares_b + squares_c + squares_d
-        rows = m + gl.arange(0, BLOCK_M, total.type.layout)
+        before = m
         if SHARES > 1:
-            height = 2 * tiles * BLOCK_M
+            rows = m + gl.arange(0, BLOCK_M, total.type.layout)
             gl.store(sums + share * height + rows, total)
-            total = _wait_for(sums + rows)
-            for other in gl.static_range(1, SHARES):
-                total += _wait_for(sums + other * height + rows)
-        row_scale = gl.rsqrt(total / (SHARES * BLOCK_N) + eps)
-        if rstd is not None:
-            gl.store(rstd + rows, row_scale, (rows < M) & (share == 0))
-        _store_quarter(0, a, row_scale, results, (m, n), stagings, ROUND)
-        _store_quarter(1, b, row_scale, results, (m, n), stagings, ROUND)
-        _store_quarter(2, c, row_scale, results, (m, n), stagings, ROUND)
-        _store_quarter(3, d, row_scale, results, (m, n), stagings, ROUND)
+    scale = _row_scale(total, before, share, vectors, sizes, eps, SHARES, BLOCK_N)
+    _store_quarter(0, a, scale, of_quarter, results, (before, n), stagings, ROUND)
+    _store_quarter(1, b, scale, of_quarter, results, (before, n), stagings, ROUND)
+    _store_quarter(2, c, scale, of_quarter, results, (before, n), stagings, ROUND)
+    _store_quarter(3, d, scale, of_quarter, results, (before, n), stagings, ROUND)
     tma.store_wait(0)
 
 
@@ -336,7 +406,8 @@ def _shared_rows_kernel(
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear_residual_rms` takes these operands."""
     shares, odd = divmod(weight.shape[0], SHARE)
-    return x.dtype in DTYPES and not odd and shares in (1, 2, 4) and x.shape[1] % (16 // x.itemsize) == 0
+    inputs = x.shape[1] * x.itemsize
+    return x.dtype in DTYPES and not odd and shares in (1, 2, 4) and inputs > _LEAST_SLICES * _LINE and inputs % 16 == 0
 
 
 def linear_residual_rms(
