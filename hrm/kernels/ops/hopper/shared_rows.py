@@ -454,7 +454,7 @@ def linear_residual_rms(
         eps,
         SCALE=scale,
         PARTS=0 if squares is None else len(squares),
-        UNITS=K,
+        UNITS=1 if squares is None else K,
         SHARES=shares,
         STAGES=_STAGES,
         ROUND=rounded is not None,
