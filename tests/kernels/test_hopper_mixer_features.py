@@ -61,19 +61,29 @@ def test_shared_rows(rows: int, dtype: torch.dtype, width: int, inner: int) -> N
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "inner"), [(512, 1536), (256, 776)])
-def test_mix_features(kind: Any, rows: int, dtype: torch.dtype, width: int, inner: int) -> None:
+def test_gated_and_the_rest(kind: Any, rows: int, dtype: torch.dtype, width: int, inner: int) -> None:
     from hrm.kernels.ops.hopper import mixer_features
 
     shapes = [(8, 8), (8, 8), (2 * inner, width), (width, inner)]
     drawn = [draw(*shape, seed=i) / math.sqrt(shape[1]) for i, shape in enumerate(shapes)]
     weights, x = kind(*(matrix.to(dtype) for matrix in drawn)), draw(rows, width, seed=9).to(dtype)
+    normed = kind is NormGatedMixerWeights
 
     def definition(dtype: torch.dtype) -> Tensor:
         wide, each = x.to(dtype), kind(*(matrix.to(dtype) for matrix in weights))
         return naive.rms_norm(wide + naive._mlp(each, wide, each.gate_up, each.down, EPS), EPS)
 
+    def ours(save: bool) -> tuple[Tensor, Tensor | None]:
+        product, squares, projected = mixer_features.gated(x, weights.gate_up, normed, save)
+        return mixer_features.residual_rms(x, product, weights.down, squares, EPS), projected
+
     exact = definition(torch.float64)
-    actual = mixer_features.mix_features(x, weights, EPS)
+    actual, none = ours(save=False)
+    again, projected = ours(save=True)
+    assert none is None
     assert actual.dtype == dtype
     assert error(actual, exact) < 1.05 * error(definition(dtype), exact)
-    assert torch.equal(actual, mixer_features.mix_features(x, weights, EPS))
+    assert torch.equal(actual, again)
+    assert projected is not None
+    expected = x.double() @ weights.gate_up.double().T
+    assert error(projected, expected) < 1.1 * error(expected.to(dtype), expected)
