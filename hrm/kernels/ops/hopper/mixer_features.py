@@ -57,4 +57,5 @@ def mix_features_in_e4m3(
 
 def _fill(x: Tensor, programs: int) -> bool:
     """Whether there is a tile for each multiprocessor, if so many programs share the rows of a tile."""
-    return triton.cdiv(x.shape[0], ROWS) * programs >= multiprocessor_count(x.device)
+    tiles: int = triton.cdiv(x.shape[0], ROWS) * programs
+    return tiles >= multiprocessor_count(x.device)
