@@ -27,7 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from hrm.kernels.context import KernelContext
 from hrm.kernels.ops.e4m3 import E4M3, PRODUCT_SCALE, WEIGHT_SCALE, Fp8BlockWeights
-from hrm.kernels.ops.hopper import shared_rows
 from hrm.kernels.ops.hopper.common import (
     LOAD_REGISTERS,
     MULTIPLY_REGISTERS,
@@ -323,10 +322,6 @@ def linear_residual_rms(
     Returns:
         y [M, D] in the dtype of `residual` [M, D], and the same in e4m3, or y again where that is not wanted.
     """
-    if shared_rows.fits(x, weight):
-        rounded = None if only_y else torch.empty_like(residual, dtype=E4M3)
-        y = shared_rows.linear_residual_rms(x, weight, residual, eps, scale=1 / WEIGHT_SCALE, rounded=rounded)
-        return y, y if rounded is None else rounded
     M, K = x.shape
     y = torch.empty_like(residual)
     rounded = y if only_y else torch.empty_like(residual, dtype=E4M3)

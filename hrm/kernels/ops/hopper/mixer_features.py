@@ -19,9 +19,8 @@ from hrm.kernels.ops.hopper.common import ROWS, multiprocessor_count
 
 
 def pays_for_gated(x: Tensor, gate_up: Tensor) -> bool:
-    """Whether `gated` takes these operands, and rows fill the multiprocessors."""
-    fits = linear.fits_swiglu(x.shape[1]) and x.itemsize == 2 and gate_up.shape[0] % 16 == 0
-    return fits and _fill(x, 1)
+    """Whether `gated` takes these operands, and faster than Triton's kernel."""
+    return linear.fits_swiglu(x.shape[1]) and x.itemsize == 2 and gate_up.shape[0] % 16 == 0 and _fill(x)
 
 
 def gated(x: Tensor, gate_up: Tensor, normed: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -33,8 +32,8 @@ def gated(x: Tensor, gate_up: Tensor, normed: bool, save: bool) -> tuple[Tensor,
 
 
 def pays_for_residual_rms(inner: Tensor, down: Tensor) -> bool:
-    """Whether `residual_rms` takes these operands, and rows fill the multiprocessors."""
-    return inner.itemsize == 2 and shared_rows.fits(inner, down) and _fill(inner, down.shape[0] // shared_rows.SHARE)
+    """Whether `residual_rms` takes these operands, and faster than the library followed by a norm."""
+    return inner.itemsize == 2 and shared_rows.fits(inner, down) and _fill(inner)
 
 
 def residual_rms(x: Tensor, inner: Tensor, down: Tensor, squares: Tensor | None, eps: float) -> Tensor:
@@ -55,7 +54,7 @@ def mix_features_in_e4m3(
     return shared_rows.linear_residual_rms(inner, weights.down, x, eps, squares=squares, scale=scale)
 
 
-def _fill(x: Tensor, programs: int) -> bool:
-    """Whether there is a tile for each multiprocessor, if so many programs share the rows of a tile."""
-    tiles: int = triton.cdiv(x.shape[0], ROWS) * programs
-    return tiles >= multiprocessor_count(x.device)
+def _fill(x: Tensor) -> bool:
+    """Whether there are rows enough: on an H200, 8,448 are, and 4,224 are not."""
+    tiles: int = triton.cdiv(x.shape[0], ROWS)
+    return 2 * tiles >= multiprocessor_count(x.device)
