@@ -104,6 +104,7 @@ class Barrier:
 class Pointer:
     def __init__(self, memory: Tensor, offsets: Any = 0) -> None:
         self.memory, self.offsets = memory, offsets
+        self.dtype = SimpleNamespace(element_ty=memory.dtype)
 
     def __add__(self, offsets: Any) -> Pointer:
         return Pointer(self.memory, self.offsets + offsets)
@@ -127,7 +128,8 @@ class FakeGluon:
     bfloat16, float16 = torch.bfloat16, torch.float16
     abs, exp, exp2, log2, rsqrt = torch.abs, torch.exp, torch.exp2, torch.log2, torch.rsqrt
     minimum = min
-    MBarrierLayout = NVMMADistributedLayout = DotOperandLayout = SliceLayout = staticmethod(lambda *_: None)
+    MBarrierLayout = NVMMADistributedLayout = DotOperandLayout = staticmethod(lambda *_: None)
+    SliceLayout = BlockedLayout = staticmethod(lambda *_: None)
     static_range = staticmethod(lambda *bounds: map(Number, range(*bounds)))
 
     def __init__(self, program: int, programs: int, seed: int) -> None:

@@ -2,6 +2,7 @@
 
 The half of a block that mixes tokens needs no other features than its own: one program reads some features of a
 sequence, all its tokens, and computes both projections, the gate, the residual and the norm without leaving the chip.
+On Hopper GPUs that is `hrm.kernels.ops.hopper.mixer`.
 
 Of the other half, the gate is in the epilogue of the first matmul. As sigmoid(g) * g = silu(g), a normed gate
 (`naive.norm_gated`) is silu(g) * u divided by the root mean square of g * u, one number for a token, which commutes
@@ -165,20 +166,26 @@ def mix_tokens(
     With `rounded`, [B, T, D] in another format, the same is written there too.
     """
     B, T, D = state.shape
-    G = weights.token_down.shape[1]
+    gate_up, down = weights.token_gate_up.contiguous(), weights.token_down.contiguous()
+    normed = isinstance(weights, NormGatedMixerWeights)
+    if hopper.why_not(state.device) is None:
+        from hrm.kernels.ops.hopper import mixer as hopper_mixer
+
+        if hopper_mixer.fits(state, injection, gate_up, down):
+            return hopper_mixer.mix_tokens(state, injection, gate_up, down, normed, eps, rounded)
     out = torch.empty_like(state)
     _mix_tokens_kernel[(triton.cdiv(D, _FEATURES), B)](
         state,
         injection,
-        weights.token_gate_up.contiguous(),
-        weights.token_down.contiguous(),
+        gate_up,
+        down,
         out,
         rounded,
         eps,
         T,
         D,
-        G,
-        isinstance(weights, NormGatedMixerWeights),
+        down.shape[1],
+        normed,
         tile_rows(T, MOST_TOKENS),
         _FEATURES,
         _HIDDEN,
