@@ -296,6 +296,7 @@ class Engine:
         self._withdrawn.clear()
         for ticket in self._slots.left():
             del self._jobs[ticket]
+        # In the step that is not read yet about as many halt as in the one before, and then others are to be in line.
         ahead = max(2 * self._halted_lately, self.slots // 4, 1) if self._slots.reads_later else 0
         most = self.slots + min(ahead, self.slots)
         while self._waiting and len(self._jobs) < most:
@@ -334,7 +335,7 @@ class Engine:
         work. Else it would only delay those that come meanwhile.
         """
         self._slots.launch()
-        while self._slots.launched > self._goes_ahead():
+        while self._slots.launched > (1 if self._goes_ahead() else 0):
             self._read(self._slots.read())
 
     def _goes_ahead(self) -> bool:

@@ -112,7 +112,7 @@ class Slots:
         event = None
         if self._device.type == "cuda":
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
         self._unread.append((host, event))
 
     def read(self) -> Found:
