@@ -93,7 +93,8 @@ def run(
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn passes a signal on when all is answered; it has been heard by then.
         signal.signal(number, lambda *_: None)
-    # No thread goes on while Python looks for garbage; what there is by now, PyTorch above all, is none.
+    # No thread goes on while Python looks for garbage, and what is left by now, PyTorch above all, is none.
+    gc.collect()
     gc.freeze()
     try:
         uvicorn.Server(settings).run(sockets=[listener])

@@ -431,8 +431,13 @@ def test_recorded_steps_answer_as_predict_does(tmp_path: Any) -> None:
     expected = model.predict(BOARDS, tokens=True)
     engine = Engine(model, 8)
     engine.warm_up()
-    for number, future in enumerate([engine.submit(puzzle) for puzzle in puzzles()]):
-        solved = future.result(120)
-        assert solved.steps == expected.steps[number]
-        assert (torch.from_numpy(solved.last.tokens) == torch.from_numpy(expected.answers[number])).all()
+    futures = [engine.submit(puzzle) for _ in range(10) for puzzle in puzzles()]
+    for future in futures[2::3]:
+        future.cancel()
+    for number, future in enumerate(futures):
+        if not future.cancelled():
+            solved = future.result(120)
+            assert solved.steps == expected.steps[number % len(BOARDS)]
+            assert (solved.last.tokens == expected.answers[number % len(BOARDS)]).all()
     engine.close()
+    assert (engine.failure, engine.work.in_slots) == (None, 0)
