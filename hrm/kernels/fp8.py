@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hrm.kernels import naive
+from hrm.kernels import attention, naive
 from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import Attend, BlockWeights, rms_norm, sdpa
 from hrm.kernels.ops.e4m3 import E4M3, WEIGHT_SCALE, Fp8BlockWeights, to_e4m3
@@ -56,13 +55,14 @@ def quantize_blocks(blocks: Sequence[Any]) -> list[Any]:
 
 def module(*, compiled: bool, attend: Attend = sdpa) -> Module[Any]:
     """`reasoning_module`; what has no kernels of its own goes through torch.compile where it says so."""
+    own_module: Module[Any] = functools.partial(reasoning_module, attend=attend)
     other_module: Module[Any] = functools.partial(_other_module, attend=attend)
     if compiled:
         other_module = torch.compile(other_module, dynamic=False, fullgraph=True)
 
     def by_blocks(state: Tensor, injection: Tensor, blocks: Sequence[Any], context: KernelContext) -> Tensor:
-        own = _attend(blocks) or _kernels(state, blocks, context) is not None
-        return (reasoning_module if own else other_module)(state, injection, blocks, context)
+        own = _attend(blocks) or _kernels(state, blocks, context, attend) is not None
+        return (own_module if own else other_module)(state, injection, blocks, context)
 
     return by_blocks
 
@@ -72,18 +72,17 @@ def reasoning_module(
     injection: Tensor,
     blocks: Sequence[Any],
     context: KernelContext,
+    attend: Attend = sdpa,
 ) -> Tensor:
     """As `hrm.kernels.naive.reasoning_module`, with weights from `quantize_blocks`; it cannot be differentiated.
 
     Args:
         state, injection: [B, T, D] of one dtype, which is the result's too.
     """
-    kernels = _kernels(state, blocks, context)
-    if kernels is not None:
-        result: Tensor = kernels.reasoning_module(state, injection, blocks, context)
-        return result
+    if (kernels := _kernels(state, blocks, context, attend)) is not None:
+        return kernels(state, injection, blocks, context)
     if not _attend(blocks):
-        return _other_module(state, injection, blocks, context)
+        return _other_module(state, injection, blocks, context, attend)
     matmul = _library_matmul if _library_takes(state.device, blocks) else _naive_matmul
     return _reasoning_module(state, injection, blocks, context, matmul)
 
@@ -105,15 +104,18 @@ def _attend(blocks: Sequence[Any]) -> bool:
     return all(isinstance(weights, Fp8BlockWeights) for weights in blocks)
 
 
-def _kernels(state: Tensor, blocks: Sequence[Any], context: KernelContext) -> ModuleType | None:
-    """The kernels made for Hopper that take these operands, if there are any."""
+def _kernels(state: Tensor, blocks: Sequence[Any], context: KernelContext, attend: Attend) -> Module[Any] | None:
+    """`reasoning_module` by kernels made for Hopper that take these operands, if there are any."""
     if hopper.why_not(state.device):
         return None
     from hrm.kernels.ops.hopper import fp8 as of_attention
     from hrm.kernels.ops.hopper import fp8_mixer
 
-    kernels = of_attention if _attend(blocks) else fp8_mixer
-    return kernels if kernels.fits(state, blocks, context.num_heads) else None
+    if not _attend(blocks):
+        return fp8_mixer.reasoning_module if fp8_mixer.fits(state, blocks, context.num_heads) else None
+    if not of_attention.fits(state, blocks, context.num_heads):
+        return None
+    return functools.partial(of_attention.reasoning_module, gluon=attend is attention.get("gluon"))
 
 
 @torch.no_grad()

@@ -81,6 +81,10 @@ class Shared:
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.memory.view(*shape))
 
+    def _reinterpret(self, dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
+        numbers = self.memory.view(-1).view(dtype.torch)
+        return Shared(numbers[: math.prod(shape)].view(*shape))
+
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.memory.permute(*order))
 

@@ -14,6 +14,7 @@ if not triton.__version__.startswith("3.6."):
 
 from hrm.kernels import naive  # noqa: E402
 from hrm.kernels.naive import RotaryTables, rotary_tables  # noqa: E402
+from hrm.kernels.ops.e4m3 import E4M3  # noqa: E402
 from hrm.kernels.ops.hopper import attention as hopper_attention  # noqa: E402
 from tests.helpers.fake_gluon import Descriptor, FakeGluon, Number, Pointer, on_cpu  # noqa: E402
 
@@ -22,10 +23,12 @@ DEVICE = "cuda" if ON_HOPPER else "cpu"
 HEAD_SIZE = 64
 
 
-def run_on_cpu(qkv: Tensor, rotary: RotaryTables, num_heads: int, multiprocessors: int) -> tuple[Tensor, Tensor]:
+def run_on_cpu(
+    qkv: Tensor, rotary: RotaryTables, num_heads: int, multiprocessors: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """`hopper_attention.attention_forward` on a GPU of so many multiprocessors."""
     batch, tokens, width = qkv.shape
-    out = torch.full((batch, tokens, width // 3), math.nan, dtype=qkv.dtype)
+    out = torch.full((batch, tokens, width // 3), math.nan).to(dtype or qkv.dtype)
     lse = torch.full((batch, num_heads, tokens), math.nan)
     programs, _ = hopper_attention._programs(batch, tokens, num_heads, multiprocessors)
     for program in range(programs):
@@ -85,6 +88,19 @@ def test_on_the_cpu(batch: int, tokens: int, num_heads: int, multiprocessors: in
     check(run_on_cpu(qkv, rotary, num_heads, multiprocessors), definition(qkv, rotary, num_heads))
 
 
+def test_on_the_cpu_in_e4m3() -> None:
+    """Rounded once, from what is in float32: on the CPU, to the number that the float64 result lies next to."""
+    qkv, rotary = draw(1, 700, 1, torch.float16)
+    out, _ = run_on_cpu(qkv, rotary, 1, 1, E4M3)
+    assert_rounded_to_e4m3(out, definition(qkv, rotary, 1)[0])
+
+
+def assert_rounded_to_e4m3(out: Tensor, exact: Tensor) -> None:
+    """As far off as rounding alone makes it, but where probabilities in 16 bit lead to the number beside."""
+    error, least = ((x.double() - exact).norm() / exact.norm() for x in (out, exact.float().to(E4M3)))
+    assert error < 1.01 * least
+
+
 def test_shared_memory_holds_what_it_takes() -> None:
     for tokens in range(513, 1100):
         rows = (tokens - 1) // 128 * 128 + 2 * hopper_attention._rest(tokens) + 2 * 192
@@ -118,3 +134,5 @@ def test_on_the_gpu(batch: int, tokens: int, dtype: torch.dtype) -> None:
         again, none = hopper_attention.attention_forward(qkv, rotary.cos, rotary.sin, 8, save_lse=False)
         assert none is None
         assert torch.equal(out, again)
+    rounded, _ = hopper_attention.attention_forward(qkv, rotary.cos, rotary.sin, 8, save_lse=False, dtype=E4M3)
+    assert_rounded_to_e4m3(rounded[:1], definition(qkv[:1], rotary, 8)[0])

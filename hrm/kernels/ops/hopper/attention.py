@@ -331,9 +331,11 @@ def _attend(
             mbarrier.arrive(v_empty.index(stage), count=1)
             step += 1
 
-        q.store((mixed * (1.0 / total)[:, None]).to(dtype))
+        # The result leaves from where its queries were, of which it takes no more bytes.
+        result = q_tile._reinterpret(out_desc.dtype, out_desc.block_type.shape, out_desc.layout)
+        result.reshape([_ROWS, K]).store((mixed * (1.0 / total)[:, None]).to(out_desc.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [batch, row, head * K], q_tile)
+        tma.async_copy_shared_to_global(out_desc, [batch, row, head * K], result)
         if lse is not None:
             rows = row + gl.arange(0, _ROWS, rows_layout)
             gl.store(lse + (tile // TILES).to(gl.int64) * T + rows, peak * SCALE + gl.log2(total), rows < T)
@@ -457,11 +459,14 @@ def pays(qkv: Tensor, num_heads: int) -> bool:
 
 
 def attention_forward(
-    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, *, save_lse: bool
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, *, save_lse: bool, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The result [B, T, D] of contiguous `qkv` [B, T, 3 D] and, if it is to be saved, `lse` [B, N, T] in base 2."""
+    """The result [B, T, D] of contiguous `qkv` [B, T, 3 D] and, if it is to be saved, `lse` [B, N, T] in base 2.
+
+    The result is in the dtype of `qkv`, or in `dtype`: torch.float8_e4m3fn.
+    """
     batch, tokens, width = qkv.shape
-    out = qkv.new_empty(batch, tokens, width // 3)
+    out = qkv.new_empty(batch, tokens, width // 3, dtype=dtype)
     lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32) if save_lse else None
     programs, _ = _programs(batch, tokens, num_heads, multiprocessor_count(qkv.device))
     _forward_kernel[(programs,)](

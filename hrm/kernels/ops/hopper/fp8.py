@@ -372,13 +372,15 @@ def reasoning_module(
     injection: Tensor,
     blocks: Sequence[Fp8BlockWeights],
     context: KernelContext,
+    *,
+    gluon: bool,
 ) -> Tensor:
-    """As `hrm.kernels.fp8.reasoning_module`, for operands that it `fits`."""
+    """As `hrm.kernels.fp8.reasoning_module`, for operands that it `fits`; `gluon` as in `triton.attention`."""
     batch, tokens, width = state.shape
     x, rounded = add(state.contiguous().view(-1, width), injection.contiguous().view(-1, width))
     for i, weights in enumerate(blocks):
         qkv = linear(rounded, weights.qkv, x.dtype).view(batch, tokens, 3 * width)
-        mixed = attention_in_e4m3(qkv, context.rotary, context.num_heads).view(-1, width)
+        mixed = attention_in_e4m3(qkv, context.rotary, context.num_heads, gluon=gluon).view(-1, width)
         x, rounded = linear_residual_rms(mixed, weights.o, x, context.eps)
         inner = linear_swiglu(rounded, weights.gate_up)
         x, rounded = linear_residual_rms(inner, weights.down, x, context.eps, only_y=i + 1 == len(blocks))

@@ -90,11 +90,11 @@ def attention(qkv: Tensor, rotary: RotaryTables | None, num_heads: int, *, gluon
     return result
 
 
-def attention_in_e4m3(qkv: Tensor, rotary: RotaryTables | None, num_heads: int) -> Tensor:
+def attention_in_e4m3(qkv: Tensor, rotary: RotaryTables | None, num_heads: int, *, gluon: bool = False) -> Tensor:
     """The result of `attention` rounded to torch.float8_e4m3fn once, from float32; it cannot be differentiated."""
     check_projection(qkv, rotary, num_heads)
     qkv = qkv.contiguous()
     cos, sin = (None, None) if rotary is None else rotary
     if holds_head(qkv):
         return short_forward(qkv, cos, sin, num_heads, torch.float8_e4m3fn)
-    return long_forward(qkv, cos, sin, num_heads, save_lse=False, dtype=torch.float8_e4m3fn)[0]
+    return long_forward(qkv, cos, sin, num_heads, save_lse=False, dtype=torch.float8_e4m3fn, gluon=gluon)[0]

@@ -303,7 +303,7 @@ def long_forward(
         from hrm.kernels.ops.hopper import attention as hopper_attention
 
         if hopper_attention.pays(qkv, num_heads):
-            return hopper_attention.attention_forward(qkv, cos, sin, num_heads, save_lse=save_lse)
+            return hopper_attention.attention_forward(qkv, cos, sin, num_heads, save_lse=save_lse, dtype=dtype)
     batch, tokens, _ = qkv.shape
     k = _rotate_keys(qkv, cos, sin, num_heads)
     out = empty_result(qkv, dtype)
