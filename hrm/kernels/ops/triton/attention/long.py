@@ -277,6 +277,18 @@ def _resources(qkv: Tensor, num_heads: int) -> dict[str, int]:
     return {"num_warps": 4, "num_stages": 3, "maxnreg": 128}
 
 
+def _backward_tiles(qkv: Tensor, num_heads: int) -> tuple[int, int, dict[str, int]]:
+    """Rows that a program keeps and rows that stream by at a time, which cost registers twice; and `_resources`.
+
+    With 168 registers a thread, three programs share a Hopper SM. Tiles half as long and four programs take longer.
+    """
+    if qkv.element_size() == 4:
+        return 32, 32, _resources(qkv, num_heads)
+    if shape_constants(qkv, num_heads)["K"] > 64:
+        return 64, 32, _resources(qkv, num_heads)
+    return 64, 64, {"num_warps": 4, "num_stages": 3, "maxnreg": 168}
+
+
 def _rotate_keys(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int) -> Tensor:
     """k [B, T, D], rotated, in the kernels' order of features."""
     rotated = empty_result(qkv)
@@ -324,9 +336,8 @@ def long_backward(
     # lse, a gap, delta, a gap: a row of 16 bytes is what one asynchronous copy carries.
     row_statistics = lse.new_empty(*lse.shape, 4)
     d_qkv = torch.empty_like(qkv)
-    # The side that a program keeps has longer tiles than the side that streams by, which costs registers twice.
-    kept, streamed = (32, 32) if qkv.element_size() == 4 else (64, 32)
-    sizes = _tiles(qkv, num_heads, kept, streamed) | _resources(qkv, num_heads)
+    kept, streamed, resources = _backward_tiles(qkv, num_heads)
+    sizes = _tiles(qkv, num_heads, kept, streamed) | resources
     grid = (qkv.shape[0] * num_heads * sizes["TILES"],)
     _tiled_dq_kernel[grid](
         grad, qkv, k, cos, sin, out, lse, d_qkv, rotated_q, row_statistics, **sizes, ROWS=kept, KEYS=streamed
