@@ -347,7 +347,7 @@ def from_pretrained(
     """A trained model, ready to answer puzzles.
 
     Args:
-        name: a model that comes with the package (`sudoku`), a run folder, a weights file, a folder that
+        name: a model that comes with the package (`sudoku`, `maze`), a run folder, a weights file, a folder that
             `save_pretrained` wrote, the URL of one of these, or a hub id such as owner/name.
         device: cuda, cuda:1, mps or cpu; auto: the first of these that is available.
         dtype: to compute in, such as float32; auto: as in training, but float32 where a CPU has no instructions for
