@@ -30,13 +30,6 @@ PRODUCTS = [
 Function = Callable[..., Any]  # a tensor or several
 
 
-def need_gib(wanted: float) -> None:
-    """Skip a test for which the GPU has too little memory free, as where several processes share it."""
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < wanted:
-        pytest.skip(f"it needs {wanted:g} GiB of the GPU's memory, and {free:.1f} are free")
-
-
 def draw(
     device: str, dtype: torch.dtype, *shapes: Sequence[int], scale: float = 1.0, seed: int = 0, grad: bool = True
 ) -> list[Tensor]:

@@ -1,10 +1,12 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from hrm.errors import UserError
 from hrm.kernels import ops
 from hrm.kernels.ops.dropout import random_bits
-from tests.helpers.operations import DEVICES, DTYPES, assert_accurate, assert_compiles, draw, need_gib
+from tests.helpers.operations import DEVICES, DTYPES, assert_accurate, assert_compiles, draw
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -63,7 +65,7 @@ def test_operator(device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-def test_more_elements_than_32_bits_count() -> None:
+def test_more_elements_than_32_bits_count(need_gib: Callable[[float], None]) -> None:
     need_gib(20)
     x = torch.ones(2**32 + 5000, device="cuda", dtype=torch.bfloat16)
     out = ops.dropout(x, 0.5, 1)

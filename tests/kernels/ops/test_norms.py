@@ -1,5 +1,6 @@
 """`layer_norm` and `rms_norm`, which share their kernels."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from hrm.errors import UserError
 from hrm.kernels import ops
-from tests.helpers.operations import DEVICES, DTYPES, assert_accurate, assert_compiles, draw, need_gib, results
+from tests.helpers.operations import DEVICES, DTYPES, assert_accurate, assert_compiles, draw, results
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -113,7 +114,7 @@ def test_on_models_sizes(name: str, dtype: torch.dtype, shape: tuple[int, ...]) 
 @NAMES
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-def test_more_elements_than_32_bits_count(name: str) -> None:
+def test_more_elements_than_32_bits_count(name: str, need_gib: Callable[[float], None]) -> None:
     need_gib(20)
     x = torch.randn(2**22 + 3, 1024, device="cuda", dtype=torch.bfloat16)
     torch.testing.assert_close(NORMS[name](x)[-8:], NORMS[name].naive(x[-8:]))

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from hrm.errors import UserError
 from hrm.kernels import ops
-from tests.helpers.operations import DEVICES, DTYPES, assert_accurate, assert_compiles, draw, need_gib
+from tests.helpers.operations import DEVICES, DTYPES, assert_accurate, assert_compiles, draw
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -87,7 +88,7 @@ def test_on_models_sizes(dtype: torch.dtype, shape: tuple[int, ...], dim: int) -
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-def test_more_elements_than_32_bits_count() -> None:
+def test_more_elements_than_32_bits_count(need_gib: Callable[[float], None]) -> None:
     need_gib(20)
     x = torch.randn(2**22 + 3, 1024, device="cuda", dtype=torch.bfloat16)
     torch.testing.assert_close(ops.softmax(x)[-8:], torch.softmax(x[-8:], -1))

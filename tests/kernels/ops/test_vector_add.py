@@ -1,9 +1,11 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from hrm.errors import UserError
 from hrm.kernels import ops
-from tests.helpers.operations import DEVICES, DTYPES, assert_accurate, assert_compiles, draw, need_gib
+from tests.helpers.operations import DEVICES, DTYPES, assert_accurate, assert_compiles, draw
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -34,7 +36,7 @@ def test_strides(device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-def test_more_elements_than_32_bits_count() -> None:
+def test_more_elements_than_32_bits_count(need_gib: Callable[[float], None]) -> None:
     need_gib(10)
     x = torch.ones(2**31 + 5, device="cuda", dtype=torch.bfloat16)
     x[-3:] = 2
