@@ -70,7 +70,7 @@ def run_on_cpu(
     programs = min(batch * -(-width // 64), multiprocessors)
     for program in range(programs):
         gluon = FakeGluon(program, programs, seed=program)
-        on_cpu(hopper_mixer, "_mix_tokens_kernel", gluon, _sigmoid=torch.sigmoid)(
+        on_cpu(hopper_mixer, "_mix_tokens_kernel", gluon, _tanh=torch.tanh)(
             *descriptors,
             None if rounded is None else Pointer(rounded),
             Number(batch),

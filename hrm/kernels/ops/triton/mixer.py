@@ -23,12 +23,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hrm.kernels.blocks import MixerWeights, NormGatedMixerWeights
 from hrm.kernels.ops.hopper import device as hopper
-from hrm.kernels.ops.triton.common import multiprocessor_count, row_wise, stages, tile_rows
+from hrm.kernels.ops.triton.common import multiprocessor_count, row_wise, shared_memory, stages, tile_rows
 
 # As in `ops.triton.linear`, which says why.
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 64, 64
 _PROGRAMS_PER_MULTIPROCESSOR = 2
-# The fastest of six on an H100 (384 sequences of 88 tokens, width 512): a fixed one, so that sums have one order.
+# Among the fastest on an H200 (384 sequences of 88 tokens, width 512): fixed ones, so that sums have one order.
 _FEATURES, _HIDDEN = 64, 64
 MOST_TOKENS = 128  # of a sequence, which one program holds whole
 
@@ -57,24 +57,26 @@ def _mix_tokens_kernel(
     x = tl.load(state + at, inside, 0)
     if injection is not None:
         x = (x.to(tl.float32) + tl.load(injection + at, inside, 0).to(tl.float32)).to(x.dtype)
-    mixed = tl.zeros((TOKENS, FEATURES), tl.float32)
+    # With features as rows, what the first matmul leaves in registers is the left operand of the second.
+    x = x.T
+    mixed = tl.zeros((FEATURES, TOKENS), tl.float32)
     squares = tl.zeros((FEATURES,), tl.float32)
     for begin in range(0, G, HIDDEN):
         hidden = begin + tl.arange(0, HIDDEN)
         weight_at = hidden[:, None] * T + tokens[None, :]
         known = (hidden < G)[:, None] & (tokens < T)[None, :]
-        gate = tl.dot(tl.load(gate_up + weight_at, known, 0), x, input_precision="ieee")
-        up = tl.dot(tl.load(gate_up + G * T + weight_at, known, 0), x, input_precision="ieee")
+        gate = tl.dot(x, tl.load(gate_up + weight_at, known, 0).T, input_precision="ieee")
+        up = tl.dot(x, tl.load(gate_up + G * T + weight_at, known, 0).T, input_precision="ieee")
         product = gate * up
-        squares += tl.sum(product * product, 0)
+        squares += tl.sum(product * product, 1)
         inner = (product * tl.sigmoid(gate)).to(x.dtype)
         down_at = tokens[:, None] * G + hidden[None, :]
         known_down = (tokens < T)[:, None] & (hidden < G)[None, :]
-        mixed = tl.dot(tl.load(down + down_at, known_down, 0), inner, mixed, input_precision="ieee")
+        mixed = tl.dot(inner, tl.load(down + down_at, known_down, 0).T, mixed, input_precision="ieee")
     if NORMED:
-        mixed = mixed * tl.rsqrt(squares / G + eps)[None, :]
-    total = x.to(tl.float32) + mixed  # rows from T on are zeros
-    y = total * tl.rsqrt(tl.sum(total * total, 0) / T + eps)[None, :]
+        mixed = mixed * tl.rsqrt(squares / G + eps)[:, None]
+    total = x.to(tl.float32) + mixed  # columns from T on are zeros
+    y = (total * tl.rsqrt(tl.sum(total * total, 1) / T + eps)[:, None]).T
     tl.store(out + at, y, inside)
     if rounded is not None:
         tl.store(rounded + at, y.to(rounded.dtype.element_ty), inside)
@@ -190,7 +192,7 @@ def mix_tokens(
         _FEATURES,
         _HIDDEN,
         num_warps=4,
-        num_stages=1,
+        num_stages=2 if shared_memory(state.device) >= 116 * 1024 else 1,
     )
     return out
 
