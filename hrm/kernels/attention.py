@@ -164,7 +164,7 @@ PROVIDERS = {
     "fa3": Provider(_FA3.load, _FA3.why_not, compiles=False),
     "fa4": Provider(_load_fa4, _FA4.why_not, compiles=False),
     "triton": Provider(_load_triton, why_not_triton_attention),
-    "gluon": Provider(_load_gluon, _why_not_gluon),  # as triton, but long sequences forward by kernels for Hopper
+    "gluon": Provider(_load_gluon, _why_not_gluon),  # as triton, but forward by kernels for Hopper where they pay
 }
 
 # The fastest first by compute capability, for short and long sequences, forward and backward, compiled or not:
