@@ -58,7 +58,7 @@ def test_swiglu(rows: int, inputs: int, inner: int, programs: int, save: bool, a
     rstd, shifts = torch.full((2, rows), math.nan)
     squares = torch.full((inner // 64, rows), math.nan)
     for program in range(programs):
-        on_cpu(hopper_linear, "_swiglu_kernel", FakeGluon(program, programs, seed=program))(
+        on_cpu(hopper_linear, "_swiglu_kernel", FakeGluon(program, programs, seed=program), sigmoid=torch.sigmoid)(
             Descriptor(x, 128, 64),
             Descriptor(gate_up.view(2, inner, inputs), 2, 64, 64),
             Descriptor(out, 128, 64),
@@ -97,11 +97,11 @@ def test_swiglu(rows: int, inputs: int, inner: int, programs: int, save: bool, a
 
 
 def pack(x: Block, dtype: torch.dtype) -> Block:
-    return x.half()  # type: ignore[return-value]
+    return x.half().contiguous().view(torch.int32)  # type: ignore[return-value]
 
 
 def unpack(words: Block, dtype: torch.dtype, layout: object) -> Block:
-    return words.float()  # type: ignore[return-value]
+    return words.contiguous().view(torch.float16).float()  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(("rows", "inputs", "programs"), [(300, 64, 2), (128, 192, 1), (5, 512, 3)])
@@ -172,7 +172,8 @@ def test_shared_rows(rows: int, inputs: int, outputs: int, programs: int, rounde
         on_cpu(shared_rows, "_shared_rows_kernel", gluon, _wait_for=wait_for, pack=pack, unpack=unpack)(
             Descriptor(x, 64, 64),
             Descriptor(weight, 256, 64),
-            *(Descriptor(rows_of, 64, 64) for rows_of in (residual, y, y8)),
+            Pointer(residual.view(torch.int32)),
+            *(Descriptor(rows_of, 64, 64) for rows_of in (y, y8)),
             Pointer(squares) if divided else None,
             Pointer(sums),
             None if rounded else Pointer(rstd),

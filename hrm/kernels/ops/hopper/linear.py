@@ -33,6 +33,7 @@ from hrm.kernels.ops.hopper.common import (
     descriptor,
     multiprocessor_count,
     run_of,
+    sigmoid,
     store_squares,
     store_tile,
 )
@@ -221,13 +222,14 @@ def _swiglu_multiply(
         if NORM:
             acc = acc * gl.expand_dims(factors, 1)
         gate, up = acc.reshape([BLOCK_M, 2, BLOCK_N]).permute([0, 2, 1]).split()
+        product = gate * up
         if squares is not None:
-            store_squares(squares, gate * up, m, n, M, F)
+            store_squares(squares, product, m, n, M, F, 1.0)
         if SAVE:
             store_tile(gate_desc, m, n, gate, staging, 0)
             store_tile(up_desc, m, n, up, staging, 0)
         if ACTIVATE:
-            store_tile(out_desc, m, n, gate * up / (1.0 + gl.exp(-gate)), staging, 0)
+            store_tile(out_desc, m, n, product * sigmoid(gate), staging, 0)
     tma.store_wait(0)
 
 

@@ -42,8 +42,8 @@ from hrm.kernels.ops.hopper.common import (
 from hrm.kernels.ops.hopper.residual_rms import pack, unpack
 
 SHARE = 256  # columns of a program
-# Of 16 KiB of x and 32 KiB of weights, beside 64 KiB for residual and output and 16 for the output in e4m3.
-_STAGES = 3
+# Of 16 KiB of x and 32 KiB of weights, beside 32 KiB for output; or 16 more for the output in e4m3.
+_STAGES, _STAGES_ROUNDING = 4, 3
 _LINE = 128  # bytes of a row of an operand's tile
 _LEAST_SLICES = 5  # of a tile, there are more: so long it takes to finish the tile before
 
@@ -132,12 +132,22 @@ def _slice(
 
 
 @gluon.jit
-def _add_residual(x: gl.tensor, residual: gl.shared_memory_descriptor, factors: gl.tensor) -> Any:
+def _residual(at: gl.tensor, J: gl.constexpr, width: gl.tensor, rows_left: gl.tensor, words: gl.tensor) -> Any:
+    """A quarter of the residual's columns, packed as `words` are, from the first word of the rows on."""
+    rows = gl.arange(0, words.type.shape[0], gl.SliceLayout(1, words.type.layout))
+    columns = J * words.type.shape[1] + gl.arange(0, words.type.shape[1], gl.SliceLayout(0, words.type.layout))
+    inside = gl.expand_dims(rows < rows_left, 1)
+    return gl.load(at + gl.expand_dims(rows, 1) * width + gl.expand_dims(columns, 0), inside, other=0)
+
+
+@gluon.jit
+def _add_residual(x: gl.tensor, residual: gl.tensor, factors: gl.tensor, dtype: gl.constexpr) -> Any:
     """x, its rows times `factors`, + residual, packed, and the sums of its squares in each row."""
     of_rows: gl.constexpr = gl.SliceLayout(1, x.type.layout)
     factors = gl.convert_layout(factors, of_rows, assert_trivial=True)
-    x = x * gl.expand_dims(factors, 1) + residual.load(x.type.layout).to(gl.float32)
-    return pack(x, residual.dtype), gl.sum(x * x, 1)
+    layout: gl.constexpr = x.type.layout
+    x = x * gl.expand_dims(factors, 1) + unpack(residual, dtype, layout)
+    return pack(x, dtype), gl.sum(x * x, 1)
 
 
 @gluon.jit
@@ -182,15 +192,14 @@ def _store_quarter(
     m, n = at
     y = unpack(words, staging.dtype, layout) * gl.expand_dims(scale, 1)
     n += J * y.type.shape[1]
-    staging.index(J).store(y.to(staging.dtype))
+    tma.store_wait(2 if ROUND else 1)  # What left from this buffer, two quarters ago, has been read.
+    staging.index(J % 2).store(y.to(staging.dtype))
     if ROUND:
-        if J >= 2:
-            tma.store_wait(2)  # What left from this buffer two quarters ago, as the last but two, has been read.
         staging8.index(J % 2).store(y.to(staging8.dtype))
     fence_async_shared()
     if ROUND:
         tma.async_copy_shared_to_global(y8_desc, [m, n], staging8.index(J % 2))
-    tma.async_copy_shared_to_global(y_desc, [m, n], staging.index(J))
+    tma.async_copy_shared_to_global(y_desc, [m, n], staging.index(J % 2))
 
 
 @gluon.jit
@@ -198,6 +207,7 @@ def _multiply(
     GROUP: gl.constexpr,
     descs: gl.tuple,
     rings: gl.tuple,
+    residual: gl.tensor,
     stagings: gl.tuple,
     barriers: gl.tuple,
     vectors: gl.tuple,
@@ -215,10 +225,8 @@ def _multiply(
 
     What a tile becomes waits in 16 bit for its norm, and is finished while the first slices of the next are multiplied.
     """
-    residual_desc, y_desc, y8_desc = descs
     x_ring, weight_ring = rings
-    staging = stagings[0]
-    full, empty, residual_full = barriers
+    empty = barriers[1]
     squares, sums, _, factors_out = vectors
     tiles, K = work
     BLOCK_M: gl.constexpr = x_ring.type.shape[1]
@@ -227,9 +235,8 @@ def _multiply(
     # A matrix instruction takes 32 bytes of each row.
     inputs: gl.constexpr = 256 // x_ring.dtype.primitive_bitwidth
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, inputs])
-    dtype: gl.constexpr = staging.dtype
-    results = (y_desc, y8_desc)
-    of_slices = (full, empty)
+    dtype: gl.constexpr = stagings[0].dtype
+    width = SHARES * (BLOCK_N // 2)  # of a row in words
     height = 2 * tiles * BLOCK_M
     sizes = (M, height)
     share = gl.program_id(0) % SHARES
@@ -245,11 +252,10 @@ def _multiply(
     d = pack(d, dtype)
     scale = total
     step = 0
-    phase = 0
     before = 0  # the first row of the tile that is to be finished
     for tile in range(first, tiles, gl.num_programs(0) // SHARES):
         m = (2 * tile + GROUP) * BLOCK_M
-        acc = _slice(acc, step, GROUP, rings, of_slices, True, STAGES)
+        acc = _slice(acc, step, GROUP, rings, barriers, True, STAGES)
         factors = gl.full([BLOCK_M], SCALE, gl.float32, gl.SliceLayout(1, layout))
         if squares is not None:
             found = _factors(squares, m, M, eps, layout, BLOCK_M, PARTS, UNITS)
@@ -257,54 +263,47 @@ def _multiply(
             if factors_out is not None:
                 rows = m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
                 gl.store(factors_out + rows, found, (rows < M) & (share == 0))
-        acc = _slice(acc, step + 1, GROUP, rings, of_slices, False, STAGES)
-        acc = _slice(acc, step + 2, GROUP, rings, of_slices, False, STAGES)
+        acc = _slice(acc, step + 1, GROUP, rings, barriers, False, STAGES)
+        acc = _slice(acc, step + 2, GROUP, rings, barriers, False, STAGES)
         if tile != first:
             scale = _row_scale(total, before, share, vectors, sizes, eps, SHARES, BLOCK_N)
-            _store_quarter(0, a, scale, of_quarter, results, (before, n), stagings, ROUND)
-        acc = _slice(acc, step + 3, GROUP, rings, of_slices, False, STAGES)
+            _store_quarter(0, a, scale, of_quarter, descs, (before, n), stagings, ROUND)
+        acc = _slice(acc, step + 3, GROUP, rings, barriers, False, STAGES)
         if tile != first:
-            _store_quarter(1, b, scale, of_quarter, results, (before, n), stagings, ROUND)
-        acc = _slice(acc, step + 4, GROUP, rings, of_slices, False, STAGES)
+            _store_quarter(1, b, scale, of_quarter, descs, (before, n), stagings, ROUND)
+        acc = _slice(acc, step + 4, GROUP, rings, barriers, False, STAGES)
         if tile != first:
-            _store_quarter(2, c, scale, of_quarter, results, (before, n), stagings, ROUND)
-        acc = _slice(acc, step + 5, GROUP, rings, of_slices, False, STAGES)
+            _store_quarter(2, c, scale, of_quarter, descs, (before, n), stagings, ROUND)
+        acc = _slice(acc, step + 5, GROUP, rings, barriers, False, STAGES)
         if tile != first:
-            _store_quarter(3, d, scale, of_quarter, results, (before, n), stagings, ROUND)
+            _store_quarter(3, d, scale, of_quarter, descs, (before, n), stagings, ROUND)
         step += 6
-        if 6 * BLOCK_K < K:
-            acc = _slice(acc, step, GROUP, rings, of_slices, False, STAGES)
-            step += 1
-        tma.store_wait(0)
-        gl.thread_barrier()
-        mbarrier.expect(residual_full, 4 * residual_desc.block_type.nbytes)
-        for j in gl.static_range(4):
-            at = [m, n + j * (BLOCK_N // 4)]
-            tma.async_copy_global_to_shared(residual_desc, at, residual_full, staging.index(j))
-        for _k in range(7 * BLOCK_K, K, BLOCK_K):
-            acc = _slice(acc, step, GROUP, rings, of_slices, False, STAGES)
+        words = residual + m.to(gl.int64) * width + n // 2
+        a = _residual(words, 0, width, M - m, a)
+        b = _residual(words, 1, width, M - m, b)
+        c = _residual(words, 2, width, M - m, c)
+        d = _residual(words, 3, width, M - m, d)
+        for _k in range(6 * BLOCK_K, K, BLOCK_K):
+            acc = _slice(acc, step, GROUP, rings, barriers, False, STAGES)
             step += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
 
-        mbarrier.wait(residual_full, phase)
-        phase ^= 1
         w, x, y, z = quarters(acc)
-        a, squares_a = _add_residual(w, staging.index(0), factors)
-        b, squares_b = _add_residual(x, staging.index(1), factors)
-        c, squares_c = _add_residual(y, staging.index(2), factors)
-        d, squares_d = _add_residual(z, staging.index(3), factors)
-        fence_async_shared()  # orders these reads before the copy engine's next writes
+        a, squares_a = _add_residual(w, a, factors, dtype)
+        b, squares_b = _add_residual(x, b, factors, dtype)
+        c, squares_c = _add_residual(y, c, factors, dtype)
+        d, squares_d = _add_residual(z, d, factors, dtype)
         total = squares_a + squares_b + squares_c + squares_d
         before = m
         if SHARES > 1:
             rows = m + gl.arange(0, BLOCK_M, total.type.layout)
             gl.store(sums + share * height + rows, total)
     scale = _row_scale(total, before, share, vectors, sizes, eps, SHARES, BLOCK_N)
-    _store_quarter(0, a, scale, of_quarter, results, (before, n), stagings, ROUND)
-    _store_quarter(1, b, scale, of_quarter, results, (before, n), stagings, ROUND)
-    _store_quarter(2, c, scale, of_quarter, results, (before, n), stagings, ROUND)
-    _store_quarter(3, d, scale, of_quarter, results, (before, n), stagings, ROUND)
+    _store_quarter(0, a, scale, of_quarter, descs, (before, n), stagings, ROUND)
+    _store_quarter(1, b, scale, of_quarter, descs, (before, n), stagings, ROUND)
+    _store_quarter(2, c, scale, of_quarter, descs, (before, n), stagings, ROUND)
+    _store_quarter(3, d, scale, of_quarter, descs, (before, n), stagings, ROUND)
     tma.store_wait(0)
 
 
@@ -312,7 +311,7 @@ def _multiply(
 def _shared_rows_kernel(
     x_desc: tma.tensor_descriptor,
     weight_desc: tma.tensor_descriptor,
-    residual_desc: tma.tensor_descriptor,
+    residual: gl.tensor,
     y_desc: tma.tensor_descriptor,
     y8_desc: tma.tensor_descriptor,
     squares: gl.tensor,
@@ -329,14 +328,17 @@ def _shared_rows_kernel(
     STAGES: gl.constexpr,
     ROUND: gl.constexpr,
 ) -> None:
-    """sums: [SHARES, M], M filled up to whole tiles, of -1: gets those of the squares of each share of the rows."""
+    """residual: two neighbouring columns in a word.
+
+    sums: [SHARES, M], M filled up to whole tiles, of -1: gets those of the squares of each share of the rows.
+    """
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     BLOCK_N: gl.constexpr = weight_desc.block_type.shape[0]
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     weight_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
-    first = gl.allocate_shared_memory(y_desc.dtype, [4, BLOCK_M, BLOCK_N // 4], y_desc.layout)
-    second = gl.allocate_shared_memory(y_desc.dtype, [4, BLOCK_M, BLOCK_N // 4], y_desc.layout)
+    first = gl.allocate_shared_memory(y_desc.dtype, [2, BLOCK_M, BLOCK_N // 4], y_desc.layout)
+    second = gl.allocate_shared_memory(y_desc.dtype, [2, BLOCK_M, BLOCK_N // 4], y_desc.layout)
     first8 = first
     second8 = second
     if ROUND:
@@ -344,14 +346,12 @@ def _shared_rows_kernel(
         second8 = gl.allocate_shared_memory(y8_desc.dtype, [2, BLOCK_M, BLOCK_N // 4], y8_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    residual_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)  # Both groups read the weights.
-    for group in gl.static_range(2):
-        mbarrier.init(residual_full.index(group), count=1)
     work = (gl.cdiv(M, 2 * BLOCK_M), K)
-    results = (residual_desc, y_desc, y8_desc)
+    results = (y_desc, y8_desc)
+    barriers = (full, empty)
     rings = (x_ring, weight_ring)
     vectors = (squares, sums, rstd, factors)
     gl.warp_specialize(
@@ -362,8 +362,9 @@ def _shared_rows_kernel(
                     0,
                     results,
                     rings,
+                    residual,
                     (first, first8),
-                    (full, empty, residual_full.index(0)),
+                    barriers,
                     vectors,
                     work,
                     M,
@@ -382,8 +383,9 @@ def _shared_rows_kernel(
                     1,
                     results,
                     rings,
+                    residual,
                     (second, second8),
-                    (full, empty, residual_full.index(1)),
+                    barriers,
                     vectors,
                     work,
                     M,
@@ -396,7 +398,7 @@ def _shared_rows_kernel(
                     ROUND,
                 ),
             ),
-            (_load, ((x_desc, weight_desc), rings, (full, empty), work, SHARES, STAGES)),
+            (_load, ((x_desc, weight_desc), rings, barriers, work, SHARES, STAGES)),
         ],
         [4, 1],
         [MULTIPLY_REGISTERS, LOAD_REGISTERS],
@@ -442,7 +444,7 @@ def linear_residual_rms(
     _shared_rows_kernel[(shares * min(tiles, multiprocessor_count(x.device) // shares),)](
         descriptor(x, ROWS // 2, inputs),
         descriptor(weight, SHARE, inputs),
-        descriptor(residual, *block),
+        residual.view(torch.int32),
         y_desc,
         y_desc if rounded is None else descriptor(rounded, *block),
         squares,
@@ -456,7 +458,7 @@ def linear_residual_rms(
         PARTS=0 if squares is None else len(squares),
         UNITS=1 if squares is None else K,
         SHARES=shares,
-        STAGES=_STAGES,
+        STAGES=_STAGES if rounded is None else _STAGES_ROUNDING,
         ROUND=rounded is not None,
         num_warps=4,
         maxnreg=START_REGISTERS,
