@@ -19,8 +19,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from hrm.kernels import ops
+from hrm.kernels.blocks import NormGatedMixerWeights
 from hrm.kernels.ops import operator
-from hrm.kernels.ops.triton import memory_mlp
+from hrm.kernels.ops.triton import memory_mlp, mixer
 
 
 def launch_without_running(capability: int) -> None:
@@ -64,6 +65,11 @@ def main() -> None:
     weights, momentum = (ops.MemoryWeights(*map(torch.ones, ((64, 64), 64, (64, 64), 64))) for _ in range(2))
     saved = ops.memory_mlp_forward_loss(k, v, *weights)
     ops.memory_mlp_backward_update_(saved, weights, momentum, torch.tensor(0.1), 0.9, 0.1, 1.0)
+    state = draw(2, 88, 64).detach()
+    shapes = ((512, 88), (88, 256), (384, 64), (64, 192))
+    mixing = NormGatedMixerWeights(*(draw(*shape).detach() for shape in shapes))
+    mixer.mix_tokens(state, state, mixing, 1e-5, torch.empty_like(state, dtype=torch.float8_e4m3fn))
+    mixer.mix_features(state.view(-1, 64), mixing, 1e-5)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from hrm.kernels import naive  # noqa: E402
 from hrm.kernels.blocks import MixerWeights, NormGatedMixerWeights  # noqa: E402
-from hrm.kernels.ops.triton import mixer_backward  # noqa: E402
+from hrm.kernels.ops.triton import mixer, mixer_backward  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 EPS = 1e-5
@@ -133,3 +133,12 @@ def test_a_state_may_be_injected_into_itself() -> None:
     twice = torch.autograd.grad(tokens(x, x, weights), x, grad)[0]
     other = x.detach().clone().requires_grad_()
     torch.testing.assert_close(twice, 2 * torch.autograd.grad(tokens(x, other, weights), other, grad)[0])
+
+
+@pytest.mark.parametrize("block_type", [MixerWeights, NormGatedMixerWeights])
+def test_mixed_tokens_in_another_format(block_type: type) -> None:
+    inputs, _ = draw(SIZES[1], DTYPES[0], 1.0, 1.0)
+    rounded = torch.empty_like(inputs[0], dtype=torch.float8_e4m3fn if ON_GPU else torch.float16)
+    y = mixer.mix_tokens(inputs[0], inputs[1], block_type(*inputs[2:]), EPS, rounded)
+    torch.testing.assert_close(rounded.double(), y.to(rounded.dtype).double(), rtol=0.13 * ON_GPU, atol=2**-9 * ON_GPU)
+    assert torch.equal(y, mixer.mix_tokens(inputs[0], inputs[1], block_type(*inputs[2:]), EPS))

@@ -108,7 +108,7 @@ def test_kernels_compile(capability: int) -> None:
     folder = ROOT / "hrm/kernels/ops/triton"
     names = {
         name
-        for file in ("asin", "dropout", "norm", "softmax", "vector_add", "memory_mlp_kernels")
+        for file in ("asin", "dropout", "norm", "softmax", "vector_add", "memory_mlp_kernels", "mixer")
         for name in re.findall(r"^def (\w+_kernel)\(", (folder / f"{file}.py").read_text(), re.MULTILINE)
     }
     assert set(compiled.split()) == names
