@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +19,7 @@ from hrm.kernels.naive import MixerWeights, NormGatedMixerWeights
 
 ON_GPU = torch.cuda.is_available()
 ON_HOPPER = ON_GPU and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_HOPPER, reason="no GPU of compute capability 9.0")]
+needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="no GPU of compute capability 9.0")
 EPS = 1e-5
 DTYPES = [torch.bfloat16, torch.float16]
 ROWS = [1, 127, 300, 12_345, 33_792]
@@ -28,6 +33,8 @@ def error(actual: Tensor, exact: Tensor) -> float:
     return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
+@pytest.mark.gpu
+@needs_hopper
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "inner"), [(512, 1536), (512, 512), (256, 776), (1024, 328)])
@@ -57,6 +64,8 @@ def test_shared_rows(rows: int, dtype: torch.dtype, width: int, inner: int) -> N
         assert error(y, expected) < 1.5 * error(expected.to(dtype), expected)
 
 
+@pytest.mark.gpu
+@needs_hopper
 @pytest.mark.parametrize("kind", [MixerWeights, NormGatedMixerWeights])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,3 +96,21 @@ def test_gated_and_the_rest(kind: Any, rows: int, dtype: torch.dtype, width: int
     assert projected is not None
     expected = x.double() @ weights.gate_up.double().T
     assert error(projected, expected) < 1.1 * error(expected.to(dtype), expected)
+
+
+@pytest.mark.slow
+def test_kernels_compile() -> None:
+    """Without a GPU."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        version = "none"
+    if not version.startswith("3.6."):
+        pytest.skip(f"the kernels are written for the Gluon of Triton 3.6, not {version}")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.helpers.compiling_hopper"]
+    root = Path(__file__).parents[2]
+    compiled = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=root).stdout
+    # In e4m3 and in 16 bit.
+    for kernel, times in {"_linear_kernel": 2, "_swiglu_kernel": 1, "_shared_rows_kernel": 3}.items():
+        assert compiled.split().count(kernel) == times
