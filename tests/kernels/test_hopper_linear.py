@@ -161,7 +161,7 @@ def wait_for(at: Pointer) -> Block:
 @pytest.mark.parametrize("divided", [False, True])
 def test_shared_rows(rows: int, inputs: int, outputs: int, programs: int, rounded: bool, divided: bool) -> None:
     x, weight, residual = draw((rows, inputs), (outputs, inputs), (rows, outputs))
-    y, y8 = empty(rows, outputs), empty(rows, outputs)
+    y, y8, kept = (empty(rows, outputs) for _ in range(3))
     rstd, factors = torch.full((2, rows), math.nan)
     squares = torch.rand(3, rows, generator=torch.Generator().manual_seed(0))
     shares = outputs // 256
@@ -174,6 +174,7 @@ def test_shared_rows(rows: int, inputs: int, outputs: int, programs: int, rounde
             Descriptor(weight, 256, 64),
             Pointer(residual.view(torch.int32)),
             *(Descriptor(rows_of, 64, 64) for rows_of in (y, y8)),
+            None if rounded else Descriptor(kept, 64, 64),
             Pointer(squares) if divided else None,
             Pointer(sums),
             None if rounded else Pointer(rstd),
@@ -192,6 +193,8 @@ def test_shared_rows(rows: int, inputs: int, outputs: int, programs: int, rounde
     with ThreadPoolExecutor(programs) as pool:  # those that share rows wait for one another
         list(pool.map(run, range(programs)))
     product = 0.5 * x.double() @ weight.double().T
+    if not rounded:
+        assert_rounded_once(kept, product)
     if divided:
         of_units = (squares.double().sum(0) / 20 + EPS).rsqrt()
         torch.testing.assert_close(factors.double(), of_units, rtol=1e-5, atol=0)

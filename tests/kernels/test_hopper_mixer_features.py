@@ -56,11 +56,15 @@ def test_shared_rows(rows: int, dtype: torch.dtype, width: int, inner: int) -> N
         assert error(y, expected) < 1.5 * error(expected.to(dtype), expected)  # rounded twice
         torch.testing.assert_close(rstd.double(), factors, rtol=1e-4, atol=0)
         assert error(rounded, expected) < 1.02 * error(expected.float().to(rounded.dtype), expected)
-        y = shared_rows.linear_residual_rms(x, weight, residual, EPS, squares=squares, scale=0.5, factors=rstd)
+        kept = torch.empty_like(residual)
+        y = shared_rows.linear_residual_rms(
+            x, weight, residual, EPS, squares=squares, scale=0.5, factors=rstd, product=kept
+        )
         factors = (squares.double().sum(0) / inner + EPS).rsqrt()
         torch.testing.assert_close(rstd.double(), factors, rtol=1e-4, atol=0)
-        product = 0.5 * x.double() @ weight.double().T * factors[:, None]
-        expected = naive.rms_norm(residual.double() + product, EPS)
+        product = 0.5 * x.double() @ weight.double().T
+        assert error(kept, product) < 1.1 * error(product.to(dtype), product)
+        expected = naive.rms_norm(residual.double() + product * factors[:, None], EPS)
         assert error(y, expected) < 1.5 * error(expected.to(dtype), expected)
 
 

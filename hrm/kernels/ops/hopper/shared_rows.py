@@ -38,6 +38,7 @@ from hrm.kernels.ops.hopper.common import (
     descriptor,
     multiprocessor_count,
     quarters,
+    store_tile,
 )
 from hrm.kernels.ops.hopper.residual_rms import pack, unpack
 
@@ -151,6 +152,20 @@ def _add_residual(x: gl.tensor, residual: gl.tensor, factors: gl.tensor, dtype: 
 
 
 @gluon.jit
+def _keep_quarter(
+    J: gl.constexpr,
+    x: gl.tensor,
+    product_desc: tma.tensor_descriptor,
+    at: gl.tuple,
+    staging: gl.shared_memory_descriptor,
+    SCALE: gl.constexpr,
+) -> None:
+    """Write a quarter of the columns of the product, before it is divided."""
+    m, n = at
+    store_tile(product_desc, m, n + J * x.type.shape[1], SCALE * x, staging.index(J % 2), 1)
+
+
+@gluon.jit
 def _row_scale(
     total: gl.tensor,
     m: gl.tensor,
@@ -187,7 +202,7 @@ def _store_quarter(
     ROUND: gl.constexpr,
 ) -> None:
     """Write a quarter of the columns, packed in `words`, to y and, with ROUND, also in e4m3."""
-    y_desc, y8_desc = descs
+    y_desc, y8_desc, _ = descs
     staging, staging8 = stagings
     m, n = at
     y = unpack(words, staging.dtype, layout) * gl.expand_dims(scale, 1)
@@ -226,6 +241,8 @@ def _multiply(
     What a tile becomes waits in 16 bit for its norm, and is finished while the first slices of the next are multiplied.
     """
     x_ring, weight_ring = rings
+    product_desc = descs[2]
+    staging = stagings[0]
     empty = barriers[1]
     squares, sums, _, factors_out = vectors
     tiles, K = work
@@ -235,7 +252,7 @@ def _multiply(
     # A matrix instruction takes 32 bytes of each row.
     inputs: gl.constexpr = 256 // x_ring.dtype.primitive_bitwidth
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, inputs])
-    dtype: gl.constexpr = stagings[0].dtype
+    dtype: gl.constexpr = staging.dtype
     width = SHARES * (BLOCK_N // 2)  # of a row in words
     height = 2 * tiles * BLOCK_M
     sizes = (M, height)
@@ -290,6 +307,11 @@ def _multiply(
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
 
         w, x, y, z = quarters(acc)
+        if product_desc is not None:
+            _keep_quarter(0, w, product_desc, (m, n), staging, SCALE)
+            _keep_quarter(1, x, product_desc, (m, n), staging, SCALE)
+            _keep_quarter(2, y, product_desc, (m, n), staging, SCALE)
+            _keep_quarter(3, z, product_desc, (m, n), staging, SCALE)
         a, squares_a = _add_residual(w, a, factors, dtype)
         b, squares_b = _add_residual(x, b, factors, dtype)
         c, squares_c = _add_residual(y, c, factors, dtype)
@@ -314,6 +336,7 @@ def _shared_rows_kernel(
     residual: gl.tensor,
     y_desc: tma.tensor_descriptor,
     y8_desc: tma.tensor_descriptor,
+    product_desc: tma.tensor_descriptor,
     squares: gl.tensor,
     sums: gl.tensor,
     rstd: gl.tensor,
@@ -350,7 +373,7 @@ def _shared_rows_kernel(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)  # Both groups read the weights.
     work = (gl.cdiv(M, 2 * BLOCK_M), K)
-    results = (y_desc, y8_desc)
+    results = (y_desc, y8_desc, product_desc)
     barriers = (full, empty)
     rings = (x_ring, weight_ring)
     vectors = (squares, sums, rstd, factors)
@@ -422,6 +445,7 @@ def linear_residual_rms(
     scale: float = 1.0,
     rstd: Tensor | None = None,
     factors: Tensor | None = None,
+    product: Tensor | None = None,
     rounded: Tensor | None = None,
 ) -> Tensor:
     """rms_norm(residual + scale x @ weight.T / rms(u)) of contiguous x [M, K] and weight [D, K], 16 bit or e4m3.
@@ -431,6 +455,7 @@ def linear_residual_rms(
             nothing is divided.
         rstd: gets 1 / rms of what is normalised, [M] float32.
         factors: gets 1 / rms(u), [M] float32.
+        product: gets scale x @ weight.T, [M, D]; not together with `rounded`.
         rounded: gets the result in e4m3, [M, D].
     """
     M, K = x.shape
@@ -447,6 +472,7 @@ def linear_residual_rms(
         residual.view(torch.int32),
         y_desc,
         y_desc if rounded is None else descriptor(rounded, *block),
+        None if product is None else descriptor(product, *block),
         squares,
         sums,
         rstd,
