@@ -31,7 +31,7 @@ def main() -> None:
         fp8.reasoning_module(state, state, fp8.quantize_blocks([weights]), KernelContext(None, 8, 1e-5))
     rows = state.view(-1, 512)
     inner, squares, _ = mixer_features.gated(rows, weights.gate_up, normed=True, save=False)
-    mixer_features.residual_rms(rows, inner, weights.down, squares, 1e-5)
+    mixer_features.residual_rms(rows, inner, weights.down, squares, 1e-5, save=True)
 
 
 if __name__ == "__main__":

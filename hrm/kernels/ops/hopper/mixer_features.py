@@ -9,6 +9,7 @@ Shapes: M = B T rows, D features, F inner width.
 
 from __future__ import annotations
 
+import torch
 import triton
 from torch import Tensor
 
@@ -36,9 +37,19 @@ def pays_for_residual_rms(inner: Tensor, down: Tensor) -> bool:
     return inner.itemsize == 2 and shared_rows.fits(inner, down) and _fill(inner)
 
 
-def residual_rms(x: Tensor, inner: Tensor, down: Tensor, squares: Tensor | None, eps: float) -> Tensor:
-    """rms_norm(x + inner @ down.T), the product divided by the root mean square of what `squares` are of, if given."""
-    return shared_rows.linear_residual_rms(inner, down, x, eps, squares=squares)
+def residual_rms(
+    x: Tensor, inner: Tensor, down: Tensor, squares: Tensor | None, eps: float, save: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """As `hrm.kernels.ops.triton.mixer.residual_rms`, where it pays."""
+    rstd = product = factors = None
+    if save:
+        rstd = x.new_empty(x.shape[0], dtype=torch.float32)
+        if squares is not None:
+            product, factors = torch.empty_like(x), torch.empty_like(rstd)
+    y = shared_rows.linear_residual_rms(
+        inner, down, x, eps, squares=squares, rstd=rstd, factors=factors, product=product
+    )
+    return y, product, rstd, factors
 
 
 def mix_features_in_e4m3(

@@ -199,13 +199,9 @@ def mix_tokens(
 
 def mix_features(x: Tensor, weights: MixerWeights | NormGatedMixerWeights, eps: float) -> Tensor:
     """The second half of a block, the MLP over features, of rows `x` [M, D], contiguous."""
-    normed, down = isinstance(weights, NormGatedMixerWeights), weights.down.contiguous()
+    normed = isinstance(weights, NormGatedMixerWeights)
     inner, squares, _ = gated(x, weights.gate_up.contiguous(), normed, save=False)
-    kernels = _hopper(x)
-    if kernels is not None and kernels.pays_for_residual_rms(inner, down):
-        y: Tensor = kernels.residual_rms(x, inner, down, squares, eps)
-        return y
-    return add_scaled_rms(x, inner @ down.T, squares, down.shape[1], eps, save=False)[0]
+    return residual_rms(x, inner, weights.down.contiguous(), squares, eps, save=False)[0]
 
 
 def _hopper(x: Tensor) -> ModuleType | None:
@@ -265,6 +261,31 @@ def gated(x: Tensor, gate_up: Tensor, normed: bool, save: bool) -> tuple[Tensor,
         num_stages=stages(x.device),
     )
     return inner, squares, projected
+
+
+def residual_rms(
+    x: Tensor, inner: Tensor, down: Tensor, squares: Tensor | None, eps: float, save: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """rms_norm(x + inner @ down.T), of which the product's rows have their own norm first where `squares` are given.
+
+    Args:
+        x: [M, D], contiguous.
+        inner, squares: as `gated` gives them, [M, F].
+        down: [D, F], contiguous.
+        save: whether what a backward needs is wanted too.
+
+    Returns:
+        [M, D]; with `save` and `squares` the product [M, D]; with `save`, float32 [M], 1 / rms of the rows of the sum
+        and of the F units, if those have a norm.
+    """
+    kernels = _hopper(x)
+    if kernels is not None and kernels.pays_for_residual_rms(inner, down):
+        found: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+        found = kernels.residual_rms(x, inner, down, squares, eps, save)
+        return found
+    product = inner @ down.T
+    y, rstd, factors = add_scaled_rms(x, product, squares, down.shape[1], eps, save)
+    return y, product, rstd, factors
 
 
 def add_scaled_rms(

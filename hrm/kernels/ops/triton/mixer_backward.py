@@ -608,8 +608,7 @@ class _MixFeatures(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, eps: float, normed: bool) -> Tensor:
         gate_up, down = gate_up.contiguous(), down.contiguous()
         inner, squares, projected = mixer.gated(x, gate_up, normed, save=True)
-        mixed = inner @ down.T
-        y, rstd, factors = mixer.add_scaled_rms(x, mixed, squares, down.shape[1], eps, save=True)
+        y, mixed, rstd, factors = mixer.residual_rms(x, inner, down, squares, eps, save=True)
         ctx.save_for_backward(x, projected, inner, mixed if normed else y, rstd, factors, gate_up, down)
         return y
 
