@@ -1,13 +1,13 @@
 """Matmul, residual and norm for Hopper GPUs, where programs share rows that are wider than one of them can hold.
 
-A program has 128 rows of 256 outputs. It leaves the sums of their squares in global memory, goes on to its next rows
-and, while the tensor cores are at those, finds there the sums of the programs that have the other columns, and finishes
-its own, which waited in 16 bit. So x passes from memory once, and the tensor cores wait for nothing.
-`hrm.kernels.ops.hopper.residual_rms`, whose programs make one half of a row after the other, reads x twice, and its
-tensor cores wait meanwhile.
+A program has 128 rows of 256 outputs. It leaves the sums of their squares in global memory and goes on to its next
+rows. While the tensor cores are at those, it finds there the sums of the programs that have the other columns, and
+finishes its own, which waited in 16 bit. `hrm.kernels.ops.hopper.residual_rms`, whose programs make one half of a row
+after the other, reads x twice, and its tensor cores are idle meanwhile.
 
-Programs that share rows have to run at the same time: there are no more than multiprocessors, each of which holds one.
-How warps work together is said in `hrm.kernels.ops.hopper.common`.
+Programs that share rows have consecutive numbers, and there are no more programs than multiprocessors, each of which
+holds one: so they run at the same time, beside other kernels too. How warps work together is said in
+`hrm.kernels.ops.hopper.common`.
 
 Shapes: M rows, K inputs, D outputs.
 """
