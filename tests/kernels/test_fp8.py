@@ -320,14 +320,15 @@ def test_mixers(kind: Any, dtype: torch.dtype, batch: int, tokens: int, width: i
     exact = draw_other_blocks(kind, case, tokens, token_inner=256)
     blocks = fp8.quantize_blocks([kind(*(matrix.to(dtype) for matrix in block)) for block in exact])
     state, injection = case.state.to(dtype), case.injection.to(dtype)
-    assert fp8_mixer.fits(state, blocks, 2)
-    actual = fp8.module(compiled=True)(state, injection, blocks, case.context)
+    assert fp8_mixer.fits(state, blocks, 2) == (batch == 48)
+    actual = fp8_mixer.reasoning_module(state, injection, blocks, case.context)
     assert actual.dtype == dtype
     definition = fp8.naive_reasoning_module(state, injection, blocks, case.context)
     wide = [kind(*(matrix.double() for matrix in block)) for block in exact]
     expected = naive.reasoning_module(case.state.double(), case.injection.double(), wide, case.context)
     assert relative_error(actual, expected) < 1.2 * relative_error(definition, expected)
-    assert torch.equal(actual, fp8.reasoning_module(state, injection, blocks, case.context))
+    if batch == 48:
+        assert torch.equal(actual, fp8.module(compiled=True)(state, injection, blocks, case.context))
 
 
 @pytest.mark.gpu
