@@ -2,7 +2,7 @@
 
 Attention reads the fused projection as it lies and rotates queries and keys on the way (`ops.triton.attention`); the
 gated MLP's activation, the residuals and the norms are epilogues of the matmuls before them (`ops.triton.linear`,
-`ops.triton.residual_rms`).
+`ops.triton.residual_rms`). One puzzle alone has kernels of its own (`ops.triton.few_rows`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from hrm.kernels.backend import Backend, KernelRequest
 from hrm.kernels.context import KernelContext
 from hrm.kernels.naive import Attend, BlockWeights
+from hrm.kernels.ops.triton import few_rows
 from hrm.kernels.ops.triton.attention import attention, first_token_attention
 from hrm.kernels.ops.triton.linear import (
     deferred_norm_linear,
@@ -66,6 +67,8 @@ def run(
     """As `hrm.kernels.schedule.Run`, on the blocks of `naive`. An update's last norm adds what the next one takes."""
     if not schedule:
         return dict(states)
+    if _is_ours(attend) and few_rows.pays(states, schedule, modules, context):
+        return few_rows.run(states, schedule, modules, context)
     shape = states[schedule[0].state].shape
     rows = Summed({name: state.reshape(-1, shape[-1]) for name, state in states.items()})
     x = rows.states[schedule[0].state] + rows.sum(schedule[0].inputs)
@@ -79,6 +82,11 @@ def run(
             rows.keep_sum(following.inputs, sums[-2])
         x = sums[-1] if sums else rows.states[following.state] + rows.sum(following.inputs)
     return {name: state.view(shape) for name, state in rows.states.items()}
+
+
+def _is_ours(attend: Attend) -> bool:
+    """Whether it is `attention`, with whichever of its kernels."""
+    return getattr(attend, "func", attend) is attention
 
 
 class _Fusion(NamedTuple):
