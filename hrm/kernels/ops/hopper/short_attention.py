@@ -64,12 +64,14 @@ def _copy(
     N: gl.constexpr,
     STAGES: gl.constexpr,
 ) -> None:
-    tile_desc, rest_desc = descs
-    q_tiles, k_tiles, k_rest, v_tiles, v_rest = buffers
+    """Heads as they are read; backward, with the gradients of their results."""
+    tile_desc, rest_desc, grad_desc = descs
+    q_tiles, d_tiles, k_tiles, k_rest, v_tiles, v_rest = buffers
     full, empty = barriers
     start, end = work
     ROWS: gl.constexpr = tile_desc.block_type.shape[1]
     K: gl.constexpr = tile_desc.block_type.shape[2]
+    TILES: gl.constexpr = 4 if grad_desc is None else 6
     for head in range(start, end):
         i = head - start
         stage = i % STAGES
@@ -79,13 +81,16 @@ def _copy(
         v_at = k_at + N * K
         arrived = full.index(stage)
         mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
-        mbarrier.expect(arrived, 4 * tile_desc.block_type.nbytes + 2 * rest_desc.block_type.nbytes)
+        mbarrier.expect(arrived, TILES * tile_desc.block_type.nbytes + 2 * rest_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(tile_desc, [batch, 0, k_at], arrived, k_tiles.index(stage))
         tma.async_copy_global_to_shared(rest_desc, [batch, ROWS, k_at], arrived, k_rest.index(stage))
-        tma.async_copy_global_to_shared(tile_desc, [batch, 0, q_at], arrived, q_tiles.index(2 * stage))
-        tma.async_copy_global_to_shared(tile_desc, [batch, ROWS, q_at], arrived, q_tiles.index(2 * stage + 1))
         tma.async_copy_global_to_shared(tile_desc, [batch, 0, v_at], arrived, v_tiles.index(stage))
         tma.async_copy_global_to_shared(rest_desc, [batch, ROWS, v_at], arrived, v_rest.index(stage))
+        for half in gl.static_range(2):
+            at = [batch, half * ROWS, q_at]
+            tma.async_copy_global_to_shared(tile_desc, at, arrived, q_tiles.index(2 * stage + half))
+            if grad_desc is not None:
+                tma.async_copy_global_to_shared(grad_desc, at, arrived, d_tiles.index(2 * stage + half))
 
 
 @gluon.jit
@@ -120,16 +125,18 @@ def _rotate(tile: gl.shared_memory_descriptor, start: gl.constexpr, c: gl.tensor
 
 
 @gluon.jit
-def _rotate_heads(
+def _await_and_rotate(
     q: gl.shared_memory_descriptor,
     q_last: gl.shared_memory_descriptor,
     k: gl.shared_memory_descriptor,
     k_rest: gl.shared_memory_descriptor,
+    arrived: gl.shared_memory_descriptor,
+    phase: gl.tensor,
     cos: gl.tensor,
     sin: gl.tensor,
     T: gl.constexpr,
 ) -> None:
-    """Rotate the rows of a head's queries and keys in place, those of equal positions by the same angles."""
+    """Wait for a head, and rotate its queries and keys in place, those of equal positions by the same angles."""
     REST: gl.constexpr = k_rest.shape[0]
     K: gl.constexpr = k_rest.shape[1]
     halves: gl.constexpr = gl.DistributedLinearLayout(
@@ -142,6 +149,7 @@ def _rotate_heads(
     c, s = _angles(0, cos, sin, T, K, halves)
     c_next, s_next = _angles(1, cos, sin, T, K, halves)
     c_rest, s_rest = _angles(2, cos, sin, T, K, halves)
+    mbarrier.wait(arrived, phase)
     _rotate(q, 0, c, s)
     _rotate(k, 0, c, s)
     _rotate(q, _PIECE, c_next, s_next)
@@ -155,15 +163,10 @@ def _rotate_heads(
 
 
 @gluon.jit
-def _mix(
-    q: gl.shared_memory_descriptor,
-    k: gl.shared_memory_descriptor,
-    k_rest: gl.shared_memory_descriptor,
-    v: gl.shared_memory_descriptor,
-    v_rest: gl.shared_memory_descriptor,
-    T: gl.constexpr,
+def _weights(
+    q: gl.shared_memory_descriptor, k: gl.shared_memory_descriptor, k_rest: gl.shared_memory_descriptor, T: gl.constexpr
 ) -> Any:
-    """What `_ROWS` queries attend to, [_ROWS, K]: the softmax is in base 2."""
+    """exp of the scores of `_ROWS` queries with both tiles of keys, and 1 / their sums; in base 2."""
     REST: gl.constexpr = k_rest.shape[0]
     K: gl.constexpr = k_rest.shape[1]
     SCALE: gl.constexpr = _LOG2_E * K**-0.5
@@ -180,14 +183,30 @@ def _mix(
     peak = gl.maximum(gl.max(scores, 1), gl.convert_layout(gl.max(others, 1), rows_layout)) * SCALE
     p = gl.exp2(scores * SCALE - peak[:, None])
     p_rest = gl.exp2(others * SCALE - gl.convert_layout(peak, gl.SliceLayout(1, rest_layout))[:, None])
-    total = gl.sum(p, 1) + gl.convert_layout(gl.sum(p_rest, 1), rows_layout)
+    factor = 1.0 / (gl.sum(p, 1) + gl.convert_layout(gl.sum(p_rest, 1), rows_layout))
+    return p, p_rest, factor
+
+
+@gluon.jit
+def _mix(
+    q: gl.shared_memory_descriptor,
+    k: gl.shared_memory_descriptor,
+    k_rest: gl.shared_memory_descriptor,
+    v: gl.shared_memory_descriptor,
+    v_rest: gl.shared_memory_descriptor,
+    T: gl.constexpr,
+) -> Any:
+    """What `_ROWS` queries attend to, [_ROWS, K]."""
+    K: gl.constexpr = k_rest.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
+    p, p_rest, factor = _weights(q, k, k_rest, T)
     weights = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, layout, 2))
     weights_rest = gl.convert_layout(p_rest.to(q.dtype), gl.DotOperandLayout(0, layout, 2))
     mixed = gl.zeros([_ROWS, K], gl.float32, layout)
     mixed = warpgroup_mma(weights, v, mixed, use_acc=False, is_async=True)
     mixed = warpgroup_mma(weights_rest, v_rest, mixed, is_async=True)
     mixed = warpgroup_mma_wait(0, deps=(mixed,))
-    return mixed * (1.0 / total)[:, None]
+    return mixed * factor[:, None]
 
 
 @gluon.jit
@@ -213,7 +232,7 @@ def _attend(
     STAGES: gl.constexpr,
 ) -> None:
     """One of the groups: every third head."""
-    q_tiles, k_tiles, k_rests, v_tiles, v_rests = buffers
+    q_tiles, _, k_tiles, k_rests, v_tiles, v_rests = buffers
     full, empty = barriers
     start, end = work
     REST: gl.constexpr = k_rests.shape[2]
@@ -229,8 +248,7 @@ def _attend(
         k_rest = k_rests.index(stage).reshape([REST, K])
         v = v_tiles.index(stage).reshape([_ROWS, K])
         v_rest = v_rests.index(stage).reshape([REST, K])
-        mbarrier.wait(full.index(stage), i // STAGES & 1)
-        _rotate_heads(q, q_last, k, k_rest, cos, sin, T)
+        _await_and_rotate(q, q_last, k, k_rest, full.index(stage), i // STAGES & 1, cos, sin, T)
         # The result of the head before has left by now, and its buffers are free.
         tma.store_wait(0)
         fence_async_shared()
@@ -272,53 +290,18 @@ def _forward_kernel(
     start, end = run_of(heads)
 
     work = (start, end)
-    buffers = (q_tiles, k_tiles, k_rest, v_tiles, v_rest)
+    buffers = (q_tiles, q_tiles, k_tiles, k_rest, v_tiles, v_rest)
     barriers = (full, empty)
     gl.warp_specialize(
         [
             (_attend, (0, out_desc, cos, sin, buffers, barriers, work, T, N, STAGES)),
             (_attend, (1, out_desc, cos, sin, buffers, barriers, work, T, N, STAGES)),
             (_attend, (2, out_desc, cos, sin, buffers, barriers, work, T, N, STAGES)),
-            (_copy, ((tile_desc, rest_desc), buffers, barriers, work, N, STAGES)),
+            (_copy, ((tile_desc, rest_desc, None), buffers, barriers, work, N, STAGES)),
         ],
         [4, 4, 1],
         [_ATTEND_REGISTERS, _ATTEND_REGISTERS, _COPY_REGISTERS],
     )
-
-
-@gluon.jit
-def _copy_with_gradients(
-    descs: gl.tuple,
-    buffers: gl.tuple,
-    barriers: gl.tuple,
-    work: gl.tuple,
-    N: gl.constexpr,
-    STAGES: gl.constexpr,
-) -> None:
-    tile_desc, rest_desc, grad_desc = descs
-    q_tiles, d_tiles, k_tiles, k_rest, v_tiles, v_rest = buffers
-    full, empty = barriers
-    start, end = work
-    ROWS: gl.constexpr = tile_desc.block_type.shape[1]
-    K: gl.constexpr = tile_desc.block_type.shape[2]
-    for head in range(start, end):
-        i = head - start
-        stage = i % STAGES
-        batch = head // N
-        q_at = head % N * K
-        k_at = q_at + N * K
-        v_at = k_at + N * K
-        arrived = full.index(stage)
-        mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
-        mbarrier.expect(arrived, 6 * tile_desc.block_type.nbytes + 2 * rest_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(tile_desc, [batch, 0, k_at], arrived, k_tiles.index(stage))
-        tma.async_copy_global_to_shared(rest_desc, [batch, ROWS, k_at], arrived, k_rest.index(stage))
-        tma.async_copy_global_to_shared(tile_desc, [batch, 0, v_at], arrived, v_tiles.index(stage))
-        tma.async_copy_global_to_shared(rest_desc, [batch, ROWS, v_at], arrived, v_rest.index(stage))
-        for half in gl.static_range(2):
-            buffer = 2 * stage + half
-            tma.async_copy_global_to_shared(tile_desc, [batch, half * ROWS, q_at], arrived, q_tiles.index(buffer))
-            tma.async_copy_global_to_shared(grad_desc, [batch, half * ROWS, q_at], arrived, d_tiles.index(buffer))
 
 
 @gluon.jit
@@ -336,23 +319,12 @@ def _differentiate_rows(
     dv, dv_rest, dk, dk_rest = sums
     REST: gl.constexpr = k_rest.shape[0]
     K: gl.constexpr = k_rest.shape[1]
-    SCALE: gl.constexpr = _LOG2_E * K**-0.5
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     rest_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST, 16])
     rows_layout: gl.constexpr = gl.SliceLayout(1, layout)
     rest_rows_layout: gl.constexpr = gl.SliceLayout(1, rest_layout)
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    scores = gl.zeros([_ROWS, _ROWS], gl.float32, layout)
-    scores = warpgroup_mma(q, k.permute([1, 0]), scores, use_acc=False, is_async=True)
-    others = gl.zeros([_ROWS, REST], gl.float32, rest_layout)
-    others = warpgroup_mma(q, k_rest.permute([1, 0]), others, use_acc=False, is_async=True)
-    scores, others = warpgroup_mma_wait(0, deps=(scores, others))
-    places = _ROWS + gl.arange(0, REST, gl.SliceLayout(0, rest_layout))
-    others = gl.where((places < T)[None, :], others, float("-inf"))
-    peak = gl.maximum(gl.max(scores, 1), gl.convert_layout(gl.max(others, 1), rows_layout)) * SCALE
-    p = gl.exp2(scores * SCALE - peak[:, None])
-    p_rest = gl.exp2(others * SCALE - gl.convert_layout(peak, rest_rows_layout)[:, None])
-    factor = 1.0 / (gl.sum(p, 1) + gl.convert_layout(gl.sum(p_rest, 1), rows_layout))
+    p, p_rest, factor = _weights(q, k, k_rest, T)
     p = p * factor[:, None]
     p_rest = p_rest * gl.convert_layout(factor, rest_rows_layout)[:, None]
 
@@ -441,8 +413,7 @@ def _differentiate(
         k_rest = k_rests.index(stage).reshape([REST, K])
         v = v_tiles.index(stage).reshape([_ROWS, K])
         v_rest = v_rests.index(stage).reshape([REST, K])
-        mbarrier.wait(full.index(stage), i // STAGES & 1)
-        _rotate_heads(q, q_last, k, k_rest, cos, sin, T)
+        _await_and_rotate(q, q_last, k, k_rest, full.index(stage), i // STAGES & 1, cos, sin, T)
         # The gradients of the head before have left by now, and its buffers are free.
         tma.store_wait(0)
         fence_async_shared()
@@ -531,7 +502,7 @@ def _backward_kernel(
         [
             (_differentiate, (0, descs, cos, sin, buffers, first, barriers, work, T, N, STAGES, GROUPS)),
             (_differentiate, (1, descs, cos, sin, buffers, second, barriers, work, T, N, STAGES, GROUPS)),
-            (_copy_with_gradients, ((tile_desc, rest_desc, grad_desc), buffers, barriers, work, N, STAGES)),
+            (_copy, ((tile_desc, rest_desc, grad_desc), buffers, barriers, work, N, STAGES)),
         ],
         [4, 1],
         [MULTIPLY_REGISTERS, LOAD_REGISTERS],
