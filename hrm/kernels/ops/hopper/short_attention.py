@@ -381,7 +381,7 @@ def _rotate_back(
 @gluon.jit
 def _differentiate(
     GROUP: gl.constexpr,
-    grad_desc: tma.tensor_descriptor,
+    descs: gl.tuple,
     cos: gl.tensor,
     sin: gl.tensor,
     buffers: gl.tuple,
@@ -394,7 +394,7 @@ def _differentiate(
     GROUPS: gl.constexpr,
 ) -> None:
     """One of the groups: every GROUPS-th head. Gradients leave from where q, k and v came."""
-    tile_desc, rest_desc = grad_desc
+    tile_desc, rest_desc = descs
     q_tiles, d_tiles, k_tiles, k_rests, v_tiles, v_rests = buffers
     full, empty = barriers
     start, end = work
