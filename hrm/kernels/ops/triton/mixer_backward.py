@@ -19,6 +19,7 @@ Shapes: B sequences, T tokens, D features, M = B T rows, G and F inner widths of
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hrm.kernels.blocks import MixerWeights, NormGatedMixerWeights
+from hrm.kernels.ops.hopper import device as hopper
 from hrm.kernels.ops.triton import mixer
 from hrm.kernels.ops.triton.common import differentiates, multiprocessor_count, row_wise
 
@@ -536,6 +538,8 @@ def tokens_backward(
     dy: Tensor, x: Tensor, kept: Tensor, rstd: Tensor, factors: Tensor | None, packed: _Packed, G: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x and, times its norm's factors, of the second matmul's result, and the shares of that norm."""
+    if kernels := _hopper(x, packed):
+        return kernels.state_backward(dy, x, kept, rstd, factors, packed.matrices, packed[2:], G)  # type: ignore[no-any-return]
     B, T, D = x.shape
     dx, d_mixed = torch.empty_like(x), torch.empty_like(x)
     shares = None if factors is None else torch.empty_like(factors)
@@ -570,7 +574,21 @@ def token_weights_backward(
     x: Tensor, d_mixed: Tensor, shares: Tensor | None, packed: _Packed, G: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both matrices, [2 G, T] and [T, G]."""
-    B, T, D = x.shape
+    if kernels := _hopper(x, packed):
+        sums = kernels.weight_sums(x, d_mixed, shares, packed.matrices, packed[2:])
+    else:
+        sums = _weight_sums(x, d_mixed, shares, packed)
+    T, tokens = x.shape[1], packed.left + packed.right
+    d_gate_up, d_down = x.new_empty(2 * G, T), x.new_empty(T, G)
+    _unpack_sums_kernel[(triton.cdiv(G, 4), 3)](
+        sums, d_gate_up, d_down, len(sums), T, G, packed.hidden, tokens, 4, triton.next_power_of_2(tokens)
+    )
+    return d_gate_up, d_down
+
+
+def _weight_sums(x: Tensor, d_mixed: Tensor, shares: Tensor | None, packed: _Packed) -> Tensor:
+    """Gradients of the packed matrices, float32 [P, 3 ALL_HIDDEN, TOKENS]: P sums, each of some of the batch."""
+    B, _, D = x.shape
     tile = WEIGHTS_TILE
     kinds = packed.hidden // tile.hidden
     wanted = max(1, WEIGHTS_PROGRAMS * multiprocessor_count(x.device) // kinds)
@@ -596,11 +614,16 @@ def token_weights_backward(
         num_warps=tile.warps,
         maxnreg=tile.registers,
     )
-    d_gate_up, d_down = x.new_empty(2 * G, T), x.new_empty(T, G)
-    _unpack_sums_kernel[(triton.cdiv(G, 4), 3)](
-        sums, d_gate_up, d_down, parts, T, G, packed.hidden, tokens, 4, triton.next_power_of_2(tokens)
-    )
-    return d_gate_up, d_down
+    return sums
+
+
+def _hopper(x: Tensor, packed: _Packed) -> ModuleType | None:
+    """The kernels made for Hopper if they run on the device of `x` and take these operands."""
+    if hopper.why_not(x.device):
+        return None
+    from hrm.kernels.ops.hopper import mixer_backward as hopper_mixer_backward
+
+    return hopper_mixer_backward if hopper_mixer_backward.fits(x, packed.matrices) else None
 
 
 class _MixFeatures(torch.autograd.Function):

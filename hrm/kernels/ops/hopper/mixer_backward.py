@@ -1,0 +1,682 @@
+"""Gradients of the half of a block that mixes tokens, for Hopper GPUs, in Gluon.
+
+`hrm.kernels.ops.triton.mixer_backward` calls them where they fit, and says what they compute. How warps work together
+is said in `hrm.kernels.ops.hopper.common`.
+
+For the gradient of the state, a tile is 64 features of a sequence with all its tokens, and features are the rows: what
+one matmul leaves in registers is the left operand of the next. Two groups of four warps take tiles in turns; all
+weights stay in shared memory.
+
+For the gradients of the weights, a group keeps 64 hidden units, which are the rows, and their sums in registers, while
+tiles of the state and of the gradient stream past.
+
+Tiles are of powers of two, and so tokens come in two parts: 88 tokens are 64 and 32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from hrm.kernels.ops.hopper.common import (
+    LOAD_REGISTERS,
+    MULTIPLY_REGISTERS,
+    START_REGISTERS,
+    descriptor,
+    multiprocessor_count,
+)
+
+_FEATURES = gl.constexpr(64)
+_CHUNK = 32  # hidden units at a time, for the gradient of the state
+_HIDDEN = gl.constexpr(64)  # of a group, for those of the weights
+_COLUMNS = 32  # features at a time there
+# Of a program's shared memory in all, and of it for barriers at most.
+_SHARED_BYTES, _BARRIER_BYTES = 227 * 1024, 1024
+
+
+@gluon.jit
+def _load_tile(
+    descs: gl.tuple,
+    at: gl.tuple,
+    slots: gl.tuple,
+    full: gl.shared_memory_descriptor,
+    empty: gl.shared_memory_descriptor,
+    step: gl.tensor,
+    SLOTS: gl.constexpr,
+) -> None:
+    LEFT: gl.constexpr = descs[0].block_type.shape[1]
+    slot = step % SLOTS
+    mbarrier.wait(empty.index(slot), (step // SLOTS & 1) ^ 1)
+    mbarrier.expect(full.index(slot), descs[0].block_type.nbytes + descs[1].block_type.nbytes)
+    tma.async_copy_global_to_shared(descs[0], [at[0], 0, at[1]], full.index(slot), slots[0].index(slot))
+    tma.async_copy_global_to_shared(descs[1], [at[0], LEFT, at[1]], full.index(slot), slots[1].index(slot))
+
+
+@gluon.jit
+def _load_chunk(descs: gl.tuple, c: gl.tensor, full: gl.shared_memory_descriptor, weights: gl.tuple) -> None:
+    gate_up_left, gate_up_right, down_left, down_right = descs
+    CHUNK: gl.constexpr = down_left.block_type.shape[1]
+    LEFT: gl.constexpr = down_left.block_type.shape[2]
+    GATE_UP_BYTES: gl.constexpr = gate_up_left.block_type.nbytes + gate_up_right.block_type.nbytes
+    mbarrier.expect(full, GATE_UP_BYTES + down_left.block_type.nbytes + down_right.block_type.nbytes)
+    tma.async_copy_global_to_shared(gate_up_left, [0, c * CHUNK, 0], full, weights[0].index(c))
+    tma.async_copy_global_to_shared(gate_up_right, [0, c * CHUNK, LEFT], full, weights[1].index(c))
+    tma.async_copy_global_to_shared(down_left, [2, c * CHUNK, 0], full, weights[2].index(c))
+    tma.async_copy_global_to_shared(down_right, [2, c * CHUNK, LEFT], full, weights[3].index(c))
+
+
+@gluon.jit
+def _flat(buffer: gl.shared_memory_descriptor) -> Any:
+    """[N, rows, columns] as [N rows, columns]."""
+    shape: gl.constexpr = buffer.type.shape
+    return buffer.reshape([shape[0] * shape[1], shape[2]])
+
+
+@gluon.jit
+def _chunk(weights: gl.tuple, c: gl.tensor) -> Any:
+    """A chunk of hidden units: gate, then up [2 CHUNK, tokens], and down transposed [CHUNK, tokens], in two parts."""
+    return (
+        _flat(weights[0].index(c)),
+        _flat(weights[1].index(c)),
+        _flat(weights[2].index(c)),
+        _flat(weights[3].index(c)),
+    )
+
+
+@gluon.jit
+def _state_load(
+    descs: gl.tuple,
+    buffers: gl.tuple,
+    barriers: gl.tuple,
+    work: gl.tuple,
+    SLOTS: gl.constexpr,
+    CHUNKS: gl.constexpr,
+) -> None:
+    x_descs, kept_descs, dy_descs, weight_descs = descs
+    slots, weights = buffers
+    full, empty, weights_full, _ = barriers
+    tiles, per_sequence, _ = work
+    step = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        at = (tile // per_sequence, tile % per_sequence * _FEATURES)
+        _load_tile(x_descs, at, slots, full, empty, step, SLOTS)
+        _load_tile(kept_descs, at, slots, full, empty, step + 1, SLOTS)
+        _load_tile(dy_descs, at, slots, full, empty, step + 2, SLOTS)
+        if step == 0:
+            for c in range(CHUNKS):
+                _load_chunk(weight_descs, c, weights_full.index(c), weights)
+        step += 3
+
+
+@gluon.jit
+def _transposed(buffer: gl.shared_memory_descriptor) -> Any:
+    """[1, tokens, features] as [features, tokens]."""
+    return _flat(buffer).permute([1, 0])
+
+
+@gluon.jit
+def _take(
+    slots: gl.tuple,
+    full: gl.shared_memory_descriptor,
+    empty: gl.shared_memory_descriptor,
+    step: gl.tensor,
+    left_layout: gl.constexpr,
+    right_layout: gl.constexpr,
+    SLOTS: gl.constexpr,
+) -> Any:
+    """A tile into registers."""
+    slot = step % SLOTS
+    mbarrier.wait(full.index(slot), step // SLOTS & 1)
+    left = _transposed(slots[0].index(slot)).load(left_layout)
+    right = _transposed(slots[1].index(slot)).load(right_layout)
+    fence_async_shared()  # orders the reads before the copy engine's next writes
+    mbarrier.arrive(empty.index(slot), count=1)
+    return left, right
+
+
+@gluon.jit
+def _put(
+    descs: gl.tuple, left: gl.tensor, right: gl.tensor, staging: gl.tuple, sequence: gl.tensor, feature: gl.tensor
+) -> None:
+    """A tile from registers [features, tokens] to global memory, once the last one has left `staging`."""
+    LEFT: gl.constexpr = descs[0].block_type.shape[1]
+    tma.store_wait(0)
+    gl.thread_barrier()
+    _transposed(staging[0]).store(left)
+    _transposed(staging[1]).store(right)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(descs[0], [sequence, 0, feature], staging[0])
+    tma.async_copy_shared_to_global(descs[1], [sequence, LEFT, feature], staging[1])
+
+
+@gluon.jit
+def _sigmoid(x: gl.tensor) -> Any:
+    beyond = 1.0 + gl.exp2(x * -1.4426950408889634)
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [beyond], gl.float32, True, 1)
+
+
+@gluon.jit
+def _project(x: gl.tuple, d_mixed: gl.tuple, chunk: gl.tuple) -> Any:
+    """Gate and up of a chunk of hidden units [features, 2 CHUNK] and the gradient of what they make of each other
+    [features, CHUNK], on their way."""
+    gate_up_left, gate_up_right, down_left, down_right = chunk
+    CHUNK: gl.constexpr = down_left.type.shape[0]
+    both_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * CHUNK, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
+    both = gl.zeros([_FEATURES, 2 * CHUNK], gl.float32, both_layout)
+    both = warpgroup_mma(x[0], gate_up_left.permute([1, 0]), both, use_acc=False, is_async=True)
+    both = warpgroup_mma(x[1], gate_up_right.permute([1, 0]), both, is_async=True)
+    d_inner = gl.zeros([_FEATURES, CHUNK], gl.float32, layout)
+    d_inner = warpgroup_mma(d_mixed[0], down_left.permute([1, 0]), d_inner, use_acc=False, is_async=True)
+    return both, warpgroup_mma(d_mixed[1], down_right.permute([1, 0]), d_inner, is_async=True)
+
+
+@gluon.jit
+def _gate_gradients(
+    gate: gl.tensor, up: gl.tensor, d_inner: gl.tensor, share: gl.tensor, dtype: gl.constexpr, NORMED: gl.constexpr
+) -> Any:
+    """Gradients of gate and up, and their hidden units."""
+    sigmoid = _sigmoid(gate)
+    product = gate * up
+    inner = product * sigmoid
+    outer = sigmoid * d_inner
+    d_product = outer
+    if NORMED:
+        d_product = outer - share * product
+    d_gate = up * d_product + (product - inner) * outer
+    return d_gate.to(dtype), (gate * d_product).to(dtype), inner.to(dtype)
+
+
+@gluon.jit
+def _add(
+    both: gl.tensor,
+    d_inner: gl.tensor,
+    share: gl.tensor,
+    chunk: gl.tuple,
+    left: gl.tensor,
+    right: gl.tensor,
+    NORMED: gl.constexpr,
+) -> Any:
+    """What a chunk of hidden units adds to the gradient of the state, on its way."""
+    ROWS: gl.constexpr = both.type.shape[0]
+    CHUNK: gl.constexpr = d_inner.type.shape[1]
+    gate, up = both.reshape([ROWS, 2, CHUNK]).permute([0, 2, 1]).split()
+    gate = gl.convert_layout(gate, d_inner.type.layout, assert_trivial=True)
+    up = gl.convert_layout(up, d_inner.type.layout, assert_trivial=True)
+    d_gate, d_up, _ = _gate_gradients(gate, up, d_inner, share, chunk[0].dtype, NORMED)
+    gradients = gl.join(d_gate, d_up).permute([0, 2, 1]).reshape([ROWS, 2 * CHUNK])
+    operand = gl.convert_layout(gradients, gl.DotOperandLayout(0, left.type.layout, 2), assert_trivial=True)
+    left = warpgroup_mma(operand, chunk[0], left, is_async=True)
+    operand = gl.convert_layout(gradients, gl.DotOperandLayout(0, right.type.layout, 2), assert_trivial=True)
+    return left, warpgroup_mma(operand, chunk[1], right, is_async=True)
+
+
+@gluon.jit
+def _state_multiply(
+    GROUP: gl.constexpr,
+    out_descs: gl.tuple,
+    buffers: gl.tuple,
+    staging: gl.tuple,
+    barriers: gl.tuple,
+    work: gl.tuple,
+    vectors: gl.tuple,
+    sizes: gl.tuple,
+    SLOTS: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    NORMED: gl.constexpr,
+) -> None:
+    """One of the two groups of four warps."""
+    dx_descs, d_mixed_descs = out_descs
+    slots, weights = buffers
+    full, empty, weights_full, turns = barriers
+    tiles, per_sequence, programs = work
+    rstd, factors, shares = vectors
+    T, D, G = sizes
+    dtype: gl.constexpr = weights[0].dtype
+    CHUNK: gl.constexpr = weights[0].type.shape[2]
+    LEFT: gl.constexpr = weights[0].type.shape[3]
+    RIGHT: gl.constexpr = weights[1].type.shape[3]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LEFT, 16])
+    right_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RIGHT, 16])
+    hidden_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    right_operand: gl.constexpr = gl.DotOperandLayout(0, right_layout, 2)
+    rows_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    right_rows_layout: gl.constexpr = gl.SliceLayout(1, right_layout)
+    step = GROUP * 3
+    turn_phase = 1 if GROUP == 0 else 0  # The first group finds its first turn given.
+    for tile in range(gl.program_id(0) + GROUP * programs, tiles, 2 * programs):
+        first_tile = tile == gl.program_id(0) + GROUP * programs
+        sequence = tile // per_sequence
+        feature = tile % per_sequence * _FEATURES
+        rows = feature + gl.arange(0, _FEATURES, rows_layout)
+        at = sequence * D + rows
+        scale = gl.load(rstd + at, rows < D, other=0.0)
+        factor = scale
+        if NORMED:
+            factor = gl.load(factors + at, rows < D, other=0.0)
+        # Without turns, a group could wait for a slot that is two copies behind, whose parity would be the same.
+        mbarrier.wait(turns.index(GROUP), turn_phase)
+        turn_phase ^= 1
+        x = _take(slots, full, empty, step, operand, right_operand, SLOTS)
+        kept = _take(slots, full, empty, step + 1, operand, right_operand, SLOTS)
+        dy = _take(slots, full, empty, step + 2, operand, right_operand, SLOTS)
+        mbarrier.arrive(turns.index(1 - GROUP), count=1)
+        step += 6
+
+        kept_left = gl.convert_layout(kept[0], layout).to(gl.float32)
+        kept_right = gl.convert_layout(kept[1], right_layout).to(gl.float32)
+        left = gl.convert_layout(dy[0], layout).to(gl.float32)
+        right = gl.convert_layout(dy[1], right_layout).to(gl.float32)
+        scales = gl.expand_dims(scale, 1)
+        scales_right = gl.expand_dims(gl.convert_layout(scale, right_rows_layout), 1)
+        y_left = kept_left
+        y_right = kept_right
+        if NORMED:
+            y_left = (gl.convert_layout(x[0], layout).to(gl.float32) + kept_left) * scales
+            y_right = (gl.convert_layout(x[1], right_layout).to(gl.float32) + kept_right) * scales_right
+        along = (gl.sum(left * y_left, 1) + gl.convert_layout(gl.sum(right * y_right, 1), rows_layout)) / T
+        along_right = gl.expand_dims(gl.convert_layout(along, right_rows_layout), 1)
+        # Gradients of the sum before the norm, and then of x.
+        left = scales * (left - y_left * gl.expand_dims(along, 1))
+        right = scales_right * (right - y_right * along_right)
+        d_mixed_left = left
+        d_mixed_right = right
+        share = gl.expand_dims(gl.zeros([_FEATURES], gl.float32, gl.SliceLayout(1, hidden_layout)), 1)
+        if NORMED:
+            total = gl.sum(left * kept_left, 1) + gl.convert_layout(gl.sum(right * kept_right, 1), rows_layout)
+            total = total * factor * factor / G
+            gl.store(shares + at, total, rows < D)
+            share = gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, hidden_layout)), 1)
+            d_mixed_left = left * gl.expand_dims(factor, 1)
+            d_mixed_right = right * gl.expand_dims(gl.convert_layout(factor, right_rows_layout), 1)
+        d_mixed_left = d_mixed_left.to(dtype)
+        d_mixed_right = d_mixed_right.to(dtype)
+        _put(d_mixed_descs, d_mixed_left, d_mixed_right, staging, sequence, feature)
+        d_mixed = gl.convert_layout(d_mixed_left, operand), gl.convert_layout(d_mixed_right, right_operand)
+
+        mbarrier.wait(weights_full.index(0), 0, pred=first_tile)
+        both, d_inner = _project(x, d_mixed, _chunk(weights, 0))
+        both, d_inner = warpgroup_mma_wait(0, deps=(both, d_inner))
+        for c in range(CHUNKS - 1):
+            mbarrier.wait(weights_full.index(c + 1), 0, pred=first_tile)
+            left, right = _add(both, d_inner, share, _chunk(weights, c), left, right, NORMED)
+            both, d_inner = _project(x, d_mixed, _chunk(weights, c + 1))
+            both, d_inner, left, right = warpgroup_mma_wait(0, deps=(both, d_inner, left, right))
+        left, right = _add(both, d_inner, share, _chunk(weights, CHUNKS - 1), left, right, NORMED)
+        left, right = warpgroup_mma_wait(0, deps=(left, right))
+        _put(dx_descs, left.to(dtype), right.to(dtype), staging, sequence, feature)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _state_kernel(
+    x_left: tma.tensor_descriptor,
+    x_right: tma.tensor_descriptor,
+    kept_left: tma.tensor_descriptor,
+    kept_right: tma.tensor_descriptor,
+    dy_left: tma.tensor_descriptor,
+    dy_right: tma.tensor_descriptor,
+    gate_up_left: tma.tensor_descriptor,
+    gate_up_right: tma.tensor_descriptor,
+    down_left: tma.tensor_descriptor,
+    down_right: tma.tensor_descriptor,
+    dx_left: tma.tensor_descriptor,
+    dx_right: tma.tensor_descriptor,
+    d_mixed_left: tma.tensor_descriptor,
+    d_mixed_right: tma.tensor_descriptor,
+    rstd: gl.tensor,
+    factors: gl.tensor,
+    shares: gl.tensor,
+    tiles: gl.tensor,
+    per_sequence: gl.tensor,
+    T: gl.constexpr,
+    D: gl.constexpr,
+    G: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    SLOTS: gl.constexpr,
+    NORMED: gl.constexpr,
+) -> None:
+    dtype: gl.constexpr = x_left.dtype
+    LEFT: gl.constexpr = x_left.block_type.shape[1]
+    RIGHT: gl.constexpr = x_right.block_type.shape[1]
+    CHUNK: gl.constexpr = down_left.block_type.shape[1]
+    slots = (
+        gl.allocate_shared_memory(dtype, [SLOTS, 1, LEFT, _FEATURES], x_left.layout),
+        gl.allocate_shared_memory(dtype, [SLOTS, 1, RIGHT, _FEATURES], x_right.layout),
+    )
+    weights = (
+        gl.allocate_shared_memory(dtype, [CHUNKS, 2, CHUNK, LEFT], gate_up_left.layout),
+        gl.allocate_shared_memory(dtype, [CHUNKS, 2, CHUNK, RIGHT], gate_up_right.layout),
+        gl.allocate_shared_memory(dtype, [CHUNKS, 1, CHUNK, LEFT], down_left.layout),
+        gl.allocate_shared_memory(dtype, [CHUNKS, 1, CHUNK, RIGHT], down_right.layout),
+    )
+    staging_left = gl.allocate_shared_memory(dtype, [2, 1, LEFT, _FEATURES], x_left.layout)
+    staging_right = gl.allocate_shared_memory(dtype, [2, 1, RIGHT, _FEATURES], x_right.layout)
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    weights_full = gl.allocate_shared_memory(gl.int64, [CHUNKS, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
+    for c in gl.static_range(CHUNKS):
+        mbarrier.init(weights_full.index(c), count=1)
+    for group in gl.static_range(2):
+        mbarrier.init(turns.index(group), count=1)
+    work = (tiles, per_sequence, gl.num_programs(0))
+    barriers = (full, empty, weights_full, turns)
+    buffers = (slots, weights)
+    outs = ((dx_left, dx_right), (d_mixed_left, d_mixed_right))
+    vectors = (rstd, factors, shares)
+    sizes = (T, D, G)
+    first = (staging_left.index(0), staging_right.index(0))
+    second = (staging_left.index(1), staging_right.index(1))
+    descs_of_weights = (gate_up_left, gate_up_right, down_left, down_right)
+    descs = ((x_left, x_right), (kept_left, kept_right), (dy_left, dy_right), descs_of_weights)
+    gl.warp_specialize(
+        [
+            (_state_multiply, (0, outs, buffers, first, barriers, work, vectors, sizes, SLOTS, CHUNKS, NORMED)),
+            (_state_multiply, (1, outs, buffers, second, barriers, work, vectors, sizes, SLOTS, CHUNKS, NORMED)),
+            (_state_load, (descs, buffers, barriers, work, SLOTS, CHUNKS)),
+        ],
+        [4, 1],
+        [MULTIPLY_REGISTERS, LOAD_REGISTERS],
+    )
+
+
+@gluon.jit
+def _weights_load(
+    descs: gl.tuple,
+    buffers: gl.tuple,
+    barriers: gl.tuple,
+    work: gl.tuple,
+    STAGES: gl.constexpr,
+) -> None:
+    x_descs, d_mixed_descs, weight_descs = descs
+    x_slots, d_mixed_slots, weights = buffers
+    full, empty, weights_full = barriers
+    tiles, per_sequence, kinds, parts = work
+    LEFT: gl.constexpr = x_descs[0].block_type.shape[1]
+    COLUMNS: gl.constexpr = x_descs[0].block_type.shape[2]
+    NBYTES: gl.constexpr = 2 * (x_descs[0].block_type.nbytes + x_descs[1].block_type.nbytes)
+    kind = gl.program_id(0) % kinds
+    for group in gl.static_range(2):
+        bar = weights_full.index(group)
+        mbarrier.expect(bar, 3 * (weight_descs[0].block_type.nbytes + weight_descs[1].block_type.nbytes))
+        hidden = (kind * 2 + group) * _HIDDEN
+        for matrix in gl.static_range(3):
+            to = 3 * group + matrix
+            tma.async_copy_global_to_shared(weight_descs[0], [matrix, hidden, 0], bar, weights[0].index(to))
+            tma.async_copy_global_to_shared(weight_descs[1], [matrix, hidden, LEFT], bar, weights[1].index(to))
+    step = 0
+    for tile in range(gl.program_id(0) // kinds, tiles, parts):
+        stage = step % STAGES
+        sequence = tile // per_sequence
+        feature = tile % per_sequence * COLUMNS
+        bar = full.index(stage)
+        mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+        mbarrier.expect(bar, NBYTES)
+        tma.async_copy_global_to_shared(x_descs[0], [sequence, 0, feature], bar, x_slots[0].index(stage))
+        tma.async_copy_global_to_shared(x_descs[1], [sequence, LEFT, feature], bar, x_slots[1].index(stage))
+        tma.async_copy_global_to_shared(d_mixed_descs[0], [sequence, 0, feature], bar, d_mixed_slots[0].index(stage))
+        tma.async_copy_global_to_shared(d_mixed_descs[1], [sequence, LEFT, feature], bar, d_mixed_slots[1].index(stage))
+        step += 1
+
+
+@gluon.jit
+def _product(
+    weights: gl.tuple,
+    at: gl.constexpr,
+    left: gl.shared_memory_descriptor,
+    right: gl.shared_memory_descriptor,
+    layout: gl.constexpr,
+) -> Any:
+    """[hidden, features] of weights [hidden, tokens] and a tile [tokens, features] in two parts, on its way."""
+    COLUMNS: gl.constexpr = left.type.shape[1]
+    acc = gl.zeros([_HIDDEN, COLUMNS], gl.float32, layout)
+    acc = warpgroup_mma(_flat(weights[0].index(at)), left, acc, use_acc=False, is_async=True)
+    return warpgroup_mma(_flat(weights[1].index(at)), right, acc, is_async=True)
+
+
+@gluon.jit
+def _outer(
+    hidden: gl.tensor,
+    left: gl.shared_memory_descriptor,
+    right: gl.shared_memory_descriptor,
+    sum_left: gl.tensor,
+    sum_right: gl.tensor,
+) -> Any:
+    """Sums [hidden, tokens] and what a tile adds to them, on their way."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, sum_left.type.layout, 2)
+    operand_right: gl.constexpr = gl.DotOperandLayout(0, sum_right.type.layout, 2)
+    sum_left = warpgroup_mma(gl.convert_layout(hidden, operand), left.permute([1, 0]), sum_left, is_async=True)
+    sum_right = warpgroup_mma(gl.convert_layout(hidden, operand_right), right.permute([1, 0]), sum_right, is_async=True)
+    return sum_left, sum_right
+
+
+@gluon.jit
+def _store_sums(sums: gl.tensor, row: gl.tensor, left: gl.tensor, right: gl.tensor, TOKENS: gl.constexpr) -> None:
+    LEFT: gl.constexpr = left.type.shape[1]
+    rows = row + gl.arange(0, _HIDDEN, gl.SliceLayout(1, left.type.layout))
+    columns = gl.arange(0, LEFT, gl.SliceLayout(0, left.type.layout))
+    gl.store(sums + (gl.expand_dims(rows * TOKENS, 1) + gl.expand_dims(columns, 0)), left)
+    rows = row + gl.arange(0, _HIDDEN, gl.SliceLayout(1, right.type.layout))
+    columns = LEFT + gl.arange(0, right.type.shape[1], gl.SliceLayout(0, right.type.layout))
+    gl.store(sums + (gl.expand_dims(rows * TOKENS, 1) + gl.expand_dims(columns, 0)), right)
+
+
+@gluon.jit
+def _weights_multiply(
+    GROUP: gl.constexpr,
+    buffers: gl.tuple,
+    barriers: gl.tuple,
+    work: gl.tuple,
+    vectors: gl.tuple,
+    D: gl.constexpr,
+    ALL_HIDDEN: gl.constexpr,
+    STAGES: gl.constexpr,
+    NORMED: gl.constexpr,
+) -> None:
+    """One of the two groups of four warps: gradients of its hidden units' rows."""
+    x_slots, d_mixed_slots, weights = buffers
+    full, empty, weights_full = barriers
+    tiles, per_sequence, kinds, parts = work
+    shares, sums = vectors
+    dtype: gl.constexpr = weights[0].dtype
+    LEFT: gl.constexpr = weights[0].type.shape[3]
+    RIGHT: gl.constexpr = weights[1].type.shape[3]
+    COLUMNS: gl.constexpr = x_slots[0].type.shape[3]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    left_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LEFT, 16])
+    right_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RIGHT, 16])
+    gate_left = gl.zeros([_HIDDEN, LEFT], gl.float32, left_layout)
+    gate_right = gl.zeros([_HIDDEN, RIGHT], gl.float32, right_layout)
+    up_left = gl.zeros([_HIDDEN, LEFT], gl.float32, left_layout)
+    up_right = gl.zeros([_HIDDEN, RIGHT], gl.float32, right_layout)
+    down_left = gl.zeros([_HIDDEN, LEFT], gl.float32, left_layout)
+    down_right = gl.zeros([_HIDDEN, RIGHT], gl.float32, right_layout)
+    mbarrier.wait(weights_full.index(GROUP), 0)
+    step = 0
+    for tile in range(gl.program_id(0) // kinds, tiles, parts):
+        stage = step % STAGES
+        x_left, x_right = _flat(x_slots[0].index(stage)), _flat(x_slots[1].index(stage))
+        d_left, d_right = _flat(d_mixed_slots[0].index(stage)), _flat(d_mixed_slots[1].index(stage))
+        mbarrier.wait(full.index(stage), step // STAGES & 1)
+        gate = _product(weights, 3 * GROUP, x_left, x_right, layout)
+        up = _product(weights, 3 * GROUP + 1, x_left, x_right, layout)
+        d_inner = _product(weights, 3 * GROUP + 2, d_left, d_right, layout)
+        share = gl.expand_dims(gl.zeros([COLUMNS], gl.float32, gl.SliceLayout(0, layout)), 0)
+        if NORMED:
+            features = tile % per_sequence * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+            at = tile // per_sequence * D + features
+            share = gl.expand_dims(gl.load(shares + at, features < D, other=0.0), 0)
+        gate, up, d_inner = warpgroup_mma_wait(0, deps=(gate, up, d_inner))
+        # The other group multiplies meanwhile. To multiply here too would take more registers than there are.
+        d_gate, d_up, inner = _gate_gradients(gate, up, d_inner, share, dtype, NORMED)
+        gate_left, gate_right = _outer(d_gate, x_left, x_right, gate_left, gate_right)
+        up_left, up_right = _outer(d_up, x_left, x_right, up_left, up_right)
+        down_left, down_right = _outer(inner, d_left, d_right, down_left, down_right)
+        gate_left, gate_right, up_left, up_right, down_left, down_right = warpgroup_mma_wait(
+            0, deps=(gate_left, gate_right, up_left, up_right, down_left, down_right)
+        )
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    TOKENS: gl.constexpr = LEFT + RIGHT
+    row = gl.program_id(0) // kinds * (3 * ALL_HIDDEN) + (gl.program_id(0) % kinds * 2 + GROUP) * _HIDDEN
+    if gl.program_id(0) % kinds * 2 * _HIDDEN + GROUP * _HIDDEN < ALL_HIDDEN:
+        _store_sums(sums, row, gate_left, gate_right, TOKENS)
+        _store_sums(sums, row + ALL_HIDDEN, up_left, up_right, TOKENS)
+        _store_sums(sums, row + 2 * ALL_HIDDEN, down_left, down_right, TOKENS)
+
+
+@gluon.jit
+def _weights_kernel(
+    x_left: tma.tensor_descriptor,
+    x_right: tma.tensor_descriptor,
+    d_mixed_left: tma.tensor_descriptor,
+    d_mixed_right: tma.tensor_descriptor,
+    weights_left: tma.tensor_descriptor,
+    weights_right: tma.tensor_descriptor,
+    shares: gl.tensor,
+    sums: gl.tensor,
+    tiles: gl.tensor,
+    per_sequence: gl.tensor,
+    kinds: gl.tensor,
+    parts: gl.tensor,
+    D: gl.constexpr,
+    ALL_HIDDEN: gl.constexpr,
+    STAGES: gl.constexpr,
+    NORMED: gl.constexpr,
+) -> None:
+    dtype: gl.constexpr = x_left.dtype
+    LEFT: gl.constexpr = x_left.block_type.shape[1]
+    RIGHT: gl.constexpr = x_right.block_type.shape[1]
+    COLUMNS: gl.constexpr = x_left.block_type.shape[2]
+    x_slots = (
+        gl.allocate_shared_memory(dtype, [STAGES, 1, LEFT, COLUMNS], x_left.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, RIGHT, COLUMNS], x_right.layout),
+    )
+    d_mixed_slots = (
+        gl.allocate_shared_memory(dtype, [STAGES, 1, LEFT, COLUMNS], x_left.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, RIGHT, COLUMNS], x_right.layout),
+    )
+    weights = (
+        gl.allocate_shared_memory(dtype, [6, 1, _HIDDEN, LEFT], weights_left.layout),
+        gl.allocate_shared_memory(dtype, [6, 1, _HIDDEN, RIGHT], weights_right.layout),
+    )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    weights_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    for group in gl.static_range(2):
+        mbarrier.init(weights_full.index(group), count=1)
+    work = (tiles, per_sequence, kinds, parts)
+    barriers = (full, empty, weights_full)
+    buffers = (x_slots, d_mixed_slots, weights)
+    vectors = (shares, sums)
+    descs = ((x_left, x_right), (d_mixed_left, d_mixed_right), (weights_left, weights_right))
+    gl.warp_specialize(
+        [
+            (_weights_multiply, (0, buffers, barriers, work, vectors, D, ALL_HIDDEN, STAGES, NORMED)),
+            (_weights_multiply, (1, buffers, barriers, work, vectors, D, ALL_HIDDEN, STAGES, NORMED)),
+            (_weights_load, (descs, buffers, barriers, work, STAGES)),
+        ],
+        [4, 1],
+        [MULTIPLY_REGISTERS, LOAD_REGISTERS],
+    )
+
+
+def _slots(tokens: int, hidden: int) -> int:
+    """Tiles that fit into shared memory beside all weights and the tiles of two results."""
+    room = _SHARED_BYTES - _BARRIER_BYTES - 2 * tokens * (3 * hidden + 2 * _FEATURES.value)
+    return min(8, room // (2 * tokens * _FEATURES.value))
+
+
+def fits(x: Tensor, matrices: Tensor) -> bool:
+    """Whether the kernels take a state [B, T, D] and packed weights, in 16 bit."""
+    hidden, tokens = matrices.shape[0] // 3, matrices.shape[1]
+    return x.dtype in (torch.bfloat16, torch.float16) and x.shape[2] % 8 == 0 and _slots(tokens, hidden) >= 3
+
+
+def state_backward(
+    dy: Tensor,
+    x: Tensor,
+    kept: Tensor,
+    rstd: Tensor,
+    factors: Tensor | None,
+    matrices: Tensor,
+    parts: tuple[int, int],
+    G: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `hrm.kernels.ops.triton.mixer_backward.tokens_backward`."""
+    B, T, D = x.shape
+    hidden, tokens = matrices.shape[0] // 3, matrices.shape[1]
+    dx, d_mixed = torch.empty_like(x), torch.empty_like(x)
+    shares = None if factors is None else torch.empty_like(factors)
+    width = _FEATURES.value
+    per_sequence = triton.cdiv(D, width)
+    tiles = B * per_sequence
+    weights = matrices.view(3, hidden, tokens)
+    _state_kernel[(min(tiles, multiprocessor_count(x.device)),)](
+        *(descriptor(tensor, 1, part, width) for tensor in (x, kept, dy) for part in parts),
+        *(descriptor(weights, count, _CHUNK, part) for count in (2, 1) for part in parts),
+        *(descriptor(tensor, 1, part, width) for tensor in (dx, d_mixed) for part in parts),
+        rstd,
+        factors,
+        shares,
+        tiles,
+        per_sequence,
+        T=T,
+        D=D,
+        G=G,
+        CHUNKS=hidden // _CHUNK,
+        SLOTS=_slots(tokens, hidden),
+        NORMED=factors is not None,
+        num_warps=4,
+        maxnreg=START_REGISTERS,
+    )
+    return dx, d_mixed, shares
+
+
+def weight_sums(x: Tensor, d_mixed: Tensor, shares: Tensor | None, matrices: Tensor, parts: tuple[int, int]) -> Tensor:
+    """Gradients of the packed weights, float32 [P, 3 hidden, tokens]: P sums, each of some of the batch."""
+    B, _, D = x.shape
+    hidden, tokens = matrices.shape[0] // 3, matrices.shape[1]
+    kinds = triton.cdiv(hidden, 2 * _HIDDEN.value)
+    per_sequence = triton.cdiv(D, _COLUMNS)
+    count = max(1, min(multiprocessor_count(x.device) // kinds, B * per_sequence))
+    sums = x.new_empty(count, 3 * hidden, tokens, dtype=torch.float32)
+    weights = matrices.view(3, hidden, tokens)
+    stages = (_SHARED_BYTES - _BARRIER_BYTES - 12 * _HIDDEN.value * tokens) // (4 * _COLUMNS * tokens)
+    _weights_kernel[(kinds * count,)](
+        *(descriptor(tensor, 1, part, _COLUMNS) for tensor in (x, d_mixed) for part in parts),
+        *(descriptor(weights, 1, _HIDDEN.value, part) for part in parts),
+        shares,
+        sums,
+        B * per_sequence,
+        per_sequence,
+        kinds,
+        count,
+        D=D,
+        ALL_HIDDEN=hidden,
+        STAGES=min(8, stages),
+        NORMED=shares is not None,
+        num_warps=4,
+        maxnreg=START_REGISTERS,
+    )
+    return sums
