@@ -115,3 +115,39 @@ def test_on_the_cpu(shape: tuple[int, int, int], inner: int, parts: tuple[int, i
     found = dx, total[:2, :inner, :T].flatten(0, 1), total[2, :inner, :T].T
     for name, result, expected in zip(["x", "gate_up", "down"], found, wanted, strict=True):
         assert (result.double() - expected).norm() / expected.norm() < 1e-3, name
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "programs"),
+    [
+        ((300, 128, 192), 2),  # rows and columns that end within a tile, more than one tile of rows for a program
+        ((100, 64, 72), 4),
+    ],
+)
+def test_the_gate_on_the_cpu(sizes: tuple[int, int, int], programs: int, normed: bool) -> None:
+    M, D, F = sizes
+    generator = torch.Generator().manual_seed(M)
+    d_mixed, down, projected = (
+        torch.randn(shape, generator=generator).half() for shape in ((M, D), (D, F), (M, 2 * F))
+    )
+    shares = torch.randn(M, generator=generator)
+    found = torch.full_like(projected, math.nan)
+    run(
+        "_gate_kernel",
+        min(programs, -(-M // 128) * -(-F // 128)),
+        Descriptor(d_mixed, 128, 64),
+        Descriptor(down, 64, 64),
+        *(Descriptor(half, 128, 64) for of in (projected, found) for half in (of[:, :F], of[:, F:])),
+        Pointer(shares) if normed else None,
+        Number(M),
+        Number(F),
+        D // 64,
+        4,
+    )
+    gate, up = projected.double().requires_grad_().chunk(2, -1)
+    product = gate * up
+    taken = product.square().sum(-1) @ shares.double() / 2 if normed else 0
+    loss = (gate.sigmoid() * product * (d_mixed.double() @ down.double())).sum() - taken
+    wanted = torch.cat(torch.autograd.grad(loss, [gate, up]), -1)
+    assert (found.double() - wanted).norm() / wanted.norm() < 1e-3

@@ -31,12 +31,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hrm.kernels.ops.hopper.common import (
+    COLUMNS,
     LOAD_REGISTERS,
     MULTIPLY_REGISTERS,
+    ROWS,
     START_REGISTERS,
     descriptor,
     multiprocessor_count,
+    run_of,
 )
+from hrm.kernels.ops.hopper.linear import fits_swiglu
 
 _FEATURES = gl.constexpr(64)
 _CHUNK = 32  # hidden units at a time, for the gradient of the state
@@ -421,8 +425,9 @@ def _weights_load(
             to = 3 * group + matrix
             tma.async_copy_global_to_shared(weight_descs[0], [matrix, hidden, 0], bar, weights[0].index(to))
             tma.async_copy_global_to_shared(weight_descs[1], [matrix, hidden, LEFT], bar, weights[1].index(to))
-    step = 0
-    for tile in range(gl.program_id(0) // kinds, tiles, parts):
+    start = gl.program_id(0) // kinds
+    for step in range(gl.cdiv(tiles - start, parts)):
+        tile = start + step * parts
         stage = step % STAGES
         sequence = tile // per_sequence
         feature = tile % per_sequence * COLUMNS
@@ -433,7 +438,6 @@ def _weights_load(
         tma.async_copy_global_to_shared(x_descs[1], [sequence, LEFT, feature], bar, x_slots[1].index(stage))
         tma.async_copy_global_to_shared(d_mixed_descs[0], [sequence, 0, feature], bar, d_mixed_slots[0].index(stage))
         tma.async_copy_global_to_shared(d_mixed_descs[1], [sequence, LEFT, feature], bar, d_mixed_slots[1].index(stage))
-        step += 1
 
 
 @gluon.jit
@@ -509,8 +513,9 @@ def _weights_multiply(
     down_left = gl.zeros([_HIDDEN, LEFT], gl.float32, left_layout)
     down_right = gl.zeros([_HIDDEN, RIGHT], gl.float32, right_layout)
     mbarrier.wait(weights_full.index(GROUP), 0)
-    step = 0
-    for tile in range(gl.program_id(0) // kinds, tiles, parts):
+    start = gl.program_id(0) // kinds
+    for step in range(gl.cdiv(tiles - start, parts)):
+        tile = start + step * parts
         stage = step % STAGES
         x_left, x_right = _flat(x_slots[0].index(stage)), _flat(x_slots[1].index(stage))
         d_left, d_right = _flat(d_mixed_slots[0].index(stage)), _flat(d_mixed_slots[1].index(stage))
@@ -533,7 +538,6 @@ def _weights_multiply(
             0, deps=(gate_left, gate_right, up_left, up_right, down_left, down_right)
         )
         mbarrier.arrive(empty.index(stage), count=1)
-        step += 1
     TOKENS: gl.constexpr = LEFT + RIGHT
     row = gl.program_id(0) // kinds * (3 * ALL_HIDDEN) + (gl.program_id(0) % kinds * 2 + GROUP) * _HIDDEN
     if gl.program_id(0) % kinds * 2 * _HIDDEN + GROUP * _HIDDEN < ALL_HIDDEN:
@@ -595,6 +599,181 @@ def _weights_kernel(
             (_weights_multiply, (0, buffers, barriers, work, vectors, D, ALL_HIDDEN, STAGES, NORMED)),
             (_weights_multiply, (1, buffers, barriers, work, vectors, D, ALL_HIDDEN, STAGES, NORMED)),
             (_weights_load, (descs, buffers, barriers, work, STAGES)),
+        ],
+        [4, 1],
+        [MULTIPLY_REGISTERS, LOAD_REGISTERS],
+    )
+
+
+@gluon.jit
+def _gate_load(
+    descs: gl.tuple,
+    buffers: gl.tuple,
+    barriers: gl.tuple,
+    work: gl.tuple,
+    SLICES: gl.constexpr,
+    STAGES: gl.constexpr,
+) -> None:
+    d_mixed_desc, down_desc, gate_desc, up_desc = descs
+    rows_tile, ring, gates, ups = buffers
+    rows_full, rows_empty, down_full, down_empty, gate_full, gate_empty, _ = barriers
+    start, end, tiles_n = work
+    BLOCK_M: gl.constexpr = d_mixed_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = d_mixed_desc.block_type.shape[1]
+    BLOCK_N: gl.constexpr = down_desc.block_type.shape[1]
+    step = 0
+    rows_phase = 0
+    phase = 1
+    for tile in range(start, end):
+        m = tile // tiles_n * BLOCK_M
+        new_rows = (tile == start) | (tile % tiles_n == 0)
+        for half in gl.static_range(2):
+            n = tile % tiles_n * (2 * BLOCK_N) + half * BLOCK_N
+            for k in range(SLICES):
+                if half == 0 and new_rows:
+                    mbarrier.wait(rows_empty.index(k), rows_phase ^ 1)
+                    mbarrier.expect(rows_full.index(k), d_mixed_desc.block_type.nbytes)
+                    at = [m, k * BLOCK_K]
+                    tma.async_copy_global_to_shared(d_mixed_desc, at, rows_full.index(k), rows_tile.index(k))
+                stage = step % STAGES
+                mbarrier.wait(down_empty.index(stage), (step // STAGES & 1) ^ 1)
+                mbarrier.expect(down_full.index(stage), down_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(down_desc, [k * BLOCK_K, n], down_full.index(stage), ring.index(stage))
+                step += 1
+            # After the operands: the last tile may still be on its way out of this room.
+            full = gate_full.index(half)
+            mbarrier.wait(gate_empty.index(half), phase)
+            mbarrier.expect(full, gate_desc.block_type.nbytes + up_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(gate_desc, [m, n], full, gates.index(half))
+            tma.async_copy_global_to_shared(up_desc, [m, n], full, ups.index(half))
+        phase ^= 1
+        rows_phase ^= new_rows.to(gl.int32)
+
+
+@gluon.jit
+def _gate_multiply(
+    HALF: gl.constexpr,
+    descs: gl.tuple,
+    buffers: gl.tuple,
+    barriers: gl.tuple,
+    work: gl.tuple,
+    shares: gl.tensor,
+    M: gl.tensor,
+    SLICES: gl.constexpr,
+    STAGES: gl.constexpr,
+) -> None:
+    """One of the two groups of four warps, which take turns: one multiplies while the other one finishes its tile."""
+    d_gate_desc, d_up_desc = descs
+    rows_tile, ring, gates, ups = buffers
+    rows_full, rows_empty, down_full, down_empty, gate_full, gate_empty, turns = barriers
+    start, end, tiles_n = work
+    dtype: gl.constexpr = gates.dtype
+    BLOCK_M: gl.constexpr = rows_tile.type.shape[1]
+    BLOCK_N: gl.constexpr = ring.type.shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    gate_tile, up_tile = gates.index(HALF), ups.index(HALF)
+    step = HALF * SLICES
+    rows_phase = 0
+    phase = 0
+    turn_phase = 1 - HALF  # The first group finds its first turn given.
+    for tile in range(start, end):
+        m = tile // tiles_n * BLOCK_M
+        n = tile % tiles_n * (2 * BLOCK_N) + HALF * BLOCK_N
+        new_rows = (tile == start) | (tile % tiles_n == 0)
+        last_of_rows = (tile + 1 == end) | ((tile + 1) % tiles_n == 0)
+        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
+        # Besides ordering the two, a turn says that the other group has seen all stages before this tile's come full:
+        # without it, the parity of `down_full` would be ambiguous.
+        mbarrier.wait(turns.index(HALF), turn_phase)
+        turn_phase ^= 1
+        for k in range(SLICES):
+            stage = step % STAGES
+            mbarrier.wait(rows_full.index(k), rows_phase, pred=new_rows)
+            mbarrier.wait(down_full.index(stage), step // STAGES & 1)
+            acc = warpgroup_mma(rows_tile.index(k), ring.index(stage), acc, use_acc=k > 0, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(down_empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
+            mbarrier.arrive(rows_empty.index(gl.maximum(k, 1) - 1), count=1, pred=last_of_rows & (k > 0))
+            step += 1
+        mbarrier.arrive(turns.index(1 - HALF), count=1)
+        share = gl.expand_dims(gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, layout)), 1)
+        if shares is not None:
+            rows = m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+            share = gl.expand_dims(gl.load(shares + rows, rows < M, other=0.0), 1)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(down_empty.index((step + STAGES - 1) % STAGES), count=1)
+        mbarrier.arrive(rows_empty.index(SLICES - 1), count=1, pred=last_of_rows)
+        step += SLICES
+        rows_phase ^= last_of_rows.to(gl.int32)
+
+        mbarrier.wait(gate_full.index(HALF), phase)
+        phase ^= 1
+        gate = gate_tile.load(layout).to(gl.float32)
+        up = up_tile.load(layout).to(gl.float32)
+        d_gate, d_up, _ = _gate_gradients(gate, up, acc, share, dtype, shares is not None)
+        gate_tile.store(d_gate)
+        up_tile.store(d_up)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(d_gate_desc, [m, n], gate_tile)
+        tma.async_copy_shared_to_global(d_up_desc, [m, n], up_tile)
+        tma.store_wait(0)
+        gl.thread_barrier()
+        mbarrier.arrive(gate_empty.index(HALF), count=1)
+
+
+@gluon.jit
+def _gate_kernel(
+    d_mixed_desc: tma.tensor_descriptor,
+    down_desc: tma.tensor_descriptor,
+    gate_desc: tma.tensor_descriptor,
+    up_desc: tma.tensor_descriptor,
+    d_gate_desc: tma.tensor_descriptor,
+    d_up_desc: tma.tensor_descriptor,
+    shares: gl.tensor,
+    M: gl.tensor,
+    F: gl.tensor,
+    SLICES: gl.constexpr,
+    STAGES: gl.constexpr,
+) -> None:
+    """Neighbouring tiles share their rows, which stay in shared memory; gradients of a tile take the place of what
+    they are of."""
+    dtype: gl.constexpr = d_mixed_desc.dtype
+    BLOCK_M: gl.constexpr = d_mixed_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = d_mixed_desc.block_type.shape[1]
+    BLOCK_N: gl.constexpr = down_desc.block_type.shape[1]
+    rows_tile = gl.allocate_shared_memory(dtype, [SLICES, BLOCK_M, BLOCK_K], d_mixed_desc.layout)
+    ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_N], down_desc.layout)
+    gates = gl.allocate_shared_memory(dtype, [2, BLOCK_M, BLOCK_N], gate_desc.layout)
+    ups = gl.allocate_shared_memory(dtype, [2, BLOCK_M, BLOCK_N], up_desc.layout)
+    rows_full = gl.allocate_shared_memory(gl.int64, [SLICES, 1], mbarrier.MBarrierLayout())
+    rows_empty = gl.allocate_shared_memory(gl.int64, [SLICES, 1], mbarrier.MBarrierLayout())
+    down_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    down_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    gate_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    gate_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for k in gl.static_range(SLICES):
+        mbarrier.init(rows_full.index(k), count=1)
+        mbarrier.init(rows_empty.index(k), count=2)  # Both groups read the rows.
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(down_full.index(stage), count=1)
+        mbarrier.init(down_empty.index(stage), count=1)
+    for half in gl.static_range(2):
+        mbarrier.init(gate_full.index(half), count=1)
+        mbarrier.init(gate_empty.index(half), count=1)
+        mbarrier.init(turns.index(half), count=1)
+    tiles_n = gl.cdiv(F, 2 * BLOCK_N)
+    start, end = run_of(gl.cdiv(M, BLOCK_M) * tiles_n)
+    work = (start, end, tiles_n)
+    barriers = (rows_full, rows_empty, down_full, down_empty, gate_full, gate_empty, turns)
+    buffers = (rows_tile, ring, gates, ups)
+    outs = (d_gate_desc, d_up_desc)
+    descs = (d_mixed_desc, down_desc, gate_desc, up_desc)
+    gl.warp_specialize(
+        [
+            (_gate_multiply, (0, outs, buffers, barriers, work, shares, M, SLICES, STAGES)),
+            (_gate_multiply, (1, outs, buffers, barriers, work, shares, M, SLICES, STAGES)),
+            (_gate_load, (descs, buffers, barriers, work, SLICES, STAGES)),
         ],
         [4, 1],
         [MULTIPLY_REGISTERS, LOAD_REGISTERS],
@@ -680,3 +859,30 @@ def weight_sums(x: Tensor, d_mixed: Tensor, shares: Tensor | None, matrices: Ten
         maxnreg=START_REGISTERS,
     )
     return sums
+
+
+def fits_gate(d_mixed: Tensor, down: Tensor) -> bool:
+    """Whether `gate_backward` takes rows [M, D] and a matrix [D, F], in 16 bit."""
+    D, F = down.shape
+    return d_mixed.dtype in (torch.bfloat16, torch.float16) and fits_swiglu(D) and F % 8 == 0
+
+
+def gate_backward(d_mixed: Tensor, down: Tensor, projected: Tensor, shares: Tensor | None) -> Tensor:
+    """As `hrm.kernels.ops.triton.mixer_backward.gate_backward`."""
+    M, D = d_mixed.shape
+    F = down.shape[1]
+    d_projected = torch.empty_like(projected)
+    tiles = triton.cdiv(M, ROWS) * triton.cdiv(F, 2 * COLUMNS)
+    _gate_kernel[(min(tiles, multiprocessor_count(d_mixed.device)),)](
+        descriptor(d_mixed, ROWS, COLUMNS),
+        descriptor(down, COLUMNS, COLUMNS),
+        *(descriptor(half, ROWS, COLUMNS) for of in (projected, d_projected) for half in (of[:, :F], of[:, F:])),
+        shares,
+        M,
+        F,
+        SLICES=D // COLUMNS,
+        STAGES=4,
+        num_warps=4,
+        maxnreg=START_REGISTERS,
+    )
+    return d_projected

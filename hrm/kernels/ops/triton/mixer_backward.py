@@ -538,7 +538,7 @@ def tokens_backward(
     dy: Tensor, x: Tensor, kept: Tensor, rstd: Tensor, factors: Tensor | None, packed: _Packed, G: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x and, times its norm's factors, of the second matmul's result, and the shares of that norm."""
-    if kernels := _hopper(x, packed):
+    if (kernels := _hopper(x)) and kernels.fits(x, packed.matrices):
         return kernels.state_backward(dy, x, kept, rstd, factors, packed.matrices, packed[2:], G)  # type: ignore[no-any-return]
     B, T, D = x.shape
     dx, d_mixed = torch.empty_like(x), torch.empty_like(x)
@@ -574,7 +574,7 @@ def token_weights_backward(
     x: Tensor, d_mixed: Tensor, shares: Tensor | None, packed: _Packed, G: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both matrices, [2 G, T] and [T, G]."""
-    if kernels := _hopper(x, packed):
+    if (kernels := _hopper(x)) and kernels.fits(x, packed.matrices):
         sums = kernels.weight_sums(x, d_mixed, shares, packed.matrices, packed[2:])
     else:
         sums = _weight_sums(x, d_mixed, shares, packed)
@@ -617,13 +617,13 @@ def _weight_sums(x: Tensor, d_mixed: Tensor, shares: Tensor | None, packed: _Pac
     return sums
 
 
-def _hopper(x: Tensor, packed: _Packed) -> ModuleType | None:
-    """The kernels made for Hopper if they run on the device of `x` and take these operands."""
+def _hopper(x: Tensor) -> ModuleType | None:
+    """The kernels made for Hopper if they run on the device of `x`."""
     if hopper.why_not(x.device):
         return None
     from hrm.kernels.ops.hopper import mixer_backward as hopper_mixer_backward
 
-    return hopper_mixer_backward if hopper_mixer_backward.fits(x, packed.matrices) else None
+    return hopper_mixer_backward
 
 
 class _MixFeatures(torch.autograd.Function):
@@ -668,6 +668,8 @@ def scaled_rms_backward(
 
 def gate_backward(d_mixed: Tensor, down: Tensor, projected: Tensor, shares: Tensor | None) -> Tensor:
     """Gradient of gate and up [M, 2 F]."""
+    if (kernels := _hopper(d_mixed)) and kernels.fits_gate(d_mixed, down):
+        return kernels.gate_backward(d_mixed, down, projected, shares)  # type: ignore[no-any-return]
     M, D = d_mixed.shape
     F = down.shape[1]
     d_projected = torch.empty_like(projected)
