@@ -45,12 +45,11 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-FORWARD_TILE = Tile(64, 32, 2, 4)
-STATE_TILE = Tile(64, 32, 2, 4)
-WEIGHTS_TILE = Tile(32, 64, 2, 4)
+FORWARD_TILE = Tile(64, 64, 2, 4)
+STATE_TILE = Tile(64, 32, 2, 4, 168)
+WEIGHTS_TILE = Tile(32, 64, 3, 4)
 WEIGHTS_PROGRAMS = 2  # for each multiprocessor
-GATE_TILE = Tile(128, 64, 3, 4)
-GATE_EARLY = True
+GATE_TILE = Tile(64, 128, 3, 4)
 
 
 @triton.jit
@@ -388,7 +387,6 @@ def _scaled_rms_backward_kernel(
 def _gate_backward_kernel(
     d_mixed: tl.tensor_descriptor,
     down: tl.tensor_descriptor,
-    gate_up: tl.tensor,
     gates: tl.tensor_descriptor,
     ups: tl.tensor_descriptor,
     shares: tl.tensor,
@@ -398,7 +396,6 @@ def _gate_backward_kernel(
     D: tl.constexpr,
     F: tl.constexpr,
     NORMED: tl.constexpr,
-    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -407,20 +404,11 @@ def _gate_backward_kernel(
     m = tl.program_id(0) // TILES_N * BLOCK_M
     n = tl.program_id(0) % TILES_N * BLOCK_N
     rows = m + tl.arange(0, BLOCK_M)
-    if EARLY:  # on their way while the product is computed
-        columns = n + tl.arange(0, BLOCK_N)[None, :]
-        inside = (rows < M)[:, None] & (columns < F)
-        at = rows.to(tl.int64)[:, None] * (2 * F) + columns
-        gate = tl.load(gate_up + at, inside, 0)
-        up = tl.load(gate_up + F + at, inside, 0)
     d_inner = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, D, BLOCK_K):
         d_inner = tl.dot(d_mixed.load([m, k]), down.load([k, n]), d_inner, input_precision="ieee")
-    if not EARLY:
-        gate = gates.load([m, n])
-        up = ups.load([m, n])
-    gate = gate.to(tl.float32)
-    up = up.to(tl.float32)
+    gate = gates.load([m, n]).to(tl.float32)
+    up = ups.load([m, n]).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     product = gate * up
     outer = sigmoid * d_inner
@@ -678,7 +666,6 @@ def gate_backward(d_mixed: Tensor, down: Tensor, projected: Tensor, shares: Tens
     _gate_backward_kernel[(triton.cdiv(M, tile.features) * triton.cdiv(F, tile.hidden),)](
         TensorDescriptor.from_tensor(d_mixed, [tile.features, block_k]),
         TensorDescriptor.from_tensor(down, [block_k, tile.hidden]),
-        projected,
         TensorDescriptor.from_tensor(projected[:, :F], block),
         TensorDescriptor.from_tensor(projected[:, F:], block),
         shares,
@@ -688,7 +675,6 @@ def gate_backward(d_mixed: Tensor, down: Tensor, projected: Tensor, shares: Tens
         D,
         F,
         shares is not None,
-        GATE_EARLY,
         tile.features,
         tile.hidden,
         block_k,
