@@ -51,8 +51,43 @@ def check(actual: Tensor, state: Tensor, injection: Tensor | None, weights: Weig
     assert (actual.double() - exact).norm() / exact.norm() < torch.finfo(actual.dtype).eps / 2
 
 
+def saved_of(state: Tensor, injection: Tensor | None, weights: Weights) -> hopper_mixer.Saved:
+    """Room for what a backward needs."""
+    tile, vector = torch.full_like(state, math.nan), torch.full(state[:, 0].shape, math.nan, device=state.device)
+    normed = isinstance(weights, NormGatedMixerWeights)
+    return hopper_mixer.Saved(
+        None if injection is None else tile.clone(),
+        tile if normed else None,
+        vector,
+        vector.clone() if normed else None,
+    )
+
+
+def check_saved(saved: hopper_mixer.Saved, state: Tensor, injection: Tensor | None, weights: Weights) -> None:
+    x = state if injection is None else state + injection
+    assert saved.total is None or torch.equal(saved.total, x)
+    exact = type(weights)(*(weight.double() for weight in weights))
+    features = x.double().mT
+    gate, up = (features @ exact.token_gate_up.T).chunk(2, -1)
+    factors = torch.ones_like(gate[..., 0])
+    if isinstance(weights, NormGatedMixerWeights):
+        factors = ((gate * up).square().mean(-1) + EPS).rsqrt()
+    mixed = (gate.sigmoid() * gate * up * factors[..., None]) @ exact.token_down.T
+    rstd = ((features + mixed).square().mean(-1) + EPS).rsqrt()
+    wanted = {"kept": mixed.mT, "rstd": rstd, "factors": factors}
+    for name, value in wanted.items():
+        found = getattr(saved, name)
+        if found is not None:
+            assert (found.double() - value).norm() / value.norm() < torch.finfo(state.dtype).eps, name
+
+
 def run_on_cpu(
-    state: Tensor, injection: Tensor | None, weights: Weights, rounded: Tensor | None, multiprocessors: int
+    state: Tensor,
+    injection: Tensor | None,
+    weights: Weights,
+    rounded: Tensor | None,
+    multiprocessors: int,
+    saved: hopper_mixer.Saved,
 ) -> Tensor:
     """`hopper_mixer.mix_tokens` on a GPU of so many multiprocessors."""
     batch, tokens, width = state.shape
@@ -73,6 +108,8 @@ def run_on_cpu(
         on_cpu(hopper_mixer, "_mix_tokens_kernel", gluon, _tanh=torch.tanh)(
             *descriptors,
             None if rounded is None else Pointer(rounded),
+            *(None if tensor is None else Descriptor(tensor, 1, piece, 64) for tensor in saved[:2] for piece in pieces),
+            *(None if vector is None else Pointer(vector) for vector in saved[2:]),
             Number(batch),
             Number(width),
             EPS,
@@ -86,6 +123,7 @@ def run_on_cpu(
 
 @pytest.mark.skipif(ON_HOPPER, reason="the GPU itself runs it")
 @pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("saving", [False, True])
 @pytest.mark.parametrize("injected", [False, True])
 @pytest.mark.parametrize(
     ("shape", "inner", "multiprocessors"),
@@ -97,12 +135,16 @@ def run_on_cpu(
         ((5, 12, 128), 32, 1),  # the second piece of the tokens is empty
     ],
 )
-def test_on_the_cpu(shape: tuple[int, int, int], inner: int, multiprocessors: int, injected: bool, gate: Gate) -> None:
+def test_on_the_cpu(
+    shape: tuple[int, int, int], inner: int, multiprocessors: int, injected: bool, saving: bool, gate: Gate
+) -> None:
     state, injection, weights = draw(shape, inner, gate, injected, torch.float16)
     rounded = torch.full_like(state, math.nan, dtype=torch.bfloat16) if injected else None
-    out = run_on_cpu(state, injection, weights, rounded, multiprocessors)
+    saved = saved_of(state, injection, weights) if saving else hopper_mixer.Saved()
+    out = run_on_cpu(state, injection, weights, rounded, multiprocessors, saved)
     check(out, state, injection, weights)
     assert rounded is None or torch.equal(rounded, out.to(torch.bfloat16))
+    check_saved(saved, state, injection, weights)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 33, 82, 88, 97, 128])

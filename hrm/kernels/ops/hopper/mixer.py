@@ -15,7 +15,7 @@ Tiles are of powers of two, and so tokens come in two pieces, `first` and `rest`
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -244,10 +244,26 @@ def _store_rounded(
 
 
 @gluon.jit
+def _put(
+    descs: gl.tuple, first: gl.tensor, rest: gl.tensor, staging: gl.tuple, sequence: gl.tensor, feature: gl.tensor
+) -> None:
+    """A tile from registers [features, tokens] to global memory, once the last one has left `staging`."""
+    FIRST: gl.constexpr = descs[0].block_type.shape[1]
+    tma.store_wait(0)
+    gl.thread_barrier()
+    _transposed(staging[0]).store(first)
+    _transposed(staging[1]).store(rest)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(descs[0], [sequence, 0, feature], staging[0])
+    tma.async_copy_shared_to_global(descs[1], [sequence, FIRST, feature], staging[1])
+
+
+@gluon.jit
 def _mix(
     GROUP: gl.constexpr,
     out_descs: gl.tuple,
     rounded: gl.tensor,
+    saved: gl.tuple,
     buffers: gl.tuple,
     staging: gl.tuple,
     barriers: gl.tuple,
@@ -262,6 +278,7 @@ def _mix(
     x_slots, weights = buffers
     gate_up_first, gate_up_rest, down_first, down_rest = weights
     first_staging, rest_staging = staging[0].index(GROUP), staging[1].index(GROUP)
+    total_descs, kept_descs, rstd, gate_factors = saved
     x_full, x_empty, weights_full, weights_empty, turns = barriers
     start, end, per_sequence = work
     B, T, D, G, eps = sizes
@@ -288,6 +305,11 @@ def _mix(
         x = _take(x_slots, x_full, x_empty, step, first_operand, rest_operand, INPUTS)
         mbarrier.arrive(turns.index((GROUP + 1) % _GROUPS), count=1)
         step += _GROUPS * INPUTS
+        sequence = tile // per_sequence
+        feature = tile % per_sequence * _FEATURES
+        rows = feature + gl.arange(0, _FEATURES, rows_layout)
+        if total_descs[0] is not None:
+            _put(total_descs, x[0], x[1], (first_staging, rest_staging), sequence, feature)
 
         first_tile = tile == start + GROUP * programs
         first = gl.zeros([_FEATURES, FIRST], gl.float32, first_layout)
@@ -308,21 +330,18 @@ def _mix(
             factors = gl.rsqrt(gl.convert_layout(gl.sum(squares, 1), rows_layout) * (4 / G) + eps)
             first = first * gl.expand_dims(factors, 1)
             rest = rest * gl.expand_dims(gl.convert_layout(factors, rest_rows_layout), 1)
+            if kept_descs[0] is not None:
+                gl.store(gate_factors + (sequence * D + rows), factors, (rows < D) & (sequence < B))
+                _put(kept_descs, first.to(dtype), rest.to(dtype), (first_staging, rest_staging), sequence, feature)
         first += gl.convert_layout(x[0], first_layout).to(gl.float32)
         rest += gl.convert_layout(x[1], rest_layout).to(gl.float32)  # tokens from T on are zeros
         total = gl.sum(first * first, 1) + gl.convert_layout(gl.sum(rest * rest, 1), rows_layout)
         factors = gl.rsqrt(total / T + eps)
         first = first * gl.expand_dims(factors, 1)
         rest = rest * gl.expand_dims(gl.convert_layout(factors, rest_rows_layout), 1)
-        tma.store_wait(0)
-        gl.thread_barrier()
-        _transposed(first_staging).store(first.to(dtype))
-        _transposed(rest_staging).store(rest.to(dtype))
-        fence_async_shared()
-        sequence = tile // per_sequence
-        feature = tile % per_sequence * _FEATURES
-        tma.async_copy_shared_to_global(out_descs[0], [sequence, 0, feature], first_staging)
-        tma.async_copy_shared_to_global(out_descs[1], [sequence, FIRST, feature], rest_staging)
+        if rstd is not None:
+            gl.store(rstd + (sequence * D + rows), factors, (rows < D) & (sequence < B))
+        _put(out_descs, first.to(dtype), rest.to(dtype), (first_staging, rest_staging), sequence, feature)
         if rounded is not None:
             _store_rounded(first_staging, rounded, sequence, 0, feature, (B, T, D))
             _store_rounded(rest_staging, rounded, sequence, FIRST, feature, (B, T, D))
@@ -342,6 +361,12 @@ def _mix_tokens_kernel(
     out_first: tma.tensor_descriptor,
     out_rest: tma.tensor_descriptor,
     rounded: gl.tensor,
+    total_first: tma.tensor_descriptor,
+    total_rest: tma.tensor_descriptor,
+    kept_first: tma.tensor_descriptor,
+    kept_rest: tma.tensor_descriptor,
+    rstd: gl.tensor,
+    factors: gl.tensor,
     B: gl.tensor,
     D: gl.tensor,
     eps: gl.tensor,
@@ -396,6 +421,7 @@ def _mix_tokens_kernel(
     buffers = (x_slots, weights)
     sizes = (B, T, D, G, eps)
     outs = (out_first, out_rest)
+    saved = ((total_first, total_rest), (kept_first, kept_rest), rstd, factors)
     descs = (
         (x_first, x_rest),
         (injection_first, injection_rest),
@@ -404,9 +430,9 @@ def _mix_tokens_kernel(
     )
     gl.warp_specialize(
         [
-            (_mix, (0, outs, rounded, buffers, staging, barriers, work, sizes, STAGES, CHUNKS, INPUTS, NORMED)),
-            (_mix, (1, outs, rounded, buffers, staging, barriers, work, sizes, STAGES, CHUNKS, INPUTS, NORMED)),
-            (_mix, (2, outs, rounded, buffers, staging, barriers, work, sizes, STAGES, CHUNKS, INPUTS, NORMED)),
+            (_mix, (0, outs, rounded, saved, buffers, staging, barriers, work, sizes, STAGES, CHUNKS, INPUTS, NORMED)),
+            (_mix, (1, outs, rounded, saved, buffers, staging, barriers, work, sizes, STAGES, CHUNKS, INPUTS, NORMED)),
+            (_mix, (2, outs, rounded, saved, buffers, staging, barriers, work, sizes, STAGES, CHUNKS, INPUTS, NORMED)),
             (_load, (descs, buffers, barriers, work, STAGES, CHUNKS)),
         ],
         [4, 4, 1],
@@ -434,6 +460,18 @@ def fits(state: Tensor, injection: Tensor | None, gate_up: Tensor, down: Tensor)
     return aligned and sizes and state.dtype in (torch.bfloat16, torch.float16)
 
 
+class Saved(NamedTuple):
+    """What a backward pass of `mix_tokens` needs, or None for what it does not."""
+
+    total: Tensor | None = None  # [B, T, D]: the sum of state and injection
+    kept: Tensor | None = None  # [B, T, D]: of a normed gate, what the MLP adds to it
+    rstd: Tensor | None = None  # [B, D], float32: 1 / rms of the sum of both, over tokens
+    factors: Tensor | None = None  # [B, D], float32: of a normed gate, 1 / rms of its product over hidden units
+
+
+_NOTHING = Saved()
+
+
 def mix_tokens(
     state: Tensor,
     injection: Tensor | None,
@@ -442,8 +480,9 @@ def mix_tokens(
     normed: bool,
     eps: float,
     rounded: Tensor | None,
+    saved: Saved = _NOTHING,
 ) -> Tensor:
-    """As `hrm.kernels.ops.triton.mixer.mix_tokens`."""
+    """As `hrm.kernels.ops.triton.mixer.mix_tokens`; `saved` is written too."""
     B, T, D = state.shape
     G = down.shape[1]
     if T % 8:  # its rows have to begin at multiples of 16 bytes
@@ -460,6 +499,8 @@ def mix_tokens(
         *(descriptor(down, piece, _CHUNK) for piece in pieces),
         *(descriptor(out, 1, piece, width) for piece in pieces),
         rounded,
+        *(None if tensor is None else descriptor(tensor, 1, piece, width) for tensor in saved[:2] for piece in pieces),
+        *saved[2:],
         B,
         D,
         eps,

@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from hrm.kernels.ops.hopper.common import (
     COLUMNS,
+    DTYPES,
     LOAD_REGISTERS,
     MULTIPLY_REGISTERS,
     ROWS,
@@ -787,9 +788,9 @@ def _slots(tokens: int, hidden: int) -> int:
 
 
 def fits(x: Tensor, matrices: Tensor) -> bool:
-    """Whether the kernels take a state [B, T, D] and packed weights, in 16 bit."""
+    """Whether the kernels take a state [B, T, D] and packed weights: in 16 bit, rows at multiples of 16 bytes."""
     hidden, tokens = matrices.shape[0] // 3, matrices.shape[1]
-    return x.dtype in (torch.bfloat16, torch.float16) and x.shape[2] % 8 == 0 and _slots(tokens, hidden) >= 3
+    return x.dtype in DTYPES and x.shape[2] % 8 == 0 and _slots(tokens, hidden) >= 3
 
 
 def state_backward(
@@ -862,9 +863,9 @@ def weight_sums(x: Tensor, d_mixed: Tensor, shares: Tensor | None, matrices: Ten
 
 
 def fits_gate(d_mixed: Tensor, down: Tensor) -> bool:
-    """Whether `gate_backward` takes rows [M, D] and a matrix [D, F], in 16 bit."""
+    """Whether `gate_backward` takes rows [M, D] and a matrix [D, F]."""
     D, F = down.shape
-    return d_mixed.dtype in (torch.bfloat16, torch.float16) and fits_swiglu(D) and F % 8 == 0
+    return d_mixed.dtype in DTYPES and fits_swiglu(D) and F % 8 == 0 and down.data_ptr() % 16 == 0
 
 
 def gate_backward(d_mixed: Tensor, down: Tensor, projected: Tensor, shares: Tensor | None) -> Tensor:

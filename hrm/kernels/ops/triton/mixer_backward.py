@@ -468,39 +468,11 @@ class _MixTokens(torch.autograd.Function):
     def forward(
         ctx: Any, state: Tensor, injection: Tensor | None, gate_up: Tensor, down: Tensor, eps: float, normed: bool
     ) -> Tensor:
-        B, T, D = state.shape
-        G = down.shape[1]
+        gate_up, down = gate_up.contiguous(), down.contiguous()
         packed = _pack(gate_up, down)
-        y = torch.empty_like(state)
-        x = state if injection is None else torch.empty_like(state)
-        rstd = state.new_empty(B, D, dtype=torch.float32)
-        factors, kept = (torch.empty_like(rstd), torch.empty_like(state)) if normed else (None, y)
-        tile = FORWARD_TILE
-        _tokens_kernel[(triton.cdiv(D, tile.features), B)](
-            state,
-            injection,
-            *packed.tiles(tile.hidden),
-            y,
-            x,
-            kept,
-            rstd,
-            factors,
-            eps,
-            T,
-            D,
-            G,
-            packed.hidden,
-            normed,
-            packed.left,
-            packed.right,
-            tile.features,
-            tile.hidden,
-            tile.stages,
-            num_warps=tile.warps,
-            maxnreg=tile.registers,
-        )
+        y, x, kept, rstd, factors = tokens_forward(state, injection, gate_up, down, packed, eps, normed)
         ctx.save_for_backward(x, kept, rstd, factors, packed.matrices)
-        ctx.G, ctx.injected = G, injection is not None
+        ctx.G = down.shape[1]
         return y
 
     @staticmethod
@@ -520,6 +492,52 @@ class _MixTokens(torch.autograd.Function):
             None,
             None,
         )
+
+
+def tokens_forward(
+    state: Tensor,
+    injection: Tensor | None,
+    gate_up: Tensor,
+    down: Tensor,
+    packed: _Packed,
+    eps: float,
+    normed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The result, the sum of state and injection, what is kept of m or the result, and the factors of both norms."""
+    B, T, D = state.shape
+    y = torch.empty_like(state)
+    x = state if injection is None else torch.empty_like(state)
+    rstd = state.new_empty(B, D, dtype=torch.float32)
+    factors, kept = (torch.empty_like(rstd), torch.empty_like(state)) if normed else (None, y)
+    if kernels := _hopper_forward(state, gate_up, down):
+        saved = kernels.Saved(None if injection is None else x, kept if normed else None, rstd, factors)
+        y = kernels.mix_tokens(state, injection, gate_up, down, normed, eps, None, saved)
+        return y, x, kept if normed else y, rstd, factors
+    tile = FORWARD_TILE
+    _tokens_kernel[(triton.cdiv(D, tile.features), B)](
+        state,
+        injection,
+        *packed.tiles(tile.hidden),
+        y,
+        x,
+        kept,
+        rstd,
+        factors,
+        eps,
+        T,
+        D,
+        down.shape[1],
+        packed.hidden,
+        normed,
+        packed.left,
+        packed.right,
+        tile.features,
+        tile.hidden,
+        tile.stages,
+        num_warps=tile.warps,
+        maxnreg=tile.registers,
+    )
+    return y, x, kept, rstd, factors
 
 
 def tokens_backward(
@@ -603,6 +621,15 @@ def _weight_sums(x: Tensor, d_mixed: Tensor, shares: Tensor | None, packed: _Pac
         maxnreg=tile.registers,
     )
     return sums
+
+
+def _hopper_forward(state: Tensor, gate_up: Tensor, down: Tensor) -> ModuleType | None:
+    """The kernel made for Hopper that mixes tokens, if it takes these operands."""
+    if hopper.why_not(state.device):
+        return None
+    from hrm.kernels.ops.hopper import mixer as hopper_mixer
+
+    return hopper_mixer if hopper_mixer.fits(state, gate_up, down) else None
 
 
 def _hopper(x: Tensor) -> ModuleType | None:
