@@ -784,7 +784,8 @@ def _gate_kernel(
 def _slots(tokens: int, hidden: int) -> int:
     """Tiles that fit into shared memory beside all weights and the tiles of two results."""
     room = _SHARED_BYTES - _BARRIER_BYTES - 2 * tokens * (3 * hidden + 2 * _FEATURES.value)
-    return min(8, room // (2 * tokens * _FEATURES.value))
+    fitting: int = room // (2 * tokens * _FEATURES.value)
+    return min(8, fitting)
 
 
 def fits(x: Tensor, matrices: Tensor) -> bool:
