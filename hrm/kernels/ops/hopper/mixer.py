@@ -119,7 +119,7 @@ def _load_tile(
 
 
 @gluon.jit
-def _transposed(buffer: gl.shared_memory_descriptor) -> Any:
+def transposed(buffer: gl.shared_memory_descriptor) -> Any:
     """[1, tokens, features] as [features, tokens]."""
     return buffer.reshape([buffer.type.shape[1], buffer.type.shape[2]]).permute([1, 0])
 
@@ -147,9 +147,9 @@ def _take(
 
 @gluon.jit
 def _read(slots: gl.shared_memory_descriptor, step: gl.tensor, layout: gl.constexpr, INPUTS: gl.constexpr) -> Any:
-    x = _transposed(slots.index(step % _SLOTS)).load(layout)
+    x = transposed(slots.index(step % _SLOTS)).load(layout)
     if INPUTS == 2:
-        injection = _transposed(slots.index((step + 1) % _SLOTS)).load(layout)
+        injection = transposed(slots.index((step + 1) % _SLOTS)).load(layout)
         x = (x.to(gl.float32) + injection.to(gl.float32)).to(slots.dtype)
     return x
 
@@ -244,15 +244,15 @@ def _store_rounded(
 
 
 @gluon.jit
-def _put(
+def put_tile(
     descs: gl.tuple, first: gl.tensor, rest: gl.tensor, staging: gl.tuple, sequence: gl.tensor, feature: gl.tensor
 ) -> None:
     """A tile from registers [features, tokens] to global memory, once the last one has left `staging`."""
     FIRST: gl.constexpr = descs[0].block_type.shape[1]
     tma.store_wait(0)
     gl.thread_barrier()
-    _transposed(staging[0]).store(first)
-    _transposed(staging[1]).store(rest)
+    transposed(staging[0]).store(first)
+    transposed(staging[1]).store(rest)
     fence_async_shared()
     tma.async_copy_shared_to_global(descs[0], [sequence, 0, feature], staging[0])
     tma.async_copy_shared_to_global(descs[1], [sequence, FIRST, feature], staging[1])
@@ -309,7 +309,7 @@ def _mix(
         feature = tile % per_sequence * _FEATURES
         rows = feature + gl.arange(0, _FEATURES, rows_layout)
         if total_descs[0] is not None:
-            _put(total_descs, x[0], x[1], (first_staging, rest_staging), sequence, feature)
+            put_tile(total_descs, x[0], x[1], (first_staging, rest_staging), sequence, feature)
 
         first_tile = tile == start + GROUP * programs
         first = gl.zeros([_FEATURES, FIRST], gl.float32, first_layout)
@@ -332,7 +332,7 @@ def _mix(
             rest = rest * gl.expand_dims(gl.convert_layout(factors, rest_rows_layout), 1)
             if kept_descs[0] is not None:
                 gl.store(gate_factors + (sequence * D + rows), factors, (rows < D) & (sequence < B))
-                _put(kept_descs, first.to(dtype), rest.to(dtype), (first_staging, rest_staging), sequence, feature)
+                put_tile(kept_descs, first.to(dtype), rest.to(dtype), (first_staging, rest_staging), sequence, feature)
         first += gl.convert_layout(x[0], first_layout).to(gl.float32)
         rest += gl.convert_layout(x[1], rest_layout).to(gl.float32)  # tokens from T on are zeros
         total = gl.sum(first * first, 1) + gl.convert_layout(gl.sum(rest * rest, 1), rows_layout)
@@ -341,7 +341,7 @@ def _mix(
         rest = rest * gl.expand_dims(gl.convert_layout(factors, rest_rows_layout), 1)
         if rstd is not None:
             gl.store(rstd + (sequence * D + rows), factors, (rows < D) & (sequence < B))
-        _put(out_descs, first.to(dtype), rest.to(dtype), (first_staging, rest_staging), sequence, feature)
+        put_tile(out_descs, first.to(dtype), rest.to(dtype), (first_staging, rest_staging), sequence, feature)
         if rounded is not None:
             _store_rounded(first_staging, rounded, sequence, 0, feature, (B, T, D))
             _store_rounded(rest_staging, rounded, sequence, FIRST, feature, (B, T, D))

@@ -42,6 +42,7 @@ from hrm.kernels.ops.hopper.common import (
     run_of,
 )
 from hrm.kernels.ops.hopper.linear import fits_swiglu
+from hrm.kernels.ops.hopper.mixer import put_tile, transposed
 
 _FEATURES = gl.constexpr(64)
 _CHUNK = 32  # hidden units at a time, for the gradient of the state
@@ -126,12 +127,6 @@ def _state_load(
 
 
 @gluon.jit
-def _transposed(buffer: gl.shared_memory_descriptor) -> Any:
-    """[1, tokens, features] as [features, tokens]."""
-    return _flat(buffer).permute([1, 0])
-
-
-@gluon.jit
 def _take(
     slots: gl.tuple,
     full: gl.shared_memory_descriptor,
@@ -144,26 +139,11 @@ def _take(
     """A tile into registers."""
     slot = step % SLOTS
     mbarrier.wait(full.index(slot), step // SLOTS & 1)
-    left = _transposed(slots[0].index(slot)).load(left_layout)
-    right = _transposed(slots[1].index(slot)).load(right_layout)
+    left = transposed(slots[0].index(slot)).load(left_layout)
+    right = transposed(slots[1].index(slot)).load(right_layout)
     fence_async_shared()  # orders the reads before the copy engine's next writes
     mbarrier.arrive(empty.index(slot), count=1)
     return left, right
-
-
-@gluon.jit
-def _put(
-    descs: gl.tuple, left: gl.tensor, right: gl.tensor, staging: gl.tuple, sequence: gl.tensor, feature: gl.tensor
-) -> None:
-    """A tile from registers [features, tokens] to global memory, once the last one has left `staging`."""
-    LEFT: gl.constexpr = descs[0].block_type.shape[1]
-    tma.store_wait(0)
-    gl.thread_barrier()
-    _transposed(staging[0]).store(left)
-    _transposed(staging[1]).store(right)
-    fence_async_shared()
-    tma.async_copy_shared_to_global(descs[0], [sequence, 0, feature], staging[0])
-    tma.async_copy_shared_to_global(descs[1], [sequence, LEFT, feature], staging[1])
 
 
 @gluon.jit
@@ -309,7 +289,7 @@ def _state_multiply(
             d_mixed_right = right * gl.expand_dims(gl.convert_layout(factor, right_rows_layout), 1)
         d_mixed_left = d_mixed_left.to(dtype)
         d_mixed_right = d_mixed_right.to(dtype)
-        _put(d_mixed_descs, d_mixed_left, d_mixed_right, staging, sequence, feature)
+        put_tile(d_mixed_descs, d_mixed_left, d_mixed_right, staging, sequence, feature)
         d_mixed = gl.convert_layout(d_mixed_left, operand), gl.convert_layout(d_mixed_right, right_operand)
 
         mbarrier.wait(weights_full.index(0), 0, pred=first_tile)
@@ -322,7 +302,7 @@ def _state_multiply(
             both, d_inner, left, right = warpgroup_mma_wait(0, deps=(both, d_inner, left, right))
         left, right = _add(both, d_inner, share, _chunk(weights, CHUNKS - 1), left, right, NORMED)
         left, right = warpgroup_mma_wait(0, deps=(left, right))
-        _put(dx_descs, left.to(dtype), right.to(dtype), staging, sequence, feature)
+        put_tile(dx_descs, left.to(dtype), right.to(dtype), staging, sequence, feature)
     tma.store_wait(0)
 
 

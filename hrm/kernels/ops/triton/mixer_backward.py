@@ -509,7 +509,7 @@ def tokens_forward(
     x = state if injection is None else torch.empty_like(state)
     rstd = state.new_empty(B, D, dtype=torch.float32)
     factors, kept = (torch.empty_like(rstd), torch.empty_like(state)) if normed else (None, y)
-    if kernels := _hopper_forward(state, gate_up, down):
+    if kernels := _hopper_forward(state, injection, gate_up, down):
         saved = kernels.Saved(None if injection is None else x, kept if normed else None, rstd, factors)
         y = kernels.mix_tokens(state, injection, gate_up, down, normed, eps, None, saved)
         return y, x, kept if normed else y, rstd, factors
@@ -623,13 +623,13 @@ def _weight_sums(x: Tensor, d_mixed: Tensor, shares: Tensor | None, packed: _Pac
     return sums
 
 
-def _hopper_forward(state: Tensor, gate_up: Tensor, down: Tensor) -> ModuleType | None:
+def _hopper_forward(state: Tensor, injection: Tensor | None, gate_up: Tensor, down: Tensor) -> ModuleType | None:
     """The kernel made for Hopper that mixes tokens, if it takes these operands."""
     if hopper.why_not(state.device):
         return None
     from hrm.kernels.ops.hopper import mixer as hopper_mixer
 
-    return hopper_mixer if hopper_mixer.fits(state, gate_up, down) else None
+    return hopper_mixer if hopper_mixer.fits(state, injection, gate_up, down) else None
 
 
 def _hopper(x: Tensor) -> ModuleType | None:
