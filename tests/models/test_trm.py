@@ -282,8 +282,10 @@ def test_no_attention_is_named(preset: str) -> None:
     assert describe(resolve(kernels_config(preset), request)) == "naive, by_core"
 
 
-@pytest.mark.parametrize(("capability", "backend", "fused"), [((9, 0), "triton_mixer", True), ((8, 0), "naive", False)])
-def test_auto_compiles(capability: tuple[int, int], backend: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("capability", "backend", "ours"), [((9, 0), "triton_mixer", True), ((8, 0), "naive", False)])
+def test_auto_takes_kernels_or_compiles(
+    capability: tuple[int, int], backend: str, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -291,7 +293,7 @@ def test_auto_compiles(capability: tuple[int, int], backend: str, fused: bool, m
         KernelsConfig("auto"),
         KernelRequest(torch.device("cuda"), torch.bfloat16, 64, rotary=False, block_types=(naive.MixerWeights,)),
     )
-    assert (config.backend, config.compile, config.cuda_graphs, config.fused_step) == (backend, True, True, fused)
+    assert (config.backend, config.compile, config.cuda_graphs, config.fused_step) == (backend, not ours, True, ours)
 
 
 @pytest.mark.parametrize(

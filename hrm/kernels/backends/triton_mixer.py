@@ -13,7 +13,7 @@ from hrm.kernels.blocks import MixerWeights, NormGatedMixerWeights
 from hrm.kernels.context import KernelContext
 from hrm.kernels.ops.triton.mixer import MOST_TOKENS
 from hrm.kernels.ops.triton.mixer_backward import mix_features, mix_tokens
-from hrm.kernels.requirements import is_measured, why_not_compiled, why_not_triton
+from hrm.kernels.requirements import is_measured, why_not_triton
 from hrm.kernels.schedule import Schedule, States, looped
 
 
@@ -55,10 +55,8 @@ def why_not(request: KernelRequest) -> str | None:
 
 
 def _default(request: KernelRequest) -> dict[str, bool] | None:
-    """On Hopper GPUs, whole steps recorded, with the updates that need gradients compiled: what was measured."""
-    if not is_measured(request):
-        return None
-    return {"compile": why_not_compiled(request) is None, "cuda_graphs": True, "fused_step": True}
+    """On Hopper GPUs, whole steps recorded: what was measured."""
+    return {"cuda_graphs": True, "fused_step": True} if is_measured(request) else None
 
 
 BACKEND = Backend(
