@@ -1,16 +1,18 @@
-"""Gradients of the half of a block that mixes tokens, for Hopper GPUs, in Gluon.
+"""Gradients of blocks that mix tokens by a gated MLP over them, for Hopper GPUs, in Gluon.
 
 `hrm.kernels.ops.triton.mixer_backward` calls them where they fit, and says what they compute. How warps work together
 is said in `hrm.kernels.ops.hopper.common`.
 
-For the gradient of the state, a tile is 64 features of a sequence with all its tokens, and features are the rows: what
-one matmul leaves in registers is the left operand of the next. Two groups of four warps take tiles in turns; all
-weights stay in shared memory.
+Over tokens, for the gradient of the state, a tile is 64 features of a sequence with all its tokens, and features are
+the rows: what one matmul leaves in registers is the left operand of the next. Two groups of four warps take tiles in
+turns; all weights stay in shared memory. For the gradients of the weights, a group keeps 64 hidden units, which are the
+rows, and their sums in registers, while tiles of the state and of the gradient stream past. Tiles are of powers of two,
+and so tokens come in two parts: 88 tokens are 64 and 32.
 
-For the gradients of the weights, a group keeps 64 hidden units, which are the rows, and their sums in registers, while
-tiles of the state and of the gradient stream past.
+Over features, the product with the second matrix is finished by the gate's gradient. It is bound by memory: gate and up
+are copied to shared memory beside the operands, and their gradients take their place there on the way out.
 
-Tiles are of powers of two, and so tokens come in two parts: 88 tokens are 64 and 32.
+Shapes: B sequences, T tokens, D features, M = B T rows, G and F inner widths of the MLPs over tokens and features.
 """
 
 from __future__ import annotations
