@@ -18,7 +18,7 @@ if not triton.__version__.startswith("3.6."):
 from hrm.kernels import naive  # noqa: E402
 from hrm.kernels.blocks import MixerWeights, NormGatedMixerWeights  # noqa: E402
 from hrm.kernels.ops.hopper import mixer as hopper_mixer  # noqa: E402
-from hrm.kernels.ops.triton.mixer import mix_tokens  # noqa: E402
+from hrm.kernels.ops.triton.mixer import Saved, mix_tokens  # noqa: E402
 from tests.helpers.fake_gluon import Descriptor, FakeGluon, Number, Pointer, on_cpu  # noqa: E402
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -51,11 +51,11 @@ def check(actual: Tensor, state: Tensor, injection: Tensor | None, weights: Weig
     assert (actual.double() - exact).norm() / exact.norm() < torch.finfo(actual.dtype).eps / 2
 
 
-def saved_of(state: Tensor, injection: Tensor | None, weights: Weights) -> hopper_mixer.Saved:
+def saved_of(state: Tensor, injection: Tensor | None, weights: Weights) -> Saved:
     """Room for what a backward needs."""
     tile, vector = torch.full_like(state, math.nan), torch.full(state[:, 0].shape, math.nan, device=state.device)
     normed = isinstance(weights, NormGatedMixerWeights)
-    return hopper_mixer.Saved(
+    return Saved(
         None if injection is None else tile.clone(),
         tile if normed else None,
         vector,
@@ -63,7 +63,7 @@ def saved_of(state: Tensor, injection: Tensor | None, weights: Weights) -> hoppe
     )
 
 
-def check_saved(saved: hopper_mixer.Saved, state: Tensor, injection: Tensor | None, weights: Weights) -> None:
+def check_saved(saved: Saved, state: Tensor, injection: Tensor | None, weights: Weights) -> None:
     x = state if injection is None else state + injection
     assert saved.total is None or torch.equal(saved.total, x)
     exact = type(weights)(*(weight.double() for weight in weights))
@@ -87,7 +87,7 @@ def run_on_cpu(
     weights: Weights,
     rounded: Tensor | None,
     multiprocessors: int,
-    saved: hopper_mixer.Saved,
+    saved: Saved,
 ) -> Tensor:
     """`hopper_mixer.mix_tokens` on a GPU of so many multiprocessors."""
     batch, tokens, width = state.shape
@@ -140,7 +140,7 @@ def test_on_the_cpu(
 ) -> None:
     state, injection, weights = draw(shape, inner, gate, injected, torch.float16)
     rounded = torch.full_like(state, math.nan, dtype=torch.bfloat16) if injected else None
-    saved = saved_of(state, injection, weights) if saving else hopper_mixer.Saved()
+    saved = saved_of(state, injection, weights) if saving else Saved()
     out = run_on_cpu(state, injection, weights, rounded, multiprocessors, saved)
     check(out, state, injection, weights)
     assert rounded is None or torch.equal(rounded, out.to(torch.bfloat16))

@@ -15,7 +15,7 @@ Tiles are of powers of two, and so tokens come in two pieces, `first` and `rest`
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -460,18 +460,6 @@ def fits(state: Tensor, injection: Tensor | None, gate_up: Tensor, down: Tensor)
     return aligned and sizes and state.dtype in (torch.bfloat16, torch.float16)
 
 
-class Saved(NamedTuple):
-    """What a backward pass of `mix_tokens` needs, or None for what it does not."""
-
-    total: Tensor | None = None  # [B, T, D]: the sum of state and injection
-    kept: Tensor | None = None  # [B, T, D]: of a normed gate, what the MLP adds to it
-    rstd: Tensor | None = None  # [B, D], float32: 1 / rms of the sum of both, over tokens
-    factors: Tensor | None = None  # [B, D], float32: of a normed gate, 1 / rms of its product over hidden units
-
-
-_NOTHING = Saved()
-
-
 def mix_tokens(
     state: Tensor,
     injection: Tensor | None,
@@ -480,9 +468,12 @@ def mix_tokens(
     normed: bool,
     eps: float,
     rounded: Tensor | None,
-    saved: Saved = _NOTHING,
+    total: Tensor | None = None,
+    kept: Tensor | None = None,
+    rstd: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
-    """As `hrm.kernels.ops.triton.mixer.mix_tokens`; `saved` is written too."""
+    """As `hrm.kernels.ops.triton.mixer.mix_tokens_and_save`."""
     B, T, D = state.shape
     G = down.shape[1]
     if T % 8:  # its rows have to begin at multiples of 16 bytes
@@ -499,8 +490,13 @@ def mix_tokens(
         *(descriptor(down, piece, _CHUNK) for piece in pieces),
         *(descriptor(out, 1, piece, width) for piece in pieces),
         rounded,
-        *(None if tensor is None else descriptor(tensor, 1, piece, width) for tensor in saved[:2] for piece in pieces),
-        *saved[2:],
+        *(
+            None if tensor is None else descriptor(tensor, 1, piece, width)
+            for tensor in (total, kept)
+            for piece in pieces
+        ),
+        rstd,
+        factors,
         B,
         D,
         eps,

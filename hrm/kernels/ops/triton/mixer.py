@@ -14,6 +14,7 @@ Shapes: B sequences, T tokens, D features, M = B T rows, G and F inner widths of
 from __future__ import annotations
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import triton
@@ -41,6 +42,10 @@ def _mix_tokens_kernel(
     down: tl.tensor,
     out: tl.tensor,
     rounded: tl.tensor,
+    total: tl.tensor,
+    kept: tl.tensor,
+    rstd: tl.tensor,
+    factors: tl.tensor,
     eps: tl.tensor,
     T: tl.constexpr,
     D: tl.constexpr,
@@ -57,6 +62,8 @@ def _mix_tokens_kernel(
     x = tl.load(state + at, inside, 0)
     if injection is not None:
         x = (x.to(tl.float32) + tl.load(injection + at, inside, 0).to(tl.float32)).to(x.dtype)
+    if total is not None:
+        tl.store(total + at, x, inside)
     # With features as rows, what the first matmul leaves in registers is the left operand of the second.
     x = x.T
     mixed = tl.zeros((FEATURES, TOKENS), tl.float32)
@@ -73,10 +80,18 @@ def _mix_tokens_kernel(
         down_at = tokens[:, None] * G + hidden[None, :]
         known_down = (tokens < T)[:, None] & (hidden < G)[None, :]
         mixed = tl.dot(inner, tl.load(down + down_at, known_down, 0).T, mixed, input_precision="ieee")
+    of_features = tl.program_id(1) * D + features
     if NORMED:
-        mixed = mixed * tl.rsqrt(squares / G + eps)[:, None]
-    total = x.to(tl.float32) + mixed  # columns from T on are zeros
-    y = (total * tl.rsqrt(tl.sum(total * total, 1) / T + eps)[:, None]).T
+        factor = tl.rsqrt(squares / G + eps)
+        mixed = mixed * factor[:, None]
+        if kept is not None:
+            tl.store(kept + at, mixed.to(x.dtype).T, inside)
+            tl.store(factors + of_features, factor, features < D)
+    mixed += x.to(tl.float32)  # columns from T on are zeros
+    scale = tl.rsqrt(tl.sum(mixed * mixed, 1) / T + eps)
+    if rstd is not None:
+        tl.store(rstd + of_features, scale, features < D)
+    y = (mixed * scale[:, None]).T
     tl.store(out + at, y, inside)
     if rounded is not None:
         tl.store(rounded + at, y.to(rounded.dtype.element_ty), inside)
@@ -167,14 +182,40 @@ def mix_tokens(
 
     With `rounded`, [B, T, D] in another format, the same is written there too.
     """
-    B, T, D = state.shape
     gate_up, down = weights.token_gate_up.contiguous(), weights.token_down.contiguous()
     normed = isinstance(weights, NormGatedMixerWeights)
+    return mix_tokens_and_save(state, injection, gate_up, down, normed, eps, rounded)
+
+
+class Saved(NamedTuple):
+    """Room for what a backward of `mix_tokens` needs, or None for what it does not."""
+
+    total: Tensor | None = None  # [B, T, D]: the sum of state and injection
+    kept: Tensor | None = None  # [B, T, D]: of a normed gate, what the MLP adds to it
+    rstd: Tensor | None = None  # [B, D], float32: 1 / rms of the sum of both, over tokens
+    factors: Tensor | None = None  # [B, D], float32: of a normed gate, 1 / rms of its product over hidden units
+
+
+_NOTHING = Saved()
+
+
+def mix_tokens_and_save(
+    state: Tensor,
+    injection: Tensor | None,
+    gate_up: Tensor,
+    down: Tensor,
+    normed: bool,
+    eps: float,
+    rounded: Tensor | None = None,
+    saved: Saved = _NOTHING,
+) -> Tensor:
+    """`mix_tokens` by contiguous matrices [2 G, T] and [T, G], which writes what there is room for in `saved`."""
+    B, T, D = state.shape
     if hopper.why_not(state.device) is None:
         from hrm.kernels.ops.hopper import mixer as hopper_mixer
 
         if hopper_mixer.fits(state, injection, gate_up, down):
-            return hopper_mixer.mix_tokens(state, injection, gate_up, down, normed, eps, rounded)
+            return hopper_mixer.mix_tokens(state, injection, gate_up, down, normed, eps, rounded, *saved)
     out = torch.empty_like(state)
     _mix_tokens_kernel[(triton.cdiv(D, _FEATURES), B)](
         state,
@@ -183,6 +224,7 @@ def mix_tokens(
         down,
         out,
         rounded,
+        *saved,
         eps,
         T,
         D,

@@ -45,7 +45,6 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-FORWARD_TILE = Tile(64, 64, 2, 4)
 STATE_TILE = Tile(64, 32, 2, 4, 168)
 WEIGHTS_TILE = Tile(32, 64, 3, 4)
 WEIGHTS_PROGRAMS = 2  # for each multiprocessor
@@ -84,76 +83,6 @@ def _products(
 ) -> tl.tensor:
     """left @ weights_left.T + right @ weights_right.T"""
     return tl.dot(right, weights_right.T, tl.dot(left, weights_left.T, input_precision="ieee"), input_precision="ieee")
-
-
-@triton.jit
-def _tokens_kernel(
-    state: tl.tensor,
-    injection: tl.tensor,
-    weights_left: tl.tensor_descriptor,
-    weights_right: tl.tensor_descriptor,
-    y: tl.tensor,
-    total: tl.tensor,
-    kept: tl.tensor,
-    rstd: tl.tensor,
-    factors: tl.tensor,
-    eps: tl.tensor,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    G: tl.constexpr,
-    ALL_HIDDEN: tl.constexpr,
-    NORMED: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    FEATURES: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    STAGES: tl.constexpr,
-) -> None:
-    features = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
-    tokens = tl.arange(0, LEFT)
-    later = LEFT + tl.arange(0, RIGHT)
-    start = tl.program_id(1).to(tl.int64) * (T * D)
-    at_left = start + tokens[:, None] * D + features[None, :]
-    at_right = start + later[:, None] * D + features[None, :]
-    in_left = (tokens < T)[:, None] & (features < D)[None, :]
-    in_right = (later < T)[:, None] & (features < D)[None, :]
-    left = tl.load(state + at_left, in_left, 0)
-    right = tl.load(state + at_right, in_right, 0)
-    if injection is not None:
-        left = (left.to(tl.float32) + tl.load(injection + at_left, in_left, 0).to(tl.float32)).to(left.dtype)
-        right = (right.to(tl.float32) + tl.load(injection + at_right, in_right, 0).to(tl.float32)).to(left.dtype)
-        tl.store(total + at_left, left, in_left)
-        tl.store(total + at_right, right, in_right)
-    left = left.T
-    right = right.T
-    sum_left = tl.zeros((FEATURES, LEFT), tl.float32)
-    sum_right = tl.zeros((FEATURES, RIGHT), tl.float32)
-    squares = tl.zeros((FEATURES,), tl.float32)
-    for begin in tl.range(0, ALL_HIDDEN, HIDDEN, num_stages=STAGES):
-        gate = _products(left, right, weights_left.load([begin, 0]), weights_right.load([begin, LEFT]))
-        at_up = ALL_HIDDEN + begin
-        up = _products(left, right, weights_left.load([at_up, 0]), weights_right.load([at_up, LEFT]))
-        product = gate * up
-        squares += tl.sum(product * product, 1)
-        inner = (product * tl.sigmoid(gate)).to(left.dtype)
-        at_down = 2 * ALL_HIDDEN + begin
-        sum_left = tl.dot(inner, weights_left.load([at_down, 0]), sum_left, input_precision="ieee")
-        sum_right = tl.dot(inner, weights_right.load([at_down, LEFT]), sum_right, input_precision="ieee")
-    feature_at = tl.program_id(1) * D + features
-    if NORMED:
-        factor = tl.rsqrt(squares / G + eps)
-        sum_left = sum_left * factor[:, None]
-        sum_right = sum_right * factor[:, None]
-        tl.store(factors + feature_at, factor, features < D)
-        tl.store(kept + at_left, sum_left.to(left.dtype).T, in_left)
-        tl.store(kept + at_right, sum_right.to(left.dtype).T, in_right)
-    sum_left += left.to(tl.float32)
-    sum_right += right.to(tl.float32)
-    # Columns from T on are zeros.
-    scale = tl.rsqrt((tl.sum(sum_left * sum_left, 1) + tl.sum(sum_right * sum_right, 1)) / T + eps)
-    tl.store(rstd + feature_at, scale, features < D)
-    tl.store(y + at_left, (sum_left * scale[:, None]).to(left.dtype).T, in_left)
-    tl.store(y + at_right, (sum_right * scale[:, None]).to(left.dtype).T, in_right)
 
 
 @triton.jit
@@ -432,10 +361,6 @@ class _Packed(NamedTuple):
     left: int  # LEFT
     right: int  # RIGHT: LEFT + RIGHT = TOKENS
 
-    @classmethod
-    def of(cls, matrices: Tensor) -> _Packed:
-        return cls(matrices, matrices.shape[0] // 3, *_parts(matrices.shape[1]))
-
     def tiles(self, hidden: int) -> tuple[TensorDescriptor, TensorDescriptor]:
         return (
             TensorDescriptor.from_tensor(self.matrices, [hidden, self.left]),
@@ -457,13 +382,12 @@ def _parts(tokens: int) -> tuple[int, int]:
 
 def _pack(gate_up: Tensor, down: Tensor) -> _Packed:
     T, G = down.shape
-    tokens = sum(_parts(T))
+    left, right = _parts(T)
+    tokens = left + right
     hidden = triton.cdiv(G, _MOST_HIDDEN) * _MOST_HIDDEN
     packed = gate_up.new_empty(3 * hidden, tokens)
-    _pack_kernel[(hidden // 16, 3)](
-        gate_up.contiguous(), down.contiguous(), packed, T, G, hidden, tokens, 16, triton.next_power_of_2(tokens)
-    )
-    return _Packed.of(packed)
+    _pack_kernel[(hidden // 16, 3)](gate_up, down, packed, T, G, hidden, tokens, 16, triton.next_power_of_2(tokens))
+    return _Packed(packed, hidden, left, right)
 
 
 class _MixTokens(torch.autograd.Function):
@@ -472,21 +396,23 @@ class _MixTokens(torch.autograd.Function):
         ctx: Any, state: Tensor, injection: Tensor | None, gate_up: Tensor, down: Tensor, eps: float, normed: bool
     ) -> Tensor:
         gate_up, down = gate_up.contiguous(), down.contiguous()
-        packed = _pack(gate_up, down)
-        y, x, kept, rstd, factors = tokens_forward(state, injection, gate_up, down, packed, eps, normed)
-        ctx.save_for_backward(x, kept, rstd, factors, packed.matrices)
-        ctx.G = down.shape[1]
+        x = state if injection is None else torch.empty_like(state)
+        rstd = state.new_empty(state[:, 0].shape, dtype=torch.float32)
+        kept, factors = (torch.empty_like(state), torch.empty_like(rstd)) if normed else (None, None)
+        saved = mixer.Saved(None if injection is None else x, kept, rstd, factors)
+        y = mixer.mix_tokens_and_save(state, injection, gate_up, down, normed, eps, saved=saved)
+        ctx.save_for_backward(x, kept if normed else y, rstd, factors, gate_up, down)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, kept, rstd, factors, matrices = ctx.saved_tensors
-        packed = _Packed.of(matrices)
-        dx, d_mixed, shares = tokens_backward(dy.contiguous(), x, kept, rstd, factors, packed, ctx.G)
+        x, kept, rstd, factors, gate_up, down = ctx.saved_tensors
+        packed, G = _pack(gate_up, down), down.shape[1]
+        dx, d_mixed, shares = tokens_backward(dy.contiguous(), x, kept, rstd, factors, packed, G)
         d_gate_up = d_down = None
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            d_gate_up, d_down = token_weights_backward(x, d_mixed, shares, packed, ctx.G)
+            d_gate_up, d_down = token_weights_backward(x, d_mixed, shares, packed, G)
         return (
             dx if ctx.needs_input_grad[0] else None,
             dx if ctx.needs_input_grad[1] else None,
@@ -495,52 +421,6 @@ class _MixTokens(torch.autograd.Function):
             None,
             None,
         )
-
-
-def tokens_forward(
-    state: Tensor,
-    injection: Tensor | None,
-    gate_up: Tensor,
-    down: Tensor,
-    packed: _Packed,
-    eps: float,
-    normed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The result, the sum of state and injection, what is kept of m or the result, and the factors of both norms."""
-    B, T, D = state.shape
-    y = torch.empty_like(state)
-    x = state if injection is None else torch.empty_like(state)
-    rstd = state.new_empty(B, D, dtype=torch.float32)
-    factors, kept = (torch.empty_like(rstd), torch.empty_like(state)) if normed else (None, y)
-    if kernels := _hopper_forward(state, injection, gate_up, down):
-        saved = kernels.Saved(None if injection is None else x, kept if normed else None, rstd, factors)
-        y = kernels.mix_tokens(state, injection, gate_up, down, normed, eps, None, saved)
-        return y, x, kept if normed else y, rstd, factors
-    tile = FORWARD_TILE
-    _tokens_kernel[(triton.cdiv(D, tile.features), B)](
-        state,
-        injection,
-        *packed.tiles(tile.hidden),
-        y,
-        x,
-        kept,
-        rstd,
-        factors,
-        eps,
-        T,
-        D,
-        down.shape[1],
-        packed.hidden,
-        normed,
-        packed.left,
-        packed.right,
-        tile.features,
-        tile.hidden,
-        tile.stages,
-        num_warps=tile.warps,
-        maxnreg=tile.registers,
-    )
-    return y, x, kept, rstd, factors
 
 
 def tokens_backward(
@@ -624,15 +504,6 @@ def _weight_sums(x: Tensor, d_mixed: Tensor, shares: Tensor | None, packed: _Pac
         maxnreg=tile.registers,
     )
     return sums
-
-
-def _hopper_forward(state: Tensor, injection: Tensor | None, gate_up: Tensor, down: Tensor) -> ModuleType | None:
-    """The kernel made for Hopper that mixes tokens, if it takes these operands."""
-    if hopper.why_not(state.device):
-        return None
-    from hrm.kernels.ops.hopper import mixer as hopper_mixer
-
-    return hopper_mixer if hopper_mixer.fits(state, injection, gate_up, down) else None
 
 
 def _hopper(x: Tensor) -> ModuleType | None:
