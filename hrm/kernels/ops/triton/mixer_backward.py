@@ -259,23 +259,23 @@ def _unpack_sums_kernel(
     ALL_HIDDEN: tl.constexpr,
     TOKENS: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    hidden = tl.program_id(0)
     matrix = tl.program_id(1)
-    tokens = tl.arange(0, COLUMNS)
+    hidden = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    tokens = tl.arange(0, COLUMNS)[None, :]
+    inside = (hidden < G) & (tokens < T)
     at = (matrix * ALL_HIDDEN + hidden) * TOKENS + tokens
-    total = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, PARTS, AT_ONCE):
-        parts = first + tl.arange(0, AT_ONCE)[:, None]
-        some = tl.load(
-            sums + parts * (3 * ALL_HIDDEN * TOKENS) + at[None, :], (parts < PARTS) & (tokens < T)[None, :], 0
-        )
-        total += tl.sum(some, 0)
+        for part in tl.static_range(AT_ONCE):
+            here = inside & (first + part < PARTS)
+            total += tl.load(sums + (first + part) * (3 * ALL_HIDDEN * TOKENS) + at, here, 0)
     if matrix == 2:
-        tl.store(d_down + tokens * G + hidden, total, tokens < T)
+        tl.store(d_down + tokens * G + hidden, total, inside)
     else:
-        tl.store(d_gate_up + (matrix * G + hidden) * T + tokens, total, tokens < T)
+        tl.store(d_gate_up + (matrix * G + hidden) * T + tokens, total, inside)
 
 
 @triton.jit
@@ -469,8 +469,19 @@ def token_weights_backward(
         sums = _weight_sums(x, d_mixed, shares, packed)
     T, tokens = x.shape[1], packed.left + packed.right
     d_gate_up, d_down = x.new_empty(2 * G, T), x.new_empty(T, G)
-    _unpack_sums_kernel[(G, 3)](
-        sums, d_gate_up, d_down, len(sums), T, G, packed.hidden, tokens, 32, triton.next_power_of_2(tokens)
+    rows, at_once = 4, min(8, len(sums))
+    _unpack_sums_kernel[(triton.cdiv(G, rows), 3)](
+        sums,
+        d_gate_up,
+        d_down,
+        len(sums),
+        T,
+        G,
+        packed.hidden,
+        tokens,
+        at_once,
+        rows,
+        triton.next_power_of_2(tokens),
     )
     return d_gate_up, d_down
 
