@@ -50,6 +50,11 @@ WEIGHTS_TILE = Tile(32, 64, 3, 4)
 WEIGHTS_PROGRAMS = 2  # for each multiprocessor
 GATE_TILE = Tile(64, 128, 3, 4)
 
+# Which of the kernels made for Hopper are taken there: those that are faster than what else is here.
+HOPPER_STATE = True  # the gradient of the state, over tokens
+HOPPER_WEIGHTS = True  # those of the weights, over tokens
+HOPPER_GATE = True  # the gate's gradient, over features
+
 
 @triton.jit
 def _pack_kernel(
@@ -427,7 +432,7 @@ def tokens_backward(
     dy: Tensor, x: Tensor, kept: Tensor, rstd: Tensor, factors: Tensor | None, packed: _Packed, G: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x and, times its norm's factors, of the second matmul's result, and the shares of that norm."""
-    if (kernels := _hopper(x)) and kernels.fits(x, packed.matrices):
+    if HOPPER_STATE and (kernels := _hopper(x)) and kernels.fits(x, packed.matrices):
         return kernels.state_backward(dy, x, kept, rstd, factors, packed.matrices, packed[2:], G)  # type: ignore[no-any-return]
     B, T, D = x.shape
     dx, d_mixed = torch.empty_like(x), torch.empty_like(x)
@@ -463,7 +468,7 @@ def token_weights_backward(
     x: Tensor, d_mixed: Tensor, shares: Tensor | None, packed: _Packed, G: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both matrices, [2 G, T] and [T, G]."""
-    if (kernels := _hopper(x)) and kernels.fits(x, packed.matrices):
+    if HOPPER_WEIGHTS and (kernels := _hopper(x)) and kernels.fits(x, packed.matrices):
         sums = kernels.weight_sums(x, d_mixed, shares, packed.matrices, packed[2:])
     else:
         sums = _weight_sums(x, d_mixed, shares, packed)
@@ -568,7 +573,7 @@ def scaled_rms_backward(
 
 def gate_backward(d_mixed: Tensor, down: Tensor, projected: Tensor, shares: Tensor | None) -> Tensor:
     """Gradient of gate and up [M, 2 F]."""
-    if (kernels := _hopper(d_mixed)) and kernels.fits_gate(d_mixed, down):
+    if HOPPER_GATE and (kernels := _hopper(d_mixed)) and kernels.fits_gate(d_mixed, down):
         return kernels.gate_backward(d_mixed, down, projected, shares)  # type: ignore[no-any-return]
     M, D = d_mixed.shape
     F = down.shape[1]
