@@ -297,7 +297,7 @@ class Engine:
         for ticket in self._slots.left():
             del self._jobs[ticket]
         # In the step that is not read yet about as many halt as in the one before, and then others are to be in line.
-        ahead = max(2 * self._halted_lately, self.slots // 4, 1) if self._slots.reads_later else 0
+        ahead = max(2 * self._halted_lately, self.slots // 2, 1) if self._slots.reads_later else 0
         most = self.slots + min(ahead, self.slots)
         while self._waiting and len(self._jobs) < most:
             job = self._waiting.take()
