@@ -57,6 +57,7 @@ def main() -> None:
         x, weight, bias = draw(3, columns), draw(columns), draw(columns)
         for out in (ops.layer_norm(x, weight, bias), ops.rms_norm(x), ops.softmax(x)):
             out.backward(x.detach())
+    ops.rms_norm(draw(3, 16_384))
     x = draw(3, 90, 64)
     for out in (ops.softmax(x, 1), ops.dropout(x, 0.5, 1), torch.ops.hrm.asin(x), ops.vector_add(x, x)):
         out.backward(x.detach())

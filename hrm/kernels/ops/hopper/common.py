@@ -103,9 +103,9 @@ def multiprocessor_count(device: torch.device) -> int:
 
 
 def descriptor(tensor: Tensor, *block: int) -> TensorDescriptor:
-    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(block), _layout(tensor.dtype, block))
+    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(block), shared_layout(tensor.dtype, block))
 
 
 @functools.cache
-def _layout(dtype: torch.dtype, block: tuple[int, ...]) -> gl.NVMMASharedLayout:
+def shared_layout(dtype: torch.dtype, block: tuple[int, ...]) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(block), DTYPES[dtype])

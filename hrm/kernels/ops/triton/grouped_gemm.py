@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hrm.kernels.ops.hopper import device as hopper
 from hrm.kernels.ops.triton.common import multiprocessor_count, shared_memory
 from hrm.kernels.ops.triton.matmul import Tile, choose_tile, dense_rows, describable, tile_position
 
@@ -198,16 +199,25 @@ def _launch(products: Sequence[tuple[Tensor, Tensor, Tensor]], left_transposed: 
     products = sorted(products, key=depth, reverse=True)
     heights, widths = [out.shape[0] for *_, out in products], [out.shape[1] for *_, out in products]
     depths = [depth(product) for product in products]
+    sizes = list(zip(heights, widths, strict=True))
     itemsize = products[0][0].itemsize
-    tile = _choose_tile(list(zip(heights, widths, strict=True)), device, itemsize)
-    *starts, total = itertools.accumulate(
-        (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n) for M, N in zip(heights, widths, strict=True)), initial=0
-    )
-    programs = min(total, multiprocessor_count(device))
-    run = triton.cdiv(total, programs) if depths[0] <= 1.5 * depths[-1] else 1
     described = itemsize == 2 and all(describable(x) for product in products for x in product)
     if described and device.type == "cuda":
         triton.set_allocator(_scratch)  # at each launch: it holds for a thread, and the backward has one of its own
+    in_runs = depths[0] <= 1.5 * depths[-1]
+    if described and hopper.why_not(device) is None:
+        from hrm.kernels.ops.hopper import grouped_gemm
+
+        width = grouped_gemm.choose_width(sizes, multiprocessor_count(device))
+        if width is not None:
+            grouped_gemm.multiply(products, sizes, depths, width, in_runs, left_transposed, right_transposed)
+            return
+    tile = _choose_tile(sizes, device, itemsize)
+    *starts, total = itertools.accumulate(
+        (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n) for M, N in sizes), initial=0
+    )
+    programs = min(total, multiprocessor_count(device))
+    run = triton.cdiv(total, programs) if in_runs else 1
 
     def coded(sizes: Sequence[int]) -> tuple[int, ...]:
         return tuple(map(_coded, sizes))

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hrm.kernels.ops.hopper import device as hopper
 from hrm.kernels.ops.triton.common import multiprocessor_count
 
 _WHOLE = 16384
@@ -31,10 +32,13 @@ class Tile(NamedTuple):
     warps: int  # that share them
     programs: int = 0  # on a multiprocessor, where it has a fixed number
     registers: int | None = None  # of a thread, so that these fit
+    stages: int = 1  # tiles of which one is worked on and the others are on their way, in shared memory
 
 
-def forward_tile(columns: int) -> Tile:
+def forward_tile(columns: int, itemsize: int = 2) -> Tile:
     """For rows of `columns`, a power of two: one warp up to 2,047 of them, two up to 4,095, and so on."""
+    if columns > 8192 and itemsize == 2:
+        return Tile(1, 32, 1, stages=3)
     warps = min(16, max(1, columns // 1024))
     return Tile(max(1, 1024 // columns), warps, registers=64 if warps == 16 else None)  # two programs fit
 
@@ -42,7 +46,7 @@ def forward_tile(columns: int) -> Tile:
 def backward_tile(columns: int) -> Tile:
     if columns <= 2048:
         return Tile((2048 if columns > 64 else 1024) // columns, 4, 3, 168)
-    return Tile(1, 8, 2, 128) if columns <= 4096 else Tile(1, 16, 1, 128)
+    return Tile(1, 8, 2, 128, stages=3) if columns <= 4096 else Tile(1, 16, 1, 128)
 
 
 @triton.jit
@@ -80,6 +84,44 @@ def _forward_kernel(
     if bias is not None:
         value += tl.load(bias + columns, exists, 0, eviction_policy=KEPT).to(tl.float32)
     tl.store(y + rows[:, None] * D + columns, value, inside)
+
+
+@triton.jit
+def _persistent_forward_kernel(
+    x: tl.tensor,
+    stride: tl.tensor,
+    weight: tl.tensor | None,
+    bias: tl.tensor | None,
+    y: tl.tensor,
+    mean: tl.tensor | None,
+    rstd: tl.tensor,
+    M: tl.tensor,
+    eps: tl.tensor,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """Rows in turns, the next ones on their way to shared memory; weights and biases stay in registers."""
+    columns = tl.arange(0, COLUMNS)
+    exists = columns < D
+    if weight is not None:
+        gain = tl.load(weight + columns, exists, 0)
+    if bias is not None:
+        shift = tl.load(bias + columns, exists, 0)
+    for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
+        value = tl.load(x + tl.cast(row, tl.int64) * stride + columns, exists, 0).to(tl.float32)
+        if mean is not None:
+            average = tl.sum(value, 0) / D
+            tl.store(mean + row, average)
+            value = tl.where(exists, value - average, 0.0)
+        factor = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+        tl.store(rstd + row, factor)
+        value *= factor
+        if weight is not None:
+            value *= gain.to(tl.float32)
+        if bias is not None:
+            value += shift.to(tl.float32)
+        tl.store(y + tl.cast(row, tl.int64) * D + columns, value, exists)
 
 
 @triton.jit
@@ -140,55 +182,55 @@ def _backward_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    HELD: tl.constexpr,
     AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """Tiles of rows in turns; d_weight and d_bias [programs, D] get the sums over a program's.
 
-    With AHEAD, the next rows are on their way while some are worked on; long rows leave no registers for that.
+    HELD: weights stay in registers, for which long rows leave none. With AHEAD, the next rows are on their way to
+    registers while some are worked on; with STAGES of more than 1, to shared memory.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, COLUMNS)[None, :]
     exists = columns < D
-    if AHEAD and weight is not None:
+    if HELD and weight is not None:
         gain = tl.load(weight + columns, exists, 0).to(tl.float32)
     weight_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = (rows < M)[:, None] & exists
     if AHEAD:
+        rows = (program * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (rows < M)[:, None] & exists
         next_value = tl.load(x + rows[:, None] * stride + columns, inside, 0)
         next_grad = tl.load(dy + rows[:, None] * dy_stride + columns, inside, 0)
-    for _ in range(program * ROWS, M, programs * ROWS):
-        at = rows[:, None] * D + columns
-        here = inside
-        factor = tl.load(rstd + rows, rows < M, 0)[:, None]
-        if mean is not None:
-            average = tl.load(mean + rows, rows < M, 0)[:, None]
+    for first in tl.range(program * ROWS, M, programs * ROWS, num_stages=STAGES):
+        rows = (first + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (rows < M)[:, None] & exists
         if AHEAD:
             value, grad = next_value.to(tl.float32), next_grad.to(tl.float32)
+            later = rows + programs * ROWS
+            is_there = (later < M)[:, None] & exists
+            next_value = tl.load(x + later[:, None] * stride + columns, is_there, 0)
+            next_grad = tl.load(dy + later[:, None] * dy_stride + columns, is_there, 0)
         else:
             value = tl.load(x + rows[:, None] * stride + columns, inside, 0).to(tl.float32)
             grad = tl.load(dy + rows[:, None] * dy_stride + columns, inside, 0).to(tl.float32)
-        rows += programs.to(tl.int64) * ROWS
-        inside = (rows < M)[:, None] & exists
-        if AHEAD:
-            next_value = tl.load(x + rows[:, None] * stride + columns, inside, 0)
-            next_grad = tl.load(dy + rows[:, None] * dy_stride + columns, inside, 0)
+        factor = tl.load(rstd + rows, rows < M, 0)[:, None]
         if mean is not None:
-            value -= average
+            value -= tl.load(mean + rows, rows < M, 0)[:, None]
         value *= factor
         if d_weight is not None:
             weight_sum += grad * value
         if d_bias is not None:
             bias_sum += grad
         if weight is not None:
-            if not AHEAD:
+            if not HELD:
                 gain = tl.load(weight + columns, exists, 0).to(tl.float32)
             grad *= gain
         result = grad - value * (tl.sum(grad * value, 1) / D)[:, None]
         if mean is not None:
             result -= (tl.sum(grad, 1) / D)[:, None]
-        tl.store(dx + at, result * factor, here)
+        tl.store(dx + rows[:, None] * D + columns, result * factor, inside)
     if d_weight is not None:
         tl.store(d_weight + program * D + columns, tl.sum(weight_sum, 0)[None, :], exists)
     if d_bias is not None:
@@ -315,7 +357,25 @@ def forward(
             rows, rows.stride(0), weight, bias, y, mean, rstd, eps, D, COLUMNS=_LONG, num_warps=8
         )
         return y, mean, rstd
-    tile = forward_tile(columns)
+    tile = forward_tile(columns, x.itemsize)
+    if tile.programs:
+        _persistent_forward_kernel[(min(M, tile.programs * multiprocessor_count(x.device)),)](
+            rows,
+            rows.stride(0),
+            weight,
+            bias,
+            y,
+            mean,
+            rstd,
+            M,
+            eps,
+            D,
+            COLUMNS=columns,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+            maxnreg=tile.registers,
+        )
+        return y, mean, rstd
     _forward_kernel[(triton.cdiv(M, tile.rows),)](
         rows,
         rows.stride(0),
@@ -355,6 +415,11 @@ def backward(
         return dx, sums.zero_()
     weight = _contiguous(weight)
     columns = triton.next_power_of_2(D)
+    if columns > _SUMS_APART and asked == 2 and mean is not None and hopper.why_not(x.device) is None:
+        from hrm.kernels.ops.hopper import long_rows
+
+        if long_rows.fits_layer_norm(grads, rows):
+            return dx, _add_up(long_rows.layer_norm_backward(grads, rows, weight, mean, rstd, dx), sums)
     sums_apart = columns > (_SUMS_APART if asked == 2 else _WHOLE) and asked > 0
     tile, processors = backward_tile(columns), multiprocessor_count(x.device)
     programs = min(tile.programs * processors, triton.cdiv(M, tile.rows))
@@ -378,6 +443,8 @@ def backward(
             num_warps=8,
         )
     else:
+        # Triton copies to shared memory what it knows to begin at multiples of 16 bytes.
+        stages = tile.stages if grads.stride(0) % 16 == rows.stride(0) % 16 == 0 else 1
         _backward_kernel[(programs,)](
             grads,
             grads.stride(0),
@@ -393,7 +460,9 @@ def backward(
             D,
             ROWS=tile.rows,
             COLUMNS=columns,
-            AHEAD=columns <= 4096,
+            HELD=columns <= 4096,
+            AHEAD=columns <= 4096 and stages == 1,
+            STAGES=stages,
             num_warps=tile.warps,
             maxnreg=tile.registers,
         )
@@ -413,12 +482,18 @@ def backward(
             COLUMNS=_SUM_COLUMNS,
             num_warps=8,
         )
+    return dx, _add_up(parts, sums)
+
+
+def _add_up(parts: Tensor, sums: Tensor) -> Tensor:
+    """Write the sums of parts [sums, count, D] to `sums` [sums, D]."""
+    asked, count, D = parts.shape
     if asked:
         width = 32 if D <= 1024 else 128
         _add_up_kernel[(triton.cdiv(D, width), asked)](
-            parts, sums, summing, D, ROWS=2048 // width, COLUMNS=width, num_warps=4
+            parts, sums, count, D, ROWS=2048 // width, COLUMNS=width, num_warps=4
         )
-    return dx, sums
+    return sums
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hrm.kernels.ops.hopper import device as hopper
 from hrm.kernels.ops.triton.norm import Tile, as_rows
 
 _WHOLE_FORWARD, _WHOLE_BACKWARD = 32768, 16384
-_LONG = 4096  # columns of a tile of a longer row
+_LONG, _LONG_WARPS = 16384, 32  # columns of a tile of a longer row, and the warps that share them
+_LANE = 8  # neighbouring columns, which a thread reads at once, and whose peak and sum it keeps
 
 
 def forward_tile(columns: int) -> Tile:
@@ -61,22 +63,36 @@ def _joined(peak: tl.tensor, total: tl.tensor, value: tl.tensor) -> tuple[tl.ten
 
 
 @triton.jit
-def _long_forward_kernel(x: tl.tensor, stride: tl.tensor, y: tl.tensor, D: tl.constexpr, COLUMNS: tl.constexpr) -> None:
+def _exp(x: tl.tensor) -> tl.tensor:
+    """By the chip's power of 2 alone: `tl.exp` sees to subnormal results besides."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _long_forward_kernel(
+    x: tl.tensor, stride: tl.tensor, y: tl.tensor, D: tl.constexpr, COLUMNS: tl.constexpr, LANE: tl.constexpr
+) -> None:
+    """Rows wait in the cache from one pass over them to the next, and results do not take their place there."""
     row = tl.program_id(0).to(tl.int64)
     within = tl.arange(0, COLUMNS)
     x += row * stride
     y += row * D
-    peak = tl.full((COLUMNS,), float("-inf"), tl.float32)
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, D, COLUMNS):
-        value = tl.load(x + start + within, start + within < D, float("-inf")).to(tl.float32)
-        peak, total = _joined(peak, total, value)
-    highest = tl.max(peak, 0)
-    share = 1.0 / tl.sum(total * tl.exp(peak - highest), 0)
+    peak = tl.full((COLUMNS // LANE,), float("-inf"), tl.float32)
+    total = tl.zeros((COLUMNS // LANE,), tl.float32)
     for start in range(0, D, COLUMNS):
         exists = start + within < D
-        value = tl.load(x + start + within, exists, float("-inf")).to(tl.float32)
-        tl.store(y + start + within, tl.exp(value - highest) * share, exists)
+        value = tl.load(x + start + within, exists, float("-inf"), eviction_policy="evict_last").to(tl.float32)
+        value = value.reshape(COLUMNS // LANE, LANE)
+        higher = tl.maximum(peak, tl.max(value, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # lanes that have seen only -inf stay at 0
+        total = total * _exp(peak - base) + tl.sum(_exp(value - base[:, None]), 1)
+        peak = higher
+    highest = tl.max(peak, 0)
+    share = 1.0 / tl.sum(total * _exp(peak - highest), 0)
+    for start in range(0, D, COLUMNS):
+        exists = start + within < D
+        value = tl.load(x + start + within, exists, float("-inf"), eviction_policy="evict_first").to(tl.float32)
+        tl.store(y + start + within, _exp(value - highest) * share, exists, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -190,7 +206,7 @@ def forward(x: Tensor, dim: int) -> Tensor:
     M, D = rows.shape
     columns = triton.next_power_of_2(D)
     if columns > _WHOLE_FORWARD:
-        _long_forward_kernel[(M,)](rows, rows.stride(0), y, D, COLUMNS=_LONG, num_warps=16)
+        _long_forward_kernel[(M,)](rows, rows.stride(0), y, D, COLUMNS=_LONG, LANE=_LANE, num_warps=_LONG_WARPS)
         return y
     tile = forward_tile(columns)
     grid = (triton.cdiv(M, tile.rows),)
@@ -211,7 +227,13 @@ def backward(dy: Tensor, y: Tensor, dim: int) -> Tensor:
     M, D = rows.shape
     columns = triton.next_power_of_2(D)
     if columns > _WHOLE_BACKWARD:
-        _long_backward_kernel[(M,)](rows, rows.stride(0), y, dx, D, COLUMNS=_LONG, num_warps=16)
+        if hopper.why_not(y.device) is None:
+            from hrm.kernels.ops.hopper import long_rows
+
+            if long_rows.fits_softmax(rows, y.view(M, D)):
+                long_rows.softmax_backward(rows, y.view(M, D), dx)
+                return dx
+        _long_backward_kernel[(M,)](rows, rows.stride(0), y, dx, D, COLUMNS=_LONG, num_warps=_LONG_WARPS)
         return dx
     tile = backward_tile(columns)
     grid = (triton.cdiv(M, tile.rows),)
