@@ -51,6 +51,12 @@ def test_experts(dtype: torch.dtype, count: int) -> None:
     assert_accurate(fast, naive, operands("cuda", dtype, (EXPERTS * 10)[:count]))
 
 
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=on_gpu) for dtype in (torch.bfloat16, torch.float16)])
+def test_many_of_any_sizes(dtype: torch.dtype) -> None:
+    sizes = [(37 * i % 300 + 1, 8 * (5 * i % 90 + 1), 8 * (i % 70 + 40)) for i in range(61)]
+    assert_accurate(fast, naive, operands("cuda", dtype, sizes))
+
+
 def test_more_than_one_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hrm.kernels.ops.triton.grouped_gemm._MAX_PRODUCTS", 2)
     assert_accurate(fast, naive, operands("cpu", torch.float16, [(3, 16, 16)] * 5))

@@ -105,7 +105,9 @@ def test_same_gradients_every_time(name: str, device: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(384, 82, 512), (4097, 1000), (1025, 4096), (515, 8192), (300, 9000), (300, 16384), (100, 70001)])
+@pytest.mark.parametrize(
+    "shape", [(384, 82, 512), (4097, 1000), (1025, 4096), (515, 8192), (300, 9000), (300, 16384), (100, 70001)]
+)
 def test_on_models_sizes(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     norm = NORMS[name]
     assert_accurate(norm, norm.naive, inputs_of(name, "cuda", dtype, shape))

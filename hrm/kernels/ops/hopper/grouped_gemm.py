@@ -74,7 +74,10 @@ def _table_kernel(
     SIZE: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ) -> None:
-    """The arguments, field by field, SIZE products each; sizes are coded as in `hrm.kernels.ops.triton`."""
+    """The arguments, field by field, SIZE products each.
+
+    Sizes come as 2 size + 3: odd and above 1, as Triton compiles anew for multiples of 16 and for 1.
+    """
     for first in tl.static_range(0, len(lefts), AT_ONCE):
         if tl.program_id(0) == first // AT_ONCE:
             _write_field(table, lefts, 0, first, SIZE, False, AT_ONCE)

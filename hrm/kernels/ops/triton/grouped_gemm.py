@@ -2,7 +2,8 @@
 
 Each program takes a run of neighbouring tiles, so that it sees few products; but where some products are much deeper
 than others, tiles one by one in turn, the deepest first, so that all programs end together. In 16 bit it makes tensor
-descriptors for each product on the device (the bulk copy engine from Hopper on); otherwise it goes by pointers.
+descriptors for each product on the device (the bulk copy engine from Hopper on); otherwise it goes by pointers. Hopper
+GPUs have a kernel of their own where there is a tile for each multiprocessor.
 """
 
 from __future__ import annotations

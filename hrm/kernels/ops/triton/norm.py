@@ -2,7 +2,9 @@
 
 Rows of at most `_WHOLE` columns are read once and lie in registers, several in a program where they are short; longer
 ones pass in tiles. Gradients of weights come about in two stages: each of a fixed number of programs adds up those of
-its rows, which a second kernel adds up in order. So they are the same in every run on a device.
+its rows, which a second kernel adds up in order. So they are the same in every run on a device. Where registers do not
+hold a program's sums beside a row, sums are a kernel of their own or, on Hopper GPUs, rows lie in shared memory
+(`hrm.kernels.ops.hopper.long_rows`).
 
 Shapes: M rows, D columns; statistics of a row in float32.
 """

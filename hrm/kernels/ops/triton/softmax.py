@@ -2,7 +2,8 @@
 
 Along the last dimension, rows that fit lie in registers as a whole, several in a program where they are short; longer
 ones pass in tiles twice, first for their peak and sum, which are kept for each lane of a tile and joined at the end.
-Along another dimension, programs take neighbouring columns of it, and tiles of them pass in the same way.
+On Hopper GPUs gradients of longer ones are read once (`hrm.kernels.ops.hopper.long_rows`). Along another dimension,
+programs take neighbouring columns of it, and tiles of them pass in the same way.
 
 Shapes: M rows of D columns; or outer x D x inner, softmax along D.
 """
