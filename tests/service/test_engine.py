@@ -164,6 +164,11 @@ def test_what_an_event_loop_does_not_wait_for_gives_up_its_place(
     assert (asyncio.run(ask()).last.tokens == expected.answers[0]).all()
     assert engine.work.answered == 1
 
+    async def ask_nothing() -> list[Solved]:
+        return await engine.ask([])
+
+    assert asyncio.run(ask_nothing()) == []
+
     async def leave() -> None:  # the loop ends before the answer is there
         engine.ask(puzzles()[:1])
 
