@@ -305,7 +305,7 @@ def choose_width(sizes: Sequence[tuple[int, int]], processors: int) -> int | Non
 
     def busy(width: int) -> float:
         tiles = tile_count(sizes, width)
-        return tiles / (triton.cdiv(tiles, processors) * processors)
+        return float(tiles / (triton.cdiv(tiles, processors) * processors))
 
     if tile_count(sizes, 128) < processors:
         return None

@@ -78,7 +78,7 @@ def _softmax_kernel(
             async_copy.wait_group(SLOTS - 1 - t + min(t, KEPT))
             grad, share = grads.index(slot).load(layout), shares.index(slot).load(layout)
             if t < KEPT:
-                kept = kept + (grad, share)  # noqa: RUF005  Triton takes no star here
+                kept = kept + (grad, share)  # type: ignore[assignment]  # noqa: RUF005  Triton takes no star here
                 later = row + (SLOTS + t) // TILES * programs
                 _fetch(dy, stride, grads.index(slot), later, (SLOTS + t) % TILES, M, D, layout)
                 _fetch(y, D // 8, shares.index(slot), later, (SLOTS + t) % TILES, M, D, layout)
@@ -100,7 +100,7 @@ def _softmax_kernel(
                 async_copy.commit_group()
             columns = t * COLUMNS + gl.arange(0, COLUMNS, layout)
             result = share.to(gl.float32) * (grad.to(gl.float32) - along)
-            gl.store(dx + row.to(gl.int64) * D + columns, result.to(dx.dtype.element_ty), columns < D)
+            gl.store(dx + gl.cast(row, gl.int64) * D + columns, result.to(dx.dtype.element_ty), columns < D)
         begin = (begin + TILES) % SLOTS
 
 
@@ -168,7 +168,7 @@ def _norm_kernel(
         _fetch(dy, dy_stride, grads.index(slot), row + SLOTS * programs, 0, M, D, layout)
         async_copy.commit_group()
         result = (grad - value * (along / D) - total / D) * factor
-        gl.store(dx + row.to(gl.int64) * D + columns, result.to(dx.dtype.element_ty), exists)
+        gl.store(dx + gl.cast(row, gl.int64) * D + columns, result.to(dx.dtype.element_ty), exists)
         slot = (slot + 1) % SLOTS
     gl.store(d_weight + program * D + columns, weight_sum, exists)
     gl.store(d_bias + program * D + columns, bias_sum, exists)

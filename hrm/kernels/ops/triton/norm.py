@@ -417,10 +417,10 @@ def backward(
         return dx, sums.zero_()
     weight = _contiguous(weight)
     columns = triton.next_power_of_2(D)
-    if columns > _SUMS_APART and asked == 2 and mean is not None and hopper.why_not(x.device) is None:
+    if columns > _SUMS_APART and asked == 2 and hopper.why_not(x.device) is None:
         from hrm.kernels.ops.hopper import long_rows
 
-        if long_rows.fits_layer_norm(grads, rows):
+        if weight is not None and mean is not None and long_rows.fits_layer_norm(grads, rows):
             return dx, _add_up(long_rows.layer_norm_backward(grads, rows, weight, mean, rstd, dx), sums)
     sums_apart = columns > (_SUMS_APART if asked == 2 else _WHOLE) and asked > 0
     tile, processors = backward_tile(columns), multiprocessor_count(x.device)
