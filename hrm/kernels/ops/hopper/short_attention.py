@@ -37,7 +37,8 @@ from hrm.kernels.ops.hopper.common import (
     run_of,
 )
 
-# Whether they are faster than the kernels in Triton, as measured on a Hopper GPU: not yet.
+# Whether they are faster than the kernels in Triton: not by themselves, and what training gains by less power is not
+# settled (benchmarks/results/reports/2026-11-28-hrm-step.md).
 FORWARD_PAYS = False
 BACKWARD_PAYS = False
 
