@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,23 @@ def signals_of_a_terminal() -> None:
 def one_thread() -> None:
     """Models here are so small that threads would only wait for one another, on a busy machine for very long."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def need_gib() -> Iterator[Callable[[float], None]]:
+    """A function that takes so much of the GPU's memory for the test, which is skipped where less is free.
+
+    Taken, not looked at: other processes may share the GPU.
+    """
+
+    def need(wanted: float) -> None:
+        try:
+            torch.empty(int(wanted * 2**30), dtype=torch.uint8, device="cuda")
+        except torch.OutOfMemoryError:
+            pytest.skip(f"it needs {wanted:g} GiB of the GPU's memory, and less is free")
+
+    yield need
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture

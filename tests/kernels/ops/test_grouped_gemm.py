@@ -52,8 +52,9 @@ def test_experts(dtype: torch.dtype, count: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=on_gpu) for dtype in (torch.bfloat16, torch.float16)])
-def test_many_of_any_sizes(dtype: torch.dtype) -> None:
-    sizes = [(37 * i % 300 + 1, 8 * (5 * i % 90 + 1), 8 * (i % 70 + 40)) for i in range(61)]
+@pytest.mark.parametrize(("count", "rows"), [(61, 1), (9, 2048)])
+def test_several_of_any_sizes(dtype: torch.dtype, count: int, rows: int) -> None:
+    sizes = [(37 * i % 300 + rows, 8 * (5 * i % 90 + 1), 8 * (i % 70 + 40)) for i in range(count)]
     assert_accurate(fast, naive, operands("cuda", dtype, sizes))
 
 

@@ -152,21 +152,24 @@ def _norm_kernel(
         next_average = gl.load(mean + after, after < M, other=0.0)
         next_factor = gl.load(rstd + after, after < M, other=0.0)
         async_copy.wait_group(SLOTS - 1)
-        value = (values.index(slot).load(layout).to(gl.float32) - average) * factor
+        value = values.index(slot).load(layout).to(gl.float32)
         grad = grads.index(slot).load(layout).to(gl.float32)
         if D != COLUMNS:  # what was not copied may be anything
             value, grad = gl.where(exists, value, 0.0), gl.where(exists, grad, 0.0)
+        value = (value - average) * factor
         weight_sum += grad * value
         bias_sum += grad
         grad *= gains.load(layout).to(gl.float32)
         along, total = gl.reduce((grad * value, grad), 0, _add_pairs)
         # Registers hold no row beside the sums: it is read and worked out again.
         gl.thread_barrier()
-        value = (values.index(slot).load(layout).to(gl.float32) - average) * factor
-        grad = grads.index(slot).load(layout).to(gl.float32) * gains.load(layout).to(gl.float32)
+        value = values.index(slot).load(layout).to(gl.float32)
+        grad = grads.index(slot).load(layout).to(gl.float32)
         _fetch(x, stride, values.index(slot), row + SLOTS * programs, 0, M, D, layout)
         _fetch(dy, dy_stride, grads.index(slot), row + SLOTS * programs, 0, M, D, layout)
         async_copy.commit_group()
+        value = (value - average) * factor
+        grad *= gains.load(layout).to(gl.float32)
         result = (grad - value * (along / D) - total / D) * factor
         gl.store(dx + gl.cast(row, gl.int64) * D + columns, result.to(dx.dtype.element_ty), exists)
         slot = (slot + 1) % SLOTS
