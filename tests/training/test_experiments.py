@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from benchmarks import ensembles, run_curves
-from tests.helpers.entry_points import TINY_RUN, make_pack, printed_metrics, run_script, train
+from hrm.data.builders.maze import main as build_maze
+from tests.helpers.entry_points import CPU, TINY_RUN, make_pack, printed_metrics, run_script, train
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +70,18 @@ def test_the_speedrun_has_no_q_continue(pack: Path, tmp_path: Path) -> None:
     saved = yaml.safe_load((tmp_path / "run" / "all_config.yaml").read_text())
     assert (saved["arch"]["q_continue"], saved["arch"]["train_max_steps"], saved["arch"]["mlp_t"]) == (False, 4, True)
     assert saved["curriculum"] == [{"until": 3, "H_cycles": 1, "L_cycles": 2, "halt_max_steps": 1}]
+
+
+def test_mazes(tmp_path: Path) -> None:
+    """In their eight orientations, of which an epoch shows one, and to a rate of 0; right paths are counted."""
+    build_maze(
+        ["--generate", "6x6", "--aug", "--train-size", "8", "--test-size", "5", "--output-dir", f"{tmp_path}/mazes"]
+    )
+    records = run("maze_speedrun", tmp_path / "mazes", tmp_path / "run")
+    assert [record["step"] for record in records if "ema/all/exact_accuracy" in record] == [2, 4]
+    rates = [record["train/lr"] for record in records if "train/lr" in record]
+    assert rates[0] == pytest.approx(0.005, rel=0.2)
+    assert rates[-1] == pytest.approx(0, abs=1e-6)
+    outcome = run_script("evaluate.py", *CPU, f"checkpoint={tmp_path / 'run'}")
+    assert outcome.status == 0, outcome.err
+    assert "of 5 answers are a shortest path, the label's or another one." in outcome.out
