@@ -334,14 +334,14 @@ def fits(states: States, schedule: Schedule, modules: Mapping[str, Sequence[Any]
         return False
     state = states[schedule[0].state]
     _, tokens, width = state.shape
-    inner = modules[schedule[0].module][0].down.shape[1]
+    inner_widths = [modules[update.module][0].down.shape[1] for update in schedule]
     return (
         state.dtype.itemsize == 2
         and tokens <= 128
         and width // context.num_heads in (32, 64, 128)
-        and width % 64 == inner % 64 == 0
+        and width % 64 == 0
         and width <= 512
-        and inner <= 1536
+        and all(inner % 64 == 0 and inner <= 1536 for inner in inner_widths)
     )
 
 
@@ -365,7 +365,7 @@ def run(
 ) -> dict[str, Tensor]:
     """As `hrm.kernels.schedule.Run`, for what `fits`."""
     shape = states[schedule[0].state].shape
-    rows = {name: state.reshape(-1, shape[-1]) for name, state in states.items()}
+    rows = {name: state.reshape(-1, shape[-1]).contiguous() for name, state in states.items()}
     y: Tensor | None = None
     ended = ""  # the state that y lacks only the norm to be
     for update in schedule:
