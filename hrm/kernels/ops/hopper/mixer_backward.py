@@ -5,9 +5,8 @@ is said in `hrm.kernels.ops.hopper.common`.
 
 Over tokens, for the gradient of the state, a tile is 64 features of a sequence with all its tokens, and features are
 the rows: what one matmul leaves in registers is the left operand of the next. Two groups of four warps take tiles in
-turns; all weights stay in shared memory. For the gradients of the weights, a group keeps 64 hidden units, which are the
-rows, and their sums in registers, while tiles of the state and of the gradient stream past. Tiles are of powers of two,
-and so tokens come in two parts: 88 tokens are 64 and 32.
+turns; all weights stay in shared memory. Tiles are of powers of two, and so tokens come in two parts: 88 tokens are 64
+and 32.
 
 Over features, the product with the second matrix is finished by the gate's gradient. It is bound by memory: gate and up
 are copied to shared memory beside the operands, and their gradients take their place there on the way out.
@@ -47,9 +46,7 @@ from hrm.kernels.ops.hopper.linear import fits_swiglu
 from hrm.kernels.ops.hopper.mixer import put_tile, transposed
 
 _FEATURES = gl.constexpr(64)
-_CHUNK = 32  # hidden units at a time, for the gradient of the state
-_HIDDEN = gl.constexpr(64)  # of a group, for those of the weights
-_COLUMNS = 32  # features at a time there
+_CHUNK = 32  # hidden units at a time
 # Of a program's shared memory in all, and of it for barriers at most.
 _SHARED_BYTES, _BARRIER_BYTES = 227 * 1024, 1024
 
@@ -174,16 +171,15 @@ def _project(x: gl.tuple, d_mixed: gl.tuple, chunk: gl.tuple) -> Any:
 def _gate_gradients(
     gate: gl.tensor, up: gl.tensor, d_inner: gl.tensor, share: gl.tensor, dtype: gl.constexpr, NORMED: gl.constexpr
 ) -> Any:
-    """Gradients of gate and up, and their hidden units."""
+    """Gradients of gate and up."""
     sigmoid = _sigmoid(gate)
     product = gate * up
-    inner = product * sigmoid
     outer = sigmoid * d_inner
     d_product = outer
     if NORMED:
         d_product = outer - share * product
-    d_gate = up * d_product + (product - inner) * outer
-    return d_gate.to(dtype), (gate * d_product).to(dtype), inner.to(dtype)
+    d_gate = up * d_product + (product - product * sigmoid) * outer
+    return d_gate.to(dtype), (gate * d_product).to(dtype)
 
 
 @gluon.jit
@@ -202,7 +198,7 @@ def _add(
     gate, up = both.reshape([ROWS, 2, CHUNK]).permute([0, 2, 1]).split()
     gate = gl.convert_layout(gate, d_inner.type.layout, assert_trivial=True)
     up = gl.convert_layout(up, d_inner.type.layout, assert_trivial=True)
-    d_gate, d_up, _ = _gate_gradients(gate, up, d_inner, share, chunk[0].dtype, NORMED)
+    d_gate, d_up = _gate_gradients(gate, up, d_inner, share, chunk[0].dtype, NORMED)
     gradients = gl.join(d_gate, d_up).permute([0, 2, 1]).reshape([ROWS, 2 * CHUNK])
     operand = gl.convert_layout(gradients, gl.DotOperandLayout(0, left.type.layout, 2), assert_trivial=True)
     left = warpgroup_mma(operand, chunk[0], left, is_async=True)
@@ -385,210 +381,6 @@ def _state_kernel(
 
 
 @gluon.jit
-def _weights_load(
-    descs: gl.tuple,
-    buffers: gl.tuple,
-    barriers: gl.tuple,
-    work: gl.tuple,
-    STAGES: gl.constexpr,
-) -> None:
-    x_descs, d_mixed_descs, weight_descs = descs
-    x_slots, d_mixed_slots, weights = buffers
-    full, empty, weights_full = barriers
-    tiles, per_sequence, kinds, parts = work
-    LEFT: gl.constexpr = x_descs[0].block_type.shape[1]
-    COLUMNS: gl.constexpr = x_descs[0].block_type.shape[2]
-    NBYTES: gl.constexpr = 2 * (x_descs[0].block_type.nbytes + x_descs[1].block_type.nbytes)
-    kind = gl.program_id(0) % kinds
-    for group in gl.static_range(2):
-        bar = weights_full.index(group)
-        mbarrier.expect(bar, 3 * (weight_descs[0].block_type.nbytes + weight_descs[1].block_type.nbytes))
-        hidden = (kind * 2 + group) * _HIDDEN
-        for matrix in gl.static_range(3):
-            to = 3 * group + matrix
-            tma.async_copy_global_to_shared(weight_descs[0], [matrix, hidden, 0], bar, weights[0].index(to))
-            tma.async_copy_global_to_shared(weight_descs[1], [matrix, hidden, LEFT], bar, weights[1].index(to))
-    start = gl.program_id(0) // kinds
-    for step in range(gl.cdiv(tiles - start, parts)):
-        tile = start + step * parts
-        stage = step % STAGES
-        sequence = tile // per_sequence
-        feature = tile % per_sequence * COLUMNS
-        bar = full.index(stage)
-        mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-        mbarrier.expect(bar, NBYTES)
-        tma.async_copy_global_to_shared(x_descs[0], [sequence, 0, feature], bar, x_slots[0].index(stage))
-        tma.async_copy_global_to_shared(x_descs[1], [sequence, LEFT, feature], bar, x_slots[1].index(stage))
-        tma.async_copy_global_to_shared(d_mixed_descs[0], [sequence, 0, feature], bar, d_mixed_slots[0].index(stage))
-        tma.async_copy_global_to_shared(d_mixed_descs[1], [sequence, LEFT, feature], bar, d_mixed_slots[1].index(stage))
-
-
-@gluon.jit
-def _product(
-    weights: gl.tuple,
-    at: gl.constexpr,
-    left: gl.shared_memory_descriptor,
-    right: gl.shared_memory_descriptor,
-    layout: gl.constexpr,
-) -> Any:
-    """[hidden, features] of weights [hidden, tokens] and a tile [tokens, features] in two parts, on its way."""
-    COLUMNS: gl.constexpr = left.type.shape[1]
-    acc = gl.zeros([_HIDDEN, COLUMNS], gl.float32, layout)
-    acc = warpgroup_mma(_flat(weights[0].index(at)), left, acc, use_acc=False, is_async=True)
-    return warpgroup_mma(_flat(weights[1].index(at)), right, acc, is_async=True)
-
-
-@gluon.jit
-def _outer(
-    hidden: gl.tensor,
-    left: gl.shared_memory_descriptor,
-    right: gl.shared_memory_descriptor,
-    sum_left: gl.tensor,
-    sum_right: gl.tensor,
-) -> Any:
-    """Sums [hidden, tokens] and what a tile adds to them, on their way."""
-    operand: gl.constexpr = gl.DotOperandLayout(0, sum_left.type.layout, 2)
-    operand_right: gl.constexpr = gl.DotOperandLayout(0, sum_right.type.layout, 2)
-    sum_left = warpgroup_mma(gl.convert_layout(hidden, operand), left.permute([1, 0]), sum_left, is_async=True)
-    sum_right = warpgroup_mma(gl.convert_layout(hidden, operand_right), right.permute([1, 0]), sum_right, is_async=True)
-    return sum_left, sum_right
-
-
-@gluon.jit
-def _store_sums(sums: gl.tensor, row: gl.tensor, left: gl.tensor, right: gl.tensor, TOKENS: gl.constexpr) -> None:
-    LEFT: gl.constexpr = left.type.shape[1]
-    rows = row + gl.arange(0, _HIDDEN, gl.SliceLayout(1, left.type.layout))
-    columns = gl.arange(0, LEFT, gl.SliceLayout(0, left.type.layout))
-    gl.store(sums + (gl.expand_dims(rows * TOKENS, 1) + gl.expand_dims(columns, 0)), left)
-    rows = row + gl.arange(0, _HIDDEN, gl.SliceLayout(1, right.type.layout))
-    columns = LEFT + gl.arange(0, right.type.shape[1], gl.SliceLayout(0, right.type.layout))
-    gl.store(sums + (gl.expand_dims(rows * TOKENS, 1) + gl.expand_dims(columns, 0)), right)
-
-
-@gluon.jit
-def _weights_multiply(
-    GROUP: gl.constexpr,
-    buffers: gl.tuple,
-    barriers: gl.tuple,
-    work: gl.tuple,
-    vectors: gl.tuple,
-    D: gl.constexpr,
-    ALL_HIDDEN: gl.constexpr,
-    STAGES: gl.constexpr,
-    NORMED: gl.constexpr,
-) -> None:
-    """One of the two groups of four warps: gradients of its hidden units' rows."""
-    x_slots, d_mixed_slots, weights = buffers
-    full, empty, weights_full = barriers
-    tiles, per_sequence, kinds, parts = work
-    shares, sums = vectors
-    dtype: gl.constexpr = weights[0].dtype
-    LEFT: gl.constexpr = weights[0].type.shape[3]
-    RIGHT: gl.constexpr = weights[1].type.shape[3]
-    COLUMNS: gl.constexpr = x_slots[0].type.shape[3]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    left_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LEFT, 16])
-    right_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RIGHT, 16])
-    gate_left = gl.zeros([_HIDDEN, LEFT], gl.float32, left_layout)
-    gate_right = gl.zeros([_HIDDEN, RIGHT], gl.float32, right_layout)
-    up_left = gl.zeros([_HIDDEN, LEFT], gl.float32, left_layout)
-    up_right = gl.zeros([_HIDDEN, RIGHT], gl.float32, right_layout)
-    down_left = gl.zeros([_HIDDEN, LEFT], gl.float32, left_layout)
-    down_right = gl.zeros([_HIDDEN, RIGHT], gl.float32, right_layout)
-    mbarrier.wait(weights_full.index(GROUP), 0)
-    start = gl.program_id(0) // kinds
-    for step in range(gl.cdiv(tiles - start, parts)):
-        tile = start + step * parts
-        stage = step % STAGES
-        x_left, x_right = _flat(x_slots[0].index(stage)), _flat(x_slots[1].index(stage))
-        d_left, d_right = _flat(d_mixed_slots[0].index(stage)), _flat(d_mixed_slots[1].index(stage))
-        mbarrier.wait(full.index(stage), step // STAGES & 1)
-        gate = _product(weights, 3 * GROUP, x_left, x_right, layout)
-        up = _product(weights, 3 * GROUP + 1, x_left, x_right, layout)
-        d_inner = _product(weights, 3 * GROUP + 2, d_left, d_right, layout)
-        share = gl.expand_dims(gl.zeros([COLUMNS], gl.float32, gl.SliceLayout(0, layout)), 0)
-        if NORMED:
-            features = tile % per_sequence * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-            at = tile // per_sequence * D + features
-            share = gl.expand_dims(gl.load(shares + at, features < D, other=0.0), 0)
-        gate, up, d_inner = warpgroup_mma_wait(0, deps=(gate, up, d_inner))
-        # The other group multiplies meanwhile. To multiply here too would take more registers than there are.
-        d_gate, d_up, inner = _gate_gradients(gate, up, d_inner, share, dtype, NORMED)
-        gate_left, gate_right = _outer(d_gate, x_left, x_right, gate_left, gate_right)
-        up_left, up_right = _outer(d_up, x_left, x_right, up_left, up_right)
-        down_left, down_right = _outer(inner, d_left, d_right, down_left, down_right)
-        gate_left, gate_right, up_left, up_right, down_left, down_right = warpgroup_mma_wait(
-            0, deps=(gate_left, gate_right, up_left, up_right, down_left, down_right)
-        )
-        mbarrier.arrive(empty.index(stage), count=1)
-    TOKENS: gl.constexpr = LEFT + RIGHT
-    row = gl.program_id(0) // kinds * (3 * ALL_HIDDEN) + (gl.program_id(0) % kinds * 2 + GROUP) * _HIDDEN
-    if gl.program_id(0) % kinds * 2 * _HIDDEN + GROUP * _HIDDEN < ALL_HIDDEN:
-        _store_sums(sums, row, gate_left, gate_right, TOKENS)
-        _store_sums(sums, row + ALL_HIDDEN, up_left, up_right, TOKENS)
-        _store_sums(sums, row + 2 * ALL_HIDDEN, down_left, down_right, TOKENS)
-
-
-@gluon.jit
-def _weights_kernel(
-    x_left: tma.tensor_descriptor,
-    x_right: tma.tensor_descriptor,
-    d_mixed_left: tma.tensor_descriptor,
-    d_mixed_right: tma.tensor_descriptor,
-    weights_left: tma.tensor_descriptor,
-    weights_right: tma.tensor_descriptor,
-    shares: gl.tensor,
-    sums: gl.tensor,
-    tiles: gl.tensor,
-    per_sequence: gl.tensor,
-    kinds: gl.tensor,
-    parts: gl.tensor,
-    D: gl.constexpr,
-    ALL_HIDDEN: gl.constexpr,
-    STAGES: gl.constexpr,
-    NORMED: gl.constexpr,
-) -> None:
-    dtype: gl.constexpr = x_left.dtype
-    LEFT: gl.constexpr = x_left.block_type.shape[1]
-    RIGHT: gl.constexpr = x_right.block_type.shape[1]
-    COLUMNS: gl.constexpr = x_left.block_type.shape[2]
-    x_slots = (
-        gl.allocate_shared_memory(dtype, [STAGES, 1, LEFT, COLUMNS], x_left.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, 1, RIGHT, COLUMNS], x_right.layout),
-    )
-    d_mixed_slots = (
-        gl.allocate_shared_memory(dtype, [STAGES, 1, LEFT, COLUMNS], x_left.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, 1, RIGHT, COLUMNS], x_right.layout),
-    )
-    weights = (
-        gl.allocate_shared_memory(dtype, [6, 1, _HIDDEN, LEFT], weights_left.layout),
-        gl.allocate_shared_memory(dtype, [6, 1, _HIDDEN, RIGHT], weights_right.layout),
-    )
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    weights_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
-    for group in gl.static_range(2):
-        mbarrier.init(weights_full.index(group), count=1)
-    work = (tiles, per_sequence, kinds, parts)
-    barriers = (full, empty, weights_full)
-    buffers = (x_slots, d_mixed_slots, weights)
-    vectors = (shares, sums)
-    descs = ((x_left, x_right), (d_mixed_left, d_mixed_right), (weights_left, weights_right))
-    gl.warp_specialize(
-        [
-            (_weights_multiply, (0, buffers, barriers, work, vectors, D, ALL_HIDDEN, STAGES, NORMED)),
-            (_weights_multiply, (1, buffers, barriers, work, vectors, D, ALL_HIDDEN, STAGES, NORMED)),
-            (_weights_load, (descs, buffers, barriers, work, STAGES)),
-        ],
-        [4, 1],
-        [MULTIPLY_REGISTERS, LOAD_REGISTERS],
-    )
-
-
-@gluon.jit
 def _gate_load(
     descs: gl.tuple,
     buffers: gl.tuple,
@@ -693,7 +485,7 @@ def _gate_multiply(
         phase ^= 1
         gate = gate_tile.load(layout).to(gl.float32)
         up = up_tile.load(layout).to(gl.float32)
-        d_gate, d_up, _ = _gate_gradients(gate, up, acc, share, dtype, shares is not None)
+        d_gate, d_up = _gate_gradients(gate, up, acc, share, dtype, shares is not None)
         gate_tile.store(d_gate)
         up_tile.store(d_up)
         fence_async_shared()
@@ -814,35 +606,6 @@ def state_backward(
         maxnreg=START_REGISTERS,
     )
     return dx, d_mixed, shares
-
-
-def weight_sums(x: Tensor, d_mixed: Tensor, shares: Tensor | None, matrices: Tensor, parts: tuple[int, int]) -> Tensor:
-    """Gradients of the packed weights, float32 [P, 3 hidden, tokens]: P sums, each of some of the batch."""
-    B, _, D = x.shape
-    hidden, tokens = matrices.shape[0] // 3, matrices.shape[1]
-    kinds = triton.cdiv(hidden, 2 * _HIDDEN.value)
-    per_sequence = triton.cdiv(D, _COLUMNS)
-    count = max(1, min(multiprocessor_count(x.device) // kinds, B * per_sequence))
-    sums = x.new_empty(count, 3 * hidden, tokens, dtype=torch.float32)
-    weights = matrices.view(3, hidden, tokens)
-    stages = (_SHARED_BYTES - _BARRIER_BYTES - 12 * _HIDDEN.value * tokens) // (4 * _COLUMNS * tokens)
-    _weights_kernel[(kinds * count,)](
-        *(descriptor(tensor, 1, part, _COLUMNS) for tensor in (x, d_mixed) for part in parts),
-        *(descriptor(weights, 1, _HIDDEN.value, part) for part in parts),
-        shares,
-        sums,
-        B * per_sequence,
-        per_sequence,
-        kinds,
-        count,
-        D=D,
-        ALL_HIDDEN=hidden,
-        STAGES=min(8, stages),
-        NORMED=shares is not None,
-        num_warps=4,
-        maxnreg=START_REGISTERS,
-    )
-    return sums
 
 
 def fits_gate(d_mixed: Tensor, down: Tensor) -> bool:

@@ -35,7 +35,7 @@ from hrm.kernels.ops.triton import mixer
 from hrm.kernels.ops.triton.common import differentiates, multiprocessor_count, row_wise
 
 
-class Tile(NamedTuple):
+class _Tile(NamedTuple):
     """Of a kernel: features (or rows) and hidden units (or columns) at a time, loads ahead, warps."""
 
     features: int
@@ -45,15 +45,10 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-STATE_TILE = Tile(64, 32, 2, 4, 168)
-WEIGHTS_TILE = Tile(32, 64, 3, 4)
-WEIGHTS_PROGRAMS = 2  # for each multiprocessor
-GATE_TILE = Tile(64, 128, 3, 4)
-
-# Which of the kernels made for Hopper are taken there: those that are faster than what else is here.
-HOPPER_STATE = True  # the gradient of the state, over tokens
-HOPPER_WEIGHTS = True  # those of the weights, over tokens
-HOPPER_GATE = True  # the gate's gradient, over features
+_STATE_TILE = _Tile(64, 32, 2, 4, 168)
+_WEIGHTS_TILE = _Tile(32, 64, 3, 4)
+_WEIGHTS_PROGRAMS = 2  # for each multiprocessor
+_GATE_TILE = _Tile(64, 128, 3, 4)
 
 
 @triton.jit
@@ -432,12 +427,12 @@ def tokens_backward(
     dy: Tensor, x: Tensor, kept: Tensor, rstd: Tensor, factors: Tensor | None, packed: _Packed, G: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x and, times its norm's factors, of the second matmul's result, and the shares of that norm."""
-    if HOPPER_STATE and (kernels := _hopper(x)) and kernels.fits(x, packed.matrices):
+    if (kernels := _hopper(x)) and kernels.fits(x, packed.matrices):
         return kernels.state_backward(dy, x, kept, rstd, factors, packed.matrices, packed[2:], G)  # type: ignore[no-any-return]
     B, T, D = x.shape
     dx, d_mixed = torch.empty_like(x), torch.empty_like(x)
     shares = None if factors is None else torch.empty_like(factors)
-    tile = STATE_TILE
+    tile = _STATE_TILE
     _tokens_backward_kernel[(triton.cdiv(D, tile.features), B)](
         dy,
         x,
@@ -468,10 +463,7 @@ def token_weights_backward(
     x: Tensor, d_mixed: Tensor, shares: Tensor | None, packed: _Packed, G: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both matrices, [2 G, T] and [T, G]."""
-    if HOPPER_WEIGHTS and (kernels := _hopper(x)) and kernels.fits(x, packed.matrices):
-        sums = kernels.weight_sums(x, d_mixed, shares, packed.matrices, packed[2:])
-    else:
-        sums = _weight_sums(x, d_mixed, shares, packed)
+    sums = _weight_sums(x, d_mixed, shares, packed)
     T, tokens = x.shape[1], packed.left + packed.right
     d_gate_up, d_down = x.new_empty(2 * G, T), x.new_empty(T, G)
     rows, at_once = 4, min(8, len(sums))
@@ -494,9 +486,9 @@ def token_weights_backward(
 def _weight_sums(x: Tensor, d_mixed: Tensor, shares: Tensor | None, packed: _Packed) -> Tensor:
     """Gradients of the packed matrices, float32 [P, 3 ALL_HIDDEN, TOKENS]: P sums, each of some of the batch."""
     B, _, D = x.shape
-    tile = WEIGHTS_TILE
+    tile = _WEIGHTS_TILE
     kinds = packed.hidden // tile.hidden
-    wanted = max(1, WEIGHTS_PROGRAMS * multiprocessor_count(x.device) // kinds)
+    wanted = max(1, _WEIGHTS_PROGRAMS * multiprocessor_count(x.device) // kinds)
     parts = min(wanted, B * triton.cdiv(D, tile.features))
     tokens = packed.left + packed.right
     sums = x.new_empty(parts, 3 * packed.hidden, tokens, dtype=torch.float32)
@@ -573,12 +565,12 @@ def scaled_rms_backward(
 
 def gate_backward(d_mixed: Tensor, down: Tensor, projected: Tensor, shares: Tensor | None) -> Tensor:
     """Gradient of gate and up [M, 2 F]."""
-    if HOPPER_GATE and (kernels := _hopper(d_mixed)) and kernels.fits_gate(d_mixed, down):
+    if (kernels := _hopper(d_mixed)) and kernels.fits_gate(d_mixed, down):
         return kernels.gate_backward(d_mixed, down, projected, shares)  # type: ignore[no-any-return]
     M, D = d_mixed.shape
     F = down.shape[1]
     d_projected = torch.empty_like(projected)
-    tile, block_k = GATE_TILE, 64
+    tile, block_k = _GATE_TILE, 64
     block = [tile.features, tile.hidden]
     _gate_backward_kernel[(triton.cdiv(M, tile.features) * triton.cdiv(F, tile.hidden),)](
         TensorDescriptor.from_tensor(d_mixed, [tile.features, block_k]),
