@@ -183,8 +183,10 @@ def make_kernels(config: KernelsConfig, modules: Sequence[str]) -> Kernels:
     }
     run: Run
     if eight_bit:
+        # What kernels for gradients have left uncompiled is compiled here, where steps are recorded.
+        compiled = config.compile or (backend.compiles_gradients_alone and config.cuda_graphs)
         found = {
-            name: in_8_bit.module(compiled=config.compile, **_attend(config.attention))
+            name: in_8_bit.module(compiled=compiled, **_attend(config.attention))
             for name, in_8_bit in eight_bit.items()
         }
         run = looped(module, found)

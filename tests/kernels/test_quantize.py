@@ -1,5 +1,6 @@
 """The option `quantize`: what it chooses, and where it says no in a sentence."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from hrm.config import KernelsConfig
 from hrm.errors import UserError
-from hrm.kernels import KernelRequest, describe, make_kernels, resolve
+from hrm.kernels import KernelRequest, choice, describe, make_kernels, naive, resolve
 from hrm.kernels.naive import MixerWeights
 from hrm.kernels.quantize import dtype_beside, quantized
 
@@ -88,3 +89,21 @@ def test_modules_by_name(option: str) -> None:
     assert rounded.down[0].dtype in (torch.int8, torch.float8_e4m3fn)
     with pytest.raises(UserError, match=rf"kernels\.{option}=M is not a choice"):
         resolve(KernelsConfig(**{option: "M"}), request)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("backend", "recorded", "compiled"),
+    [("triton_mixer", True, True), ("triton_mixer", False, False), ("naive", True, False)],
+)
+def test_what_has_no_kernels_in_8_bit_is_compiled_beside_those_of_mixers(
+    backend: str, recorded: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def module(*, compiled: bool) -> Any:
+        asked.append(compiled)
+        return naive.reasoning_module
+
+    monkeypatch.setattr(choice, "_eight_bit", lambda option: SimpleNamespace(module=module, BLOCK_TYPES=()))
+    make_kernels(KernelsConfig(backend, "own", cuda_graphs=recorded, fp8="all", by_core=False), ("L_level",))
+    assert asked == [compiled]
