@@ -1,4 +1,4 @@
-"""Clients of `hrm serve`, and what they meet with. Processes of clients alone need no PyTorch."""
+"""Clients of `hrm serve`, and what they meet with."""
 
 from __future__ import annotations
 

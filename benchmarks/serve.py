@@ -60,12 +60,13 @@ class _StaticBatches(Engine):
     batches at their best.
     """
 
+    def __init__(self, model: TrainedModel, slots: int | None = None) -> None:
+        super().__init__(model, slots)
+        self._slots.reads_later = False  # else puzzles of the next batch were put in line beside this one
+
     def _fill(self) -> None:
         if not self._jobs:
             super()._fill()
-
-    def _goes_ahead(self) -> bool:
-        return False
 
 
 SERVICES: dict[str, Callable[[TrainedModel, int | None], Engine]] = {

@@ -61,7 +61,7 @@ def module(*, compiled: bool, attend: Attend = sdpa) -> Module[Any]:
         other_module = torch.compile(other_module, dynamic=False, fullgraph=True)
 
     def by_blocks(state: Tensor, injection: Tensor, blocks: Sequence[Any], context: KernelContext) -> Tensor:
-        own = _attend(blocks) or _kernels(state, blocks, context, attend) is not None
+        own = _are_fp8_blocks(blocks) or _kernels(state, blocks, context, attend) is not None
         return (own_module if own else other_module)(state, injection, blocks, context)
 
     return by_blocks
@@ -78,10 +78,12 @@ def reasoning_module(
 
     Args:
         state, injection: [B, T, D] of one dtype, which is the result's too.
+        attend: the attention of blocks without kernels of their own; to those for Hopper it says whether theirs may be
+            in Gluon.
     """
     if (kernels := _kernels(state, blocks, context, attend)) is not None:
         return kernels(state, injection, blocks, context)
-    if not _attend(blocks):
+    if not _are_fp8_blocks(blocks):
         return _other_module(state, injection, blocks, context, attend)
     matmul = _library_matmul if _library_takes(state.device, blocks) else _naive_matmul
     return _reasoning_module(state, injection, blocks, context, matmul)
@@ -94,12 +96,12 @@ def naive_reasoning_module(
     context: KernelContext,
 ) -> Tensor:
     """The definition of `reasoning_module`, in plain PyTorch."""
-    if _attend(blocks):
+    if _are_fp8_blocks(blocks):
         return _reasoning_module(state, injection, blocks, context, _naive_matmul)
     return naive.reasoning_module(state, injection, blocks, context, linear=_naive_linear)
 
 
-def _attend(blocks: Sequence[Any]) -> bool:
+def _are_fp8_blocks(blocks: Sequence[Any]) -> bool:
     """Whether they are what `quantize_blocks` makes of `BlockWeights`."""
     return all(isinstance(weights, Fp8BlockWeights) for weights in blocks)
 
@@ -111,7 +113,7 @@ def _kernels(state: Tensor, blocks: Sequence[Any], context: KernelContext, atten
     from hrm.kernels.ops.hopper import fp8 as of_attention
     from hrm.kernels.ops.hopper import fp8_mixer
 
-    if not _attend(blocks):
+    if not _are_fp8_blocks(blocks):
         return fp8_mixer.reasoning_module if fp8_mixer.fits(state, blocks, context.num_heads) else None
     if not of_attention.fits(state, blocks, context.num_heads):
         return None
@@ -128,7 +130,7 @@ def _other_module(
 
 
 def _naive_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """The product of x [..., K], rounded, and a rounded weight [N, K], in the dtype of `x`; as it is where that is."""
+    """The product of x [..., K] and weight [N, K] in the dtype of `x`, which is rounded to e4m3 where the weight is."""
     if weight.dtype != E4M3:
         return F.linear(x, weight)
     return _naive_matmul(to_e4m3(x), weight).to(x.dtype)

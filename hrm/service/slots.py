@@ -108,9 +108,10 @@ class Slots:
         found = self._step({"line": self._line, "given_up": self._given_up})
         host = self._found[0]
         self._found.rotate(1)
-        host.copy_(found, non_blocking=True)
+        on_cuda = self._device.type == "cuda"
+        host.copy_(found, non_blocking=on_cuda)  # elsewhere nothing says when it is there
         event = None
-        if self._device.type == "cuda":
+        if on_cuda:
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self._device))
         self._unread.append((host, event))

@@ -204,7 +204,7 @@ class Task(ABC):
     """Whether a report shows puzzles by the names of their identifiers."""
 
     one_answer = True
-    """Whether a puzzle has one right answer; where it has several, a symmetry need not map the label to the label."""
+    """Whether the label is the only right answer. Where there are several, a symmetry may map it to another of them."""
 
     @abstractmethod
     def fits(self, size: PuzzleSize) -> bool:

@@ -264,12 +264,12 @@ def test_generated_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert data.group_indices.tolist() == list(range(0, groups * size + 1, size))
         assert maze.is_shortest_path(data.inputs, data.labels).all()
         assert ((data.labels == PATH).sum(1) + 1).min() >= 12
-    groups_of_images = train.sets["all"].inputs.reshape(30, 8, 6, 6)
-    np.testing.assert_array_equal(groups_of_images, maze.dihedral_variants(groups_of_images[:, 0]))
-    answers = generator.shortest_paths(groups_of_images.reshape(-1, 6, 6))
+    groups = train.sets["all"].inputs.reshape(30, 8, 6, 6)
+    np.testing.assert_array_equal(groups, maze.dihedral_variants(groups[:, 0]))
+    answers = generator.shortest_paths(groups.reshape(-1, 6, 6))
     np.testing.assert_array_equal(train.sets["all"].labels, answers.reshape(240, 36))
-    turned = maze.dihedral_variants(answers.reshape(30, 8, 6, 6)[:, 0]).reshape(240, 36)
-    assert (train.sets["all"].labels != turned).any(1).mean() > 0.1, "no maze has two shortest paths"
+    mapped = maze.dihedral_variants(answers.reshape(30, 8, 6, 6)[:, 0]).reshape(240, 36)
+    assert (train.sets["all"].labels != mapped).any(1).mean() > 0.1, "no maze has two shortest paths"
     assert not set(map(bytes, train.sets["all"].inputs)) & set(map(bytes, test.sets["all"].inputs))
     assert json.loads((tmp_path / "pack" / "identifiers.json").read_text()) == ["<blank>"]
 

@@ -85,3 +85,6 @@ def test_mazes(tmp_path: Path) -> None:
     outcome = run_script("evaluate.py", *CPU, f"checkpoint={tmp_path / 'run'}")
     assert outcome.status == 0, outcome.err
     assert "of 5 answers are a shortest path, the label's or another one." in outcome.out
+    outcome = run_script("evaluate.py", *CPU, f"checkpoint={tmp_path / 'run'}", "ensemble.augmentations=2")
+    assert outcome.status == 0, outcome.err
+    assert "warning: puzzles of the task maze have several right answers" in outcome.err

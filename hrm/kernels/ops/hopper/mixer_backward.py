@@ -1,7 +1,7 @@
 """Gradients of blocks that mix tokens by a gated MLP over them, for Hopper GPUs, in Gluon.
 
-`hrm.kernels.ops.triton.mixer_backward` calls them where they fit, and says what they compute. How warps work together
-is said in `hrm.kernels.ops.hopper.common`.
+`hrm.kernels.ops.triton.mixer_backward` calls them where they fit, and says what they compute. How warps work together:
+`hrm.kernels.ops.hopper.common`.
 
 Over tokens, for the gradient of the state, a tile is 64 features of a sequence with all its tokens, and features are
 the rows: what one matmul leaves in registers is the left operand of the next. Two groups of four warps take tiles in

@@ -6,7 +6,7 @@ finishes its own, which waited in 16 bit. `hrm.kernels.ops.hopper.residual_rms`,
 after the other, reads x twice, and its tensor cores are idle meanwhile.
 
 Programs that share rows have consecutive numbers, and there are no more programs than multiprocessors, each of which
-holds one: so they run at the same time, beside other kernels too. How warps work together is said in
+holds one: so they run at the same time, beside other kernels too. How warps work together:
 `hrm.kernels.ops.hopper.common`.
 
 Shapes: M rows, K inputs, D outputs.

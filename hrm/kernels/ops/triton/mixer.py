@@ -1,4 +1,4 @@
-"""Blocks that mix tokens by a gated MLP over them, for updates without gradient, in Triton.
+"""Blocks that mix tokens by a gated MLP over them, forward, in Triton; `mixer_backward` has their gradients.
 
 The half of a block that mixes tokens needs no other features than its own: one program reads some features of a
 sequence, all its tokens, and computes both projections, the gate, the residual and the norm without leaving the chip.

@@ -11,8 +11,8 @@ it reads gate and up and writes their gradients. The other matmuls are the libra
 Neither half sums over hidden units for the normed gate (`naive.norm_gated`), backward. With q = silu(g) u and p = g u,
 the MLP's result is m = r W q, r = 1 / sqrt(mean(p²) + eps) for each token (or feature). For a gradient d of m,
     dp = sigmoid(g) e - p r² <d, m> / F,  e = r transpose(W) d,
-with the F hidden units replaced by m, which is kept in place of the half's result: the sum of it and the state, which
-the norm at the end takes, is that again.
+where m stands for all F hidden units. It is kept in place of the half's result, which the last norm gives again from
+the sum of m and the state.
 
 Shapes: B sequences, T tokens, D features, M = B T rows, G and F inner widths of the MLPs over tokens and features.
 """
@@ -368,7 +368,7 @@ class _Packed(NamedTuple):
         )
 
 
-_MOST_HIDDEN = 64  # of a tile: packed matrices are padded to a multiple
+_HIDDEN_MULTIPLE = 64  # to which packed matrices are padded: whole tiles of every kernel
 
 
 def _parts(tokens: int) -> tuple[int, int]:
@@ -384,7 +384,7 @@ def _pack(gate_up: Tensor, down: Tensor) -> _Packed:
     T, G = down.shape
     left, right = _parts(T)
     tokens = left + right
-    hidden = triton.cdiv(G, _MOST_HIDDEN) * _MOST_HIDDEN
+    hidden = triton.cdiv(G, _HIDDEN_MULTIPLE) * _HIDDEN_MULTIPLE
     packed = gate_up.new_empty(3 * hidden, tokens)
     _pack_kernel[(hidden // 16, 3)](gate_up, down, packed, T, G, hidden, tokens, 16, triton.next_power_of_2(tokens))
     return _Packed(packed, hidden, left, right)
@@ -426,7 +426,18 @@ class _MixTokens(torch.autograd.Function):
 def tokens_backward(
     dy: Tensor, x: Tensor, kept: Tensor, rstd: Tensor, factors: Tensor | None, packed: _Packed, G: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x and, times its norm's factors, of the second matmul's result, and the shares of that norm."""
+    """What the half over tokens hands back to its input, and what the gradients of its weights need.
+
+    Args:
+        dy, x, kept: [B, T, D], contiguous: x the sum of state and injection, `kept` what the MLP adds to it where its
+            gate is normed, else the half's result.
+        rstd, factors: as in `mixer.Saved`.
+        G: hidden units, without the zeros of `packed`.
+
+    Returns:
+        The gradients of x and, times `factors`, of what the MLP adds, both [B, T, D]; with `factors`, r² <d, m> / G as
+        above, [B, D] float32: the shares of the gate's norm.
+    """
     if (kernels := _hopper(x)) and kernels.fits(x, packed.matrices):
         return kernels.state_backward(dy, x, kept, rstd, factors, packed.matrices, packed[2:], G)  # type: ignore[no-any-return]
     B, T, D = x.shape
@@ -462,7 +473,7 @@ def tokens_backward(
 def token_weights_backward(
     x: Tensor, d_mixed: Tensor, shares: Tensor | None, packed: _Packed, G: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of both matrices, [2 G, T] and [T, G]."""
+    """Gradients of both matrices, [2 G, T] and [T, G], from x and from what `tokens_backward` found besides dx."""
     sums = _weight_sums(x, d_mixed, shares, packed)
     T, tokens = x.shape[1], packed.left + packed.right
     d_gate_up, d_down = x.new_empty(2 * G, T), x.new_empty(T, G)
@@ -552,7 +563,17 @@ class _MixFeatures(torch.autograd.Function):
 def scaled_rms_backward(
     dy: Tensor, x: Tensor, kept: Tensor, rstd: Tensor, factors: Tensor | None, F: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of the sum before the norm and, times the factors, of the MLP, and the shares of the gate's norm."""
+    """As `tokens_backward`, of rows: the gradients, [M, D], stop before the second matmul.
+
+    Args:
+        dy, x, kept: [M, D], contiguous; `kept` is the second matmul's product where the gate is normed, else the half's
+            result.
+        rstd, factors: [M], float32: 1 / rms of the rows of the sum and, where the gate is normed, of its F units.
+
+    Returns:
+        The gradients of the sum before the norm and, times `factors`, of the product; the shares of the gate's norm,
+        [M] float32.
+    """
     M, D = x.shape
     d_total = torch.empty_like(x)
     d_mixed, shares = (d_total, None) if factors is None else (torch.empty_like(x), torch.empty_like(factors))
@@ -564,7 +585,7 @@ def scaled_rms_backward(
 
 
 def gate_backward(d_mixed: Tensor, down: Tensor, projected: Tensor, shares: Tensor | None) -> Tensor:
-    """Gradient of gate and up [M, 2 F]."""
+    """The gradient of gate and up, `projected` [M, 2 F], from what `scaled_rms_backward` found besides d_total."""
     if (kernels := _hopper(d_mixed)) and kernels.fits_gate(d_mixed, down):
         return kernels.gate_backward(d_mixed, down, projected, shares)  # type: ignore[no-any-return]
     M, D = d_mixed.shape
@@ -597,7 +618,7 @@ def gate_backward(d_mixed: Tensor, down: Tensor, projected: Tensor, shares: Tens
 def mix_tokens(
     state: Tensor, injection: Tensor | None, weights: MixerWeights | NormGatedMixerWeights, eps: float
 ) -> Tensor:
-    """`mixer.mix_tokens`, differentiable."""
+    """`mixer.mix_tokens`, differentiable once; state and injection need not be contiguous."""
     gate_up, down = weights.token_gate_up, weights.token_down
     inputs = [state, gate_up, down] if injection is None else [state, injection, gate_up, down]
     state = state.contiguous()
@@ -609,7 +630,7 @@ def mix_tokens(
 
 
 def mix_features(x: Tensor, weights: MixerWeights | NormGatedMixerWeights, eps: float) -> Tensor:
-    """`mixer.mix_features`, differentiable."""
+    """`mixer.mix_features`, differentiable once."""
     if not differentiates(x, weights.gate_up, weights.down):
         return mixer.mix_features(x, weights, eps)
     normed = isinstance(weights, NormGatedMixerWeights)

@@ -38,7 +38,10 @@ class Tile(NamedTuple):
 
 
 def forward_tile(columns: int, itemsize: int = 2) -> Tile:
-    """For rows of `columns`, a power of two: one warp up to 2,047 of them, two up to 4,095, and so on."""
+    """For rows of `columns`, a power of two: one warp up to 2,047 of them, two up to 4,095, and so on.
+
+    Rows of 16 bit of more than 8,192 are taken in turns by a program for each multiprocessor.
+    """
     if columns > 8192 and itemsize == 2:
         return Tile(1, 32, 1, stages=3)
     warps = min(16, max(1, columns // 1024))
