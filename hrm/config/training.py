@@ -86,7 +86,7 @@ class PretrainConfig:
     curriculum: list[Any] = field(default_factory=list)
     stagger: bool = False  # begin with sequences at all ACT steps, instead of all at the first, as published
     augment_entry: bool = False  # map each puzzle that begins by random symmetries of its task, until it halts
-    augment_act_steps: bool = False  # map puzzles by a symmetry of their task at every ACT step: Sudoku, mazes
+    augment_act_steps: bool = False  # map puzzles by a symmetry of their task at every ACT step: Sudoku; mazes warn
     weight_decay: float = 0.1  # decoupled weight decay of the dense weights
     beta1: float = 0.9  # decay of the optimizer's running mean of gradients
     beta2: float = 0.95  # decay of the optimizer's running mean of squared gradients

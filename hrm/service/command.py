@@ -93,7 +93,7 @@ def run(
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn passes a signal on when all is answered; it has been heard by then.
         signal.signal(number, lambda *_: None)
-    # No thread goes on while Python looks for garbage, and what is left by now, PyTorch above all, is none.
+    # Python's search for garbage stops all threads. What there is by now, PyTorch above all, stays: it is left out.
     gc.collect()
     gc.freeze()
     try:

@@ -18,7 +18,7 @@ from hrm.tasks.form import Puzzle
 
 _COLUMNS = 3  # of rows, beside tokens
 _NOBODY = -1  # in place of a ticket
-_TICKETS = 1 << 31  # numbers that there are; they begin again long after a puzzle of the same has left
+_TICKETS = 1 << 31  # how many there are: they begin again, long after the puzzle of the same number has left
 
 
 @dataclass(frozen=True)

@@ -313,6 +313,7 @@ def choose_width(sizes: Sequence[tuple[int, int]], processors: int) -> int | Non
 
 
 def tile_count(sizes: Sequence[tuple[int, int]], width: int) -> int:
+    """Of products of `sizes` (M, N), with so many columns in a tile."""
     return sum(triton.cdiv(M, ROWS) * triton.cdiv(N, width) for M, N in sizes)
 
 
@@ -336,7 +337,7 @@ def multiply(
     """
     lefts, rights, outs = zip(*products, strict=True)
     heights, widths = zip(*sizes, strict=True)
-    *starts, tiles = itertools.accumulate((triton.cdiv(M, ROWS) * triton.cdiv(N, width) for M, N in sizes), initial=0)
+    *starts, tiles = itertools.accumulate((tile_count([size], width) for size in sizes), initial=0)
     dtype, device = lefts[0].dtype, lefts[0].device
     programs = min(tiles, multiprocessor_count(device))
     size = max(32, triton.next_power_of_2(len(products)))

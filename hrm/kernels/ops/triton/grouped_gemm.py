@@ -206,7 +206,7 @@ def _launch(products: Sequence[tuple[Tensor, Tensor, Tensor]], left_transposed: 
     if described and device.type == "cuda":
         triton.set_allocator(_scratch)  # at each launch: it holds for a thread, and the backward has one of its own
     in_runs = depths[0] <= 1.5 * depths[-1]
-    # By what was measured on an H200: as matrices lie, 64 products of 492 rows on average took 156 us there, 140 here.
+    # On an H200, 64 products of 492 rows on average, as they lie, took 156 us by Hopper's kernel and 140 by this one.
     few_rows = not (left_transposed or right_transposed) and sum(heights) < 2048 * len(products)
     if described and not few_rows and hopper.why_not(device) is None:
         from hrm.kernels.ops.hopper import grouped_gemm
