@@ -67,7 +67,9 @@ class Backend:
     # takes the first that answers, by falling priority; the definition, with 0, always does.
     default: Callable[[KernelRequest], Mapping[str, Any] | None] = never_the_default
     priority: int = 1
-    compiles_gradients_alone: bool = False  # whether kernels.compile leaves `run` as it is, and compiles the definition
+    # Whether kernels.compile is for the definition, which then gives gradients beside `run`; and whether what 8 bit has
+    # no kernels for is compiled where steps are recorded.
+    compiles_definition: bool = False
     takes_attention: bool = False  # whether kernels.attention chooses the core of its attention
     compiles: bool = True  # whether torch.compile can take it into a graph
     eight_bit: bool = True  # whether kernels.fp8 and kernels.int8 can take schedules without gradient from it

@@ -183,14 +183,14 @@ def make_kernels(config: KernelsConfig, modules: Sequence[str]) -> Kernels:
     }
     run: Run
     if eight_bit:
-        # What kernels for gradients have left uncompiled is compiled here, where steps are recorded.
-        compiled = config.compile or (backend.compiles_gradients_alone and config.cuda_graphs)
+        # Compiled too where the kernels beside it are not: else one puzzle would be computed operation by operation.
+        compiled = config.compile or (backend.compiles_definition and config.cuda_graphs)
         found = {
             name: in_8_bit.module(compiled=compiled, **_attend(config.attention))
             for name, in_8_bit in eight_bit.items()
         }
         run = looped(module, found)
-    elif backend.run and (backend.compiles_gradients_alone or not config.compile):
+    elif backend.run and (backend.compiles_definition or not config.compile):
         run = functools.partial(backend.run, **_attend(config.attention))
     else:
         run = looped(module)
@@ -228,7 +228,7 @@ def _attend(name: str) -> dict[str, Any]:
 
 @functools.cache
 def _functions(backend: str, attend: str, compiled: bool) -> tuple[ReasoningModule, FirstTokenBlock]:
-    if compiled and load_backend(backend).compiles_gradients_alone:
+    if compiled and load_backend(backend).compiles_definition:
         backend = "naive"
     reasoning_module: ReasoningModule = load_backend(backend).reasoning_module
     first_token_block = load_backend(backend).first_token_block

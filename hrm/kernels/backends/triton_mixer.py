@@ -66,5 +66,5 @@ BACKEND = Backend(
     block_types=(MixerWeights, NormGatedMixerWeights),
     why_not=why_not,
     default=_default,
-    compiles_gradients_alone=True,
+    compiles_definition=True,
 )
