@@ -46,8 +46,13 @@ def why_no_inductor(device: torch.device) -> str | None:
     return "torch.compile is not supported there"
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether it is one of NVIDIA's Hopper GPUs. (Some of AMD's have the same number.)"""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def is_measured(request: KernelRequest) -> bool:
     """Whether our kernels run on the device and were found faster there than torch.compile: on Hopper GPUs."""
-    if request.device.type != "cuda" or why_not_triton(request) is not None:
-        return False
-    return torch.cuda.get_device_capability(request.device) == (9, 0)
+    return is_hopper(request.device) and why_not_triton(request) is None

@@ -282,10 +282,15 @@ def test_no_attention_is_named(preset: str) -> None:
     assert describe(resolve(kernels_config(preset), request)) == "naive, by_core"
 
 
-@pytest.mark.parametrize(("capability", "backend", "ours"), [((9, 0), "triton_mixer", True), ((8, 0), "naive", False)])
+@pytest.mark.parametrize(
+    ("capability", "hip", "backend", "ours"),
+    [((9, 0), None, "triton_mixer", True), ((9, 0), "6.4", "naive", False), ((8, 0), None, "naive", False)],
+    ids=["Hopper", "AMD", "Ampere"],
+)
 def test_auto_takes_kernels_or_compiles(
-    capability: tuple[int, int], backend: str, ours: bool, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], hip: str | None, backend: str, ours: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("torch.version.hip", hip)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -7,11 +7,13 @@ import importlib.util
 
 import torch
 
+from hrm.kernels.requirements import is_hopper
+
 
 @functools.cache
 def why_not(device: torch.device) -> str | None:
     """The reason why they cannot run on `device`, or None."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+    if not is_hopper(device):
         return "it is written for Hopper GPUs (compute capability 9.0)"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"

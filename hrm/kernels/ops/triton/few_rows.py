@@ -15,7 +15,6 @@ Shapes: B sequences, T tokens, M = B T rows, D hidden size, N heads of size K, F
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from hrm.kernels.context import KernelContext, RotaryTables
 from hrm.kernels.naive import BlockWeights
 from hrm.kernels.ops.triton.attention.common import LOG2_E, load_head
 from hrm.kernels.ops.triton.common import tile_rows
+from hrm.kernels.requirements import is_hopper
 from hrm.kernels.schedule import Schedule, States
 
 
@@ -351,12 +351,7 @@ def pays(states: States, schedule: Schedule, modules: Mapping[str, Sequence[Any]
         return False
     state = states[schedule[0].state]
     few = state.shape[0] * state.shape[1] <= MOST_ROWS
-    return few and _is_hopper(state.device) and fits(states, schedule, modules, context)
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return few and is_hopper(state.device) and fits(states, schedule, modules, context)
 
 
 @torch.no_grad()
