@@ -57,7 +57,7 @@ class EvaluateConfig:
     """Options of `evaluate.py`."""
 
     # The model: a weights file, a run folder (its last step is taken), the URL of one, a hub id such as owner/name, or
-    # sudoku, which comes with the package.
+    # sudoku, sudoku_small or maze, which come with the package.
     checkpoint: str = MISSING
     # The pack whose test split is evaluated, or its URL; null: what the run was trained on.
     data_path: str | None = None

@@ -16,8 +16,8 @@ DEVICES = ("auto", "cpu", "cuda")
 class ExportConfig:
     """Options of `hrm export`."""
 
-    # The model: a run folder, a weights file, the URL of one, a hub id such as owner/name, or sudoku, which comes with
-    # the package.
+    # The model: a run folder, a weights file, the URL of one, a hub id such as owner/name, or sudoku, sudoku_small or
+    # maze, which come with the package.
     checkpoint: str = MISSING
     output: str = MISSING  # the folder to write; an earlier export there is replaced
     # A file of hrm/export/formats. onnx: for onnxruntime and others; program: for PyTorch without this package;

@@ -14,7 +14,8 @@ from hrm.config.entry import DEVICES, DTYPES, QUANTIZE
 class QuantizeConfig:
     """Options of `hrm quantize`."""
 
-    # The model: a run folder, a weights file, a hub id such as owner/name, or sudoku, which comes with the package.
+    # The model: a run folder, a weights file, a hub id such as owner/name, or sudoku, sudoku_small or maze, which come
+    # with the package.
     checkpoint: str = MISSING
     quantize: str = "int8"  # what is compared with the model as it is: int8 or fp8
     # With int8, the folder to write, which `checkpoint=` then takes; an earlier one there is replaced. null: compare

@@ -16,8 +16,8 @@ from hrm.errors import UserError
 class ServeConfig:
     """Options of `hrm serve`."""
 
-    # The model: a run folder, a weights file, the URL of one, a hub id such as owner/name, or sudoku, which comes with
-    # the package.
+    # The model: a run folder, a weights file, the URL of one, a hub id such as owner/name, or sudoku, sudoku_small or
+    # maze, which come with the package.
     checkpoint: str = MISSING
     # The pack it was trained on, or its URL, where the checkpoint says not what tokens mean.
     data_path: str | None = None

@@ -25,6 +25,7 @@ from hrm.evaluation.symmetries import DeviceSymmetry
 from hrm.models import ACTLossHead
 from hrm.tasks import parse_puzzle
 from hrm.tasks.base import PuzzleSize, Rules, Solutions, Symmetry, Task, Tokens
+from hrm.tasks.form import read_form
 
 
 def solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, world: World) -> None:
@@ -35,12 +36,18 @@ def solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, worl
     """
     weights = read_weights(checkpoint.weights_file)
     vocab_size, _ = trained_sizes(checkpoint, weights)
-    task, inputs = parse_puzzle(text, vocab_size, _task_name(checkpoint))
+    form = read_form(checkpoint.folder)
+    task, inputs = parse_puzzle(text, vocab_size, form.task if form else _task_name(checkpoint))
     size = PuzzleSize(len(inputs), vocab_size)
     if not task.fits(size):
         raise UserError(
             f"a puzzle of {size.seq_len} cells is not of the kind that {checkpoint.weights_file} was trained on, which "
             f"has a vocabulary of {vocab_size} tokens: give another one."
+        )
+    if form and form.seq_len != size.seq_len:
+        raise UserError(
+            f"the puzzle has {size.seq_len} cells, but those that {checkpoint.weights_file} was trained on have "
+            f"{form.seq_len}: give another one."
         )
     if config.kernels.backend == "auto":
         # Compiling anything would outlast one puzzle by far.

@@ -43,6 +43,10 @@ CHARSET = "# SGo"
 PAD_TOKEN, WALL, FREE, START, GOAL, PATH = range(len(CHARSET) + 1)
 VOCAB_SIZE = len(CHARSET) + 1
 
+# Random mazes, and the share of their cells that are walls, among which an example is found with a path of 121 moves at
+# 30x30 cells: as long as those of generated packs.
+_EXAMPLES_DRAWN, _EXAMPLES_WALLS = 64, 0.38
+
 
 # Text and tokens.
 
@@ -208,31 +212,41 @@ class MazeTask(Task):
         return [RulesEvaluator(self.rules(PuzzleSize.of(pack)))]
 
     def parse_input(self, text: str, size: PuzzleSize) -> Tokens:
-        maze = parse_maze(text.replace("\n", ""))
+        maze = parse_maze("".join(text.splitlines()))
         if not is_maze(maze[None])[0]:
             raise UserError("A maze to solve has one S, one G and no o.")
+        side = side_of(len(maze))
+        passable, starts, goals = (
+            cells.reshape(1, side, side) for cells in (maze != WALL, maze == START, maze == GOAL)
+        )
+        if path_lengths(passable, starts, goals)[0] < 0:
+            raise UserError("No path leads from S to G; open a wall.")
         return maze
 
     def example(self, form: PuzzleForm) -> str:
-        """A random maze whose path is longest among a few, a line for each row."""
+        """A random maze, such as generated packs hold: the one of the longest path among some; a line for each row."""
         side = side_of(form.seq_len)
-        rows = min((_random_rows(side, seed) for seed in range(16)), key=lambda found: -found[0])[1]
-        return "\n".join(rows)
+        rng = np.random.default_rng(0)
+        passable = rng.random((_EXAMPLES_DRAWN, side, side)) >= _EXAMPLES_WALLS
+        anywhere = np.zeros_like(passable)
+        anywhere[np.arange(_EXAMPLES_DRAWN), *rng.integers(side, size=(2, _EXAMPLES_DRAWN))] = True
+        passable |= anywhere
+        mazes = np.where(passable, FREE, WALL)
+        starts, _ = _farthest(passable, anywhere)
+        goals, lengths = _farthest(passable, starts)
+        mazes[starts], mazes[goals] = START, GOAL
+        return "\n".join("".join(CHARSET[token - 1] for token in row) for row in mazes[lengths.argmax()])
 
 
-def _random_rows(side: int, seed: int) -> tuple[int, list[str]]:
-    """The moves from start to goal, the cell farthest from it, of a maze of random walls; and its rows."""
-    rng = np.random.default_rng(seed)
-    free = rng.random((1, side, side)) < 0.65
-    start = np.zeros_like(free)
-    start[0, rng.integers(side), rng.integers(side)] = True
-    reached = list(waves(to_words(free | start), to_words(start)))  # in 0, 1, 2, ... moves
-    goal = int(from_words(reached[-1], 1).reshape(-1).argmax())
-    tokens = np.where(free | start, FREE, WALL)
-    tokens[start] = START
-    tokens.reshape(-1)[goal] = GOAL
-    text = "".join(CHARSET[token - 1] for token in tokens.reshape(-1))
-    return len(reached) - 1, [text[at : at + side] for at in range(0, len(text), side)]
+def _farthest(passable: Cells, sources: Cells) -> tuple[Cells, NDArray[np.int64]]:
+    """The first of the cells that are farthest from each source, and how many moves that is [N]."""
+    count = len(passable)
+    distances = np.full(passable.shape, -1)
+    for distance, wave in enumerate(waves(to_words(passable), to_words(sources))):
+        distances[from_words(wave, count)] = distance
+    found = np.zeros_like(passable)
+    found.reshape(count, -1)[np.arange(count), distances.reshape(count, -1).argmax(1)] = True
+    return found, distances.max((1, 2))
 
 
 TASK = MazeTask()

@@ -1,6 +1,7 @@
 """The trained models that come with the package."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from hrm.checkpoint.weights import PRETRAINED, find_checkpoint, pretrained
 from hrm.data.builders.maze import least_moves
 from hrm.data.builders.maze_puzzles import random_mazes
 from hrm.errors import UserError
-from hrm.tasks.maze import CHARSET, is_shortest_path
+from hrm.tasks.form import PuzzleForm
+from hrm.tasks.maze import CHARSET, TASK, is_shortest_path
 from hrm.tasks.sudoku import BoxShape, parse_grid
 from hrm.tasks.sudoku_solver import solve
 from tests.helpers.entry_points import CPU, run_script
@@ -75,6 +77,29 @@ def test_a_maze_is_solved() -> None:
     found = model.predict("".join(CHARSET[token - 1] for token in maze[0]))
     assert is_shortest_path(maze, found.answers).all()
     assert found.steps < 16
+
+
+def test_the_example_of_the_page_is_solved_soon() -> None:
+    model = hrm.from_pretrained("maze", device="cpu")
+    (puzzle,) = model.task.puzzles_of(model.task.example(model.form), model.form)
+    found = model.predict(puzzle.tokens[None], tokens=True, act_max_steps=4)
+    assert is_shortest_path(puzzle.tokens[None].astype(np.uint8), found.answers.astype(np.uint8)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda maze: maze.replace("G", " "), "A maze to solve has one S, one G and no o."),
+        (lambda maze: "x" + maze[1:], "Character 1 of the maze is 'x'"),
+        (lambda maze: maze[1:], "No maze has 899 cells"),
+        (lambda _: "S" + " " * 62 + "G", "the puzzle has 64 cells, but those that"),
+    ],
+)
+def test_a_text_is_read_as_the_model_s_task(change: Callable[[str], str], words: str) -> None:
+    maze = TASK.example(PuzzleForm("maze", 900, 6)).replace("\n", "")
+    outcome = run_script("evaluate.py", *CPU, "checkpoint=maze", f"puzzle='{change(maze)}'")
+    assert outcome.status == 2
+    assert words in outcome.err
 
 
 def test_a_run_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

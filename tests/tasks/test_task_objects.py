@@ -137,3 +137,13 @@ def test_the_example_maze_has_a_long_path(side: int) -> None:
     assert is_maze(puzzle.tokens[None])[0]
     assert (shortest_paths(maze) == PATH).sum() >= side - 2
     assert MAZE.example(form) == MAZE.example(form)
+
+
+def test_a_maze_is_read_in_any_line_ends() -> None:
+    maze = "S #\n   \n# G"
+    assert MAZE.parse_input(maze.replace("\n", "\r\n"), PuzzleSize(9, 6)).tolist() == [3, 2, 1, 2, 2, 2, 1, 2, 4]
+
+
+def test_a_maze_without_a_path_is_told_so() -> None:
+    with pytest.raises(UserError, match="No path leads from S to G"):
+        MAZE.parse_input("S# ## # G", PuzzleSize(9, 6))
