@@ -3,7 +3,7 @@
 An input is a line: a puzzle as text, JSON, or a row of CSV under a header with `input` or `question`; a file
 `<name>.json` is a task of ARC, tasks by their names, or a list. Answers are JSON lines with index (from 0), answer,
 q_halt, steps and text; a line that is no puzzle gets index and error. Without input= and output=, or for `-`, stdin is
-read and stdout written, each answer as soon as it is there.
+read and stdout written, each answer as soon as it is there. With puzzle= one is answered as by `hrm evaluate`.
 
 Exit status: 0; 3 where a line could not be answered, though the others were; 2 where nothing could be done.
 """
@@ -26,6 +26,6 @@ def main(argv: Sequence[str]) -> int:
     from hrm.inference.command import evaluate_or_predict
 
     names = {argument.lstrip("+").partition("=")[0] for argument in argv}
-    defaults = [] if "input" in names else ["input=-"]
+    defaults = [] if names & {"input", "puzzle"} else ["input=-"]
     run(EvaluateConfig, "evaluate", evaluate_or_predict, "hrm predict", [*argv, *defaults])
     return 0

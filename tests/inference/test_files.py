@@ -36,6 +36,12 @@ def predict(*options: str | Path, given: str = "") -> subprocess.CompletedProces
     return subprocess.run(argv, input=given, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
 
 
+def test_a_typed_puzzle_is_drawn() -> None:
+    done = predict("checkpoint=sudoku_small", "dtype=float32", "act_max_steps=4", f"puzzle={EASY}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("Solved: this is the only solution.\n")
+
+
 def records(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
