@@ -10,7 +10,7 @@ Shapes: N sequences of S input tokens, behind a puzzle prefix of P; T ACT steps;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -136,12 +136,14 @@ def walk(
     num_steps: int,
     start: Mapping[str, Tensor] | None = None,
     keep: Sequence[str] | None = None,
+    stepped: Callable[[], object] = lambda: None,
 ) -> Walk:
     """Spend `num_steps` ACT steps on a batch.
 
     Args:
         model, batch, start: as in `act_steps`.
         keep: names of the states to keep; None: all.
+        stepped: called after each step.
     """
     kept: list[Mapping[str, Tensor]] = []
 
@@ -155,6 +157,7 @@ def walk(
             take(states)
             answers.append(outputs["logits"].argmax(-1))
             q_halts.append(outputs["q_halt_logits"].double().sigmoid())
+            stepped()
     return Walk(stacked(kept), torch.stack(answers, 1).cpu().numpy(), torch.stack(q_halts, 1).cpu().numpy())
 
 
@@ -241,11 +244,14 @@ def updates(model: ACTLossHead, batch: Batch, start: Mapping[str, Tensor]) -> It
         yield Step(name, module, before, injection, after)
 
 
-def update_changes(model: ACTLossHead, batch: Batch, states: States) -> dict[str, NDArray[np.float32]]:
+def update_changes(
+    model: ACTLossHead, batch: Batch, states: States, stepped: Callable[[], object] = lambda: None
+) -> dict[str, NDArray[np.float32]]:
     """How much each update changed its state: the root mean square over its numbers (HRM paper, figure 3).
 
     Args:
         states: as `walk` keeps them, of the same batch.
+        stepped: called after each ACT step.
 
     Returns:
         By name of the state, [N, T, U], U being how often an ACT step updates it.
@@ -263,6 +269,7 @@ def update_changes(model: ACTLossHead, batch: Batch, states: States) -> dict[str
             of_step[update.state].append(moved.square().flatten(1).mean(1).sqrt().cpu())
         for name, values in of_step.items():
             found[name].append(values)
+        stepped()
     return {
         name: torch.stack([torch.stack(values, 1) for values in each], 1).numpy()
         for name, each in found.items()

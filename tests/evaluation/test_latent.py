@@ -99,7 +99,9 @@ def test_a_walk_is_what_the_model_goes_through(model: ACTLossHead, batch: Batch)
             assert torch.sigmoid(inner.q_values(states)[0]).numpy() == pytest.approx(walked.q_halt[:, step])
         there = states_after(model, batch, 3)
     assert all(np.array_equal(there[name].numpy(), states[:, 3]) for name, states in walked.states.items())
-    assert walk(model, batch, 2, keep=[]).states == {}
+    stepped: list[int] = []
+    assert walk(model, batch, 2, keep=[], stepped=lambda: stepped.append(len(stepped))).states == {}
+    assert stepped == [0, 1]
 
 
 def test_a_walk_can_begin_anywhere(model: ACTLossHead, batch: Batch) -> None:
@@ -376,6 +378,21 @@ def test_the_section_of_a_report(model: ACTLossHead, batch: Batch, kind: str) ->
     assert {name: fate["right"] for name, fate in fates.items()} == {"0": True, "1": False, "2": False}
     assert all(fate["starts"][1] == fate["symmetric"][1] == 4 for fate in fates.values())
     assert fates["1"]["starts"][0] == fates["1"]["symmetric"][0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hrm"], indirect=True)
+def test_of_long_puzzles_a_cpu_looks_into_one(
+    model: ACTLossHead, batch: Batch, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("hrm.evaluation.report.inside._MOST_TOKENS_ON_CPU", 2 * 16 - 1)
+    labelled = batch | {"labels": batch["inputs"]}
+    _, _, steps = record_act_steps(model, labelled)
+    recorder = Recorder(4)
+    recorder.add(labelled, steps, np.arange(3))
+    task = all_tasks()["sudoku"]
+    assert len(Insight(model, recorder.recording().shown, task, SIZE, task.view(SIZE)).content()["fates"]) == 1
 
 
 def test_a_step_that_is_more_than_updates_is_not_taken_apart(batch: Batch) -> None:

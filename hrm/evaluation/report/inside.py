@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from hrm.batch import IGNORE_LABEL_ID, Batch
 from hrm.evaluation.latent import (
@@ -35,6 +36,7 @@ from hrm.evaluation.report.latent import (
 from hrm.evaluation.report.picture import png
 from hrm.evaluation.report.recorder import Trajectories, kinds
 from hrm.models import ACTLossHead
+from hrm.output import bar_interval
 from hrm.tasks.base import Booleans, PuzzleSize, Symmetry, Task, Tokens, View
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ _NOISE = 0.3
 _MOST_MAPS = 24  # of blocks and heads in a picture
 _PIXELS_AN_INCH = 110  # of the page, which is wide enough for 9 inches
 _MOST_BYTES = 1 << 28  # of the states that are kept
+_MOST_TOKENS_ON_CPU = 1 << 10  # of all puzzles together: a maze of 30x30 takes a core seconds for an ACT step
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,25 @@ class Insight:
         self._steps = model.halt_max_steps
         inner = model.model.inner
         of_puzzle = (self._steps + 1) * inner.num_tokens * inner.config.hidden_size * len(inner.initial_states) * 4
-        count = max(1, min(_MOST_PUZZLES, _MOST_BYTES // of_puzzle))
-        self._few = _Few.of(shown, count, inner.lm_head.weight.device)
+        device = inner.lm_head.weight.device
+        count = min(_MOST_PUZZLES, _MOST_BYTES // of_puzzle)
+        if device.type == "cpu":
+            count = min(count, _MOST_TOKENS_ON_CPU // inner.num_tokens)
+        self._few = _Few.of(shown, max(1, count), device)
         self._pictures: list[dict[str, Any]] = []
+        tried_again = 2 * min(_MOST_TRIED_AGAIN, len(self._few.names))
+        self._bar = tqdm(
+            desc="looking inside the model",
+            total=(2 + tried_again) * self._steps,
+            unit=" ACT steps",
+            delay=2,
+            leave=False,
+            mininterval=bar_interval(),
+        )
 
     def content(self) -> dict[str, Any]:
         """The section as JSON: `pictures` and `fates`, what became of puzzles that were tried again."""
-        with by_definition(self._model), self._model.weights_at_hand():
+        with self._bar, by_definition(self._model), self._model.weights_at_hand():
             everyone = np.arange(len(self._few.names))
             own, right = self._walk(everyone)
             if not all(np.isfinite(states).all() for states in own.states.values()):  # a model that diverged
@@ -111,7 +126,7 @@ class Insight:
     ) -> tuple[Walk, Booleans]:
         """What the model goes through on the puzzles `rows`, answers being 0 where none is asked for; and which of its
         last answers are right."""
-        walked = walk(self._model, self._few.batch(rows), self._steps, start, keep)
+        walked = walk(self._model, self._few.batch(rows), self._steps, start, keep, self._bar.update)
         asked = self._few.labels[rows] != IGNORE_LABEL_ID
         right = self._right(walked.answers[:, -1], rows)
         return replace(walked, answers=np.where(asked[:, None], walked.answers, 0)), right
@@ -147,7 +162,7 @@ class Insight:
         )
         schedule = self._model.model.inner.plan.schedule
         if len(schedule) > len(own.states) and self._model.model.inner.is_its_schedule:
-            changed = update_changes(self._model, self._few.batch(), own.states)
+            changed = update_changes(self._model, self._few.batch(), own.states, self._bar.update)
             self._add(
                 "Within the steps",
                 "The same for each update of a state. The teeth of a saw: a fast state settles between the updates of "
@@ -233,6 +248,6 @@ class Insight:
             return None
         rows = np.full(len(symmetries), row)
         inputs = np.concatenate([symmetry.apply(self._few.inputs[row : row + 1]) for symmetry in symmetries])
-        walked = walk(self._model, self._few.batch(rows, inputs), self._steps, keep=[])
+        walked = walk(self._model, self._few.batch(rows, inputs), self._steps, keep=[], stepped=self._bar.update)
         back = [symmetry.undo(answer[-1:])[0] for symmetry, answer in zip(symmetries, walked.answers, strict=True)]
         return [int(self._right(np.stack(back), rows).sum()), len(symmetries)]
