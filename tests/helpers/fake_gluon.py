@@ -312,8 +312,12 @@ def on_cpu(module: types.ModuleType, kernel: str, gluon: FakeGluon, **others: An
     Args:
         others: stand in for what the module has under these names, such as functions in assembly.
     """
-    names: dict[str, Any] = dict(vars(module))
-    for name, value in vars(module).items():
+    names: dict[str, Any] = {}
+    for value in vars(module).values():
+        if hasattr(value, "fn"):
+            names |= value.fn.__globals__  # of functions of other modules, what they call there
+    names |= vars(module)
+    for name, value in list(names.items()):
         if isinstance(value, triton.language.constexpr):
             names[name] = Number(value.value) if isinstance(value.value, int) else value.value
         elif hasattr(value, "fn"):

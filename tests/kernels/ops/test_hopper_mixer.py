@@ -105,7 +105,7 @@ def run_on_cpu(
     programs = min(batch * -(-width // 64), multiprocessors)
     for program in range(programs):
         gluon = FakeGluon(program, programs, seed=program)
-        on_cpu(hopper_mixer, "_mix_tokens_kernel", gluon, _tanh=torch.tanh)(
+        on_cpu(hopper_mixer, "_mix_tokens_kernel", gluon, tanh=torch.tanh)(
             *descriptors,
             None if rounded is None else Pointer(rounded),
             *(None if tensor is None else Descriptor(tensor, 1, piece, 64) for tensor in saved[:2] for piece in pieces),

@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hrm.kernels.ops.hopper.common import descriptor, multiprocessor_count, run_of
+from hrm.kernels.ops.hopper.common import BUFFER_BYTES, descriptor, multiprocessor_count, run_of
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _LOG2_E = gl.constexpr(math.log2(math.e))
@@ -49,8 +49,6 @@ _PIECE = gl.constexpr(16)  # rows that two warps rotate at a time
 _START_REGISTERS = 128
 _ATTEND_REGISTERS = gl.constexpr(136)
 _FEED_REGISTERS = gl.constexpr(104)
-# What a program gets of a multiprocessor's shared memory, and what of it the barriers take at most.
-_SHARED_BYTES, _BARRIER_BYTES = 227 * 1024, 1024
 _MOST_STAGES = 4
 
 
@@ -437,7 +435,7 @@ def _stages(tokens: int) -> int:
     """Tiles of values that fit into shared memory beside all keys of a head and two tiles of queries."""
     row = 2 * _HEAD_SIZE
     taken = (tokens - 1) // _KEYS * _KEYS + 2 * _rest(tokens) + 2 * _GROUPS.value * _ROWS.value
-    return int(min(_MOST_STAGES, (_SHARED_BYTES - _BARRIER_BYTES - taken * row) // (_KEYS * row)))
+    return int(min(_MOST_STAGES, (BUFFER_BYTES - taken * row) // (_KEYS * row)))
 
 
 def _programs(batch: int, tokens: int, num_heads: int, multiprocessors: int) -> tuple[int, int]:

@@ -38,6 +38,7 @@ from hrm.kernels.ops.hopper.common import (
     run_of,
     store_squares,
     store_tile,
+    tanh,
 )
 from hrm.kernels.ops.hopper.residual_rms import NORM_STAGES, NORM_WIDTH, norm_kernel
 from hrm.kernels.ops.triton.attention import attention_in_e4m3
@@ -90,8 +91,7 @@ def _sigmoid(half: gl.tensor, SCALE: gl.constexpr) -> gl.tensor:
 
     exp and a division would be two. The error, 2^-12 at most, is small beside the rounding to 3 bits that follows.
     """
-    tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], gl.float32, True, 1)
-    return 0.5 * SCALE + 0.5 * SCALE * tanh
+    return 0.5 * SCALE + 0.5 * SCALE * tanh(half)
 
 
 @gluon.jit

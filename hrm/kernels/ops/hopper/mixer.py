@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hrm.kernels.ops.hopper.common import LOAD_REGISTERS, descriptor, multiprocessor_count
+from hrm.kernels.ops.hopper.common import BUFFER_BYTES, LOAD_REGISTERS, descriptor, multiprocessor_count, tanh
 
 _FEATURES = gl.constexpr(64)
 _GROUPS = gl.constexpr(3)
@@ -41,8 +41,6 @@ _CHUNK = 32
 _START_REGISTERS = 128
 _MIX_REGISTERS = gl.constexpr(160)
 _MIN_PIECE, _MAX_PIECE = 16, 64
-# What a program gets of a multiprocessor's shared memory, and what of it the barriers take at most.
-_SHARED_BYTES, _BARRIER_BYTES = 227 * 1024, 1024
 
 
 @gluon.jit
@@ -62,10 +60,12 @@ def _load(
     group = 0
     chunk = 0
     for tile in range(start, end, gl.num_programs(0)):
-        _load_tile(x_descs, tile, per_sequence, x_slots, x_full, x_empty, step)
+        sequence = tile // per_sequence
+        feature = tile % per_sequence * _FEATURES
+        load_tile(x_descs, sequence, feature, x_slots, x_full, x_empty, step, _SLOTS)
         step += 1
         if injection_descs[0] is not None:
-            _load_tile(injection_descs, tile, per_sequence, x_slots, x_full, x_empty, step)
+            load_tile(injection_descs, sequence, feature, x_slots, x_full, x_empty, step, _SLOTS)
             step += 1
         group = (group + 1) % _GROUPS
         due = tile == start if STAGES == CHUNKS else group == 0
@@ -98,58 +98,65 @@ def _load_chunk(
 
 
 @gluon.jit
-def _load_tile(
+def load_tile(
     descs: gl.tuple,
-    tile: gl.tensor,
-    per_sequence: gl.tensor,
+    sequence: gl.tensor,
+    feature: gl.tensor,
     slots: gl.tuple,
     full: gl.shared_memory_descriptor,
     empty: gl.shared_memory_descriptor,
     step: gl.tensor,
+    SLOTS: gl.constexpr,
 ) -> None:
+    """Copy the tile of a sequence that begins at a feature to a slot, its tokens in two pieces [1, T, features]."""
     first_desc, rest_desc = descs
     FIRST: gl.constexpr = first_desc.block_type.shape[1]
-    slot = step % _SLOTS
-    sequence = tile // per_sequence
-    feature = tile % per_sequence * _FEATURES
-    mbarrier.wait(empty.index(slot), (step // _SLOTS & 1) ^ 1)
+    slot = step % SLOTS
+    mbarrier.wait(empty.index(slot), (step // SLOTS & 1) ^ 1)
     mbarrier.expect(full.index(slot), first_desc.block_type.nbytes + rest_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(first_desc, [sequence, 0, feature], full.index(slot), slots[0].index(slot))
     tma.async_copy_global_to_shared(rest_desc, [sequence, FIRST, feature], full.index(slot), slots[1].index(slot))
 
 
 @gluon.jit
-def transposed(buffer: gl.shared_memory_descriptor) -> Any:
+def _transposed(buffer: gl.shared_memory_descriptor) -> Any:
     """[1, tokens, features] as [features, tokens]."""
     return buffer.reshape([buffer.type.shape[1], buffer.type.shape[2]]).permute([1, 0])
 
 
 @gluon.jit
-def _take(
+def take(
     slots: gl.tuple,
     full: gl.shared_memory_descriptor,
     empty: gl.shared_memory_descriptor,
     step: gl.tensor,
     first_layout: gl.constexpr,
     rest_layout: gl.constexpr,
+    SLOTS: gl.constexpr,
     INPUTS: gl.constexpr,
 ) -> Any:
-    """A tile of the state into registers, of two inputs their sum."""
+    """A tile that `load_tile` brought into registers, [features, T] in two pieces; of two inputs their sum."""
     for i in gl.static_range(INPUTS):
-        mbarrier.wait(full.index((step + i) % _SLOTS), (step + i) // _SLOTS & 1)
-    first = _read(slots[0], step, first_layout, INPUTS)
-    rest = _read(slots[1], step, rest_layout, INPUTS)
+        mbarrier.wait(full.index((step + i) % SLOTS), (step + i) // SLOTS & 1)
+    first = _read(slots[0], step, first_layout, SLOTS, INPUTS)
+    rest = _read(slots[1], step, rest_layout, SLOTS, INPUTS)
     fence_async_shared()  # orders the reads before the copy engine's next writes
     for i in gl.static_range(INPUTS):
-        mbarrier.arrive(empty.index((step + i) % _SLOTS), count=1)
+        mbarrier.arrive(empty.index((step + i) % SLOTS), count=1)
     return first, rest
 
 
 @gluon.jit
-def _read(slots: gl.shared_memory_descriptor, step: gl.tensor, layout: gl.constexpr, INPUTS: gl.constexpr) -> Any:
-    x = transposed(slots.index(step % _SLOTS)).load(layout)
+def _read(
+    slots: gl.shared_memory_descriptor,
+    step: gl.tensor,
+    layout: gl.constexpr,
+    SLOTS: gl.constexpr,
+    INPUTS: gl.constexpr,
+) -> Any:
+    x = _transposed(slots.index(step % SLOTS)).load(layout)
     if INPUTS == 2:
-        injection = transposed(slots.index((step + 1) % _SLOTS)).load(layout)
+        injection = _transposed(slots.index((step + 1) % SLOTS)).load(layout)
         x = (x.to(gl.float32) + injection.to(gl.float32)).to(slots.dtype)
     return x
 
@@ -184,16 +191,10 @@ def _project(x: gl.tuple, first: gl.shared_memory_descriptor, rest: gl.shared_me
 
 
 @gluon.jit
-def _tanh(x: gl.tensor) -> Any:
-    """One special-function instruction; its error, 2^-11 at most, is small beside the rounding to 16 bit."""
-    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
-
-
-@gluon.jit
 def _gate(acc: gl.tensor, squares: gl.tensor, dtype: gl.constexpr, NORMED: gl.constexpr) -> Any:
     """Hidden units of gate and up [features, 2 CHUNK], and `squares` [features, 8] with those of half their products.
 
-    sigmoid(g) g u = h + h tanh(g / 2) with h = g u / 2.
+    sigmoid(g) g u = h + h tanh(g / 2) with h = g u / 2. The error of `tanh` is small beside the rounding to 16 bit.
     """
     ROWS: gl.constexpr = acc.type.shape[0]
     CHUNK: gl.constexpr = acc.type.shape[1] // 2
@@ -203,7 +204,7 @@ def _gate(acc: gl.tensor, squares: gl.tensor, dtype: gl.constexpr, NORMED: gl.co
     if NORMED:
         sums = gl.sum((half * half).reshape([ROWS, CHUNK // 8, 8]), 1)  # a thread has every eighth column
         squares += gl.convert_layout(sums, squares.type.layout, assert_trivial=True)
-    return (half + half * _tanh(half_gate)).to(dtype), squares
+    return (half + half * tanh(half_gate)).to(dtype), squares
 
 
 @gluon.jit
@@ -251,8 +252,8 @@ def put_tile(
     FIRST: gl.constexpr = descs[0].block_type.shape[1]
     tma.store_wait(0)
     gl.thread_barrier()
-    transposed(staging[0]).store(first)
-    transposed(staging[1]).store(rest)
+    _transposed(staging[0]).store(first)
+    _transposed(staging[1]).store(rest)
     fence_async_shared()
     tma.async_copy_shared_to_global(descs[0], [sequence, 0, feature], staging[0])
     tma.async_copy_shared_to_global(descs[1], [sequence, FIRST, feature], staging[1])
@@ -302,7 +303,7 @@ def _mix(
         # Without turns, a group could wait for a slot that is two copies behind, whose parity would be the same.
         mbarrier.wait(turns.index(GROUP), turn_phase)
         turn_phase ^= 1
-        x = _take(x_slots, x_full, x_empty, step, first_operand, rest_operand, INPUTS)
+        x = take(x_slots, x_full, x_empty, step, first_operand, rest_operand, _SLOTS, INPUTS)
         mbarrier.arrive(turns.index((GROUP + 1) % _GROUPS), count=1)
         step += _GROUPS * INPUTS
         sequence = tile // per_sequence
@@ -448,7 +449,7 @@ def _pieces(tokens: int) -> tuple[int, int]:
 def _stages(tokens: int, inner: int) -> int:
     """Chunks of weights that fit into shared memory beside tiles of the state and of the result."""
     width = 2 * sum(_pieces(tokens))
-    room: int = _SHARED_BYTES - _BARRIER_BYTES - width * _FEATURES.value * (_SLOTS.value + _GROUPS.value)
+    room: int = BUFFER_BYTES - width * _FEATURES.value * (_SLOTS.value + _GROUPS.value)
     return min(-(-inner // _CHUNK), room // (width * 3 * _CHUNK))
 
 

@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hrm.kernels.ops.hopper.common import (
+    BUFFER_BYTES,
     COLUMNS,
     DTYPES,
     LOAD_REGISTERS,
@@ -43,30 +44,10 @@ from hrm.kernels.ops.hopper.common import (
     run_of,
 )
 from hrm.kernels.ops.hopper.linear import fits_swiglu
-from hrm.kernels.ops.hopper.mixer import put_tile, transposed
+from hrm.kernels.ops.hopper.mixer import load_tile, put_tile, take
 
 _FEATURES = gl.constexpr(64)
 _CHUNK = 32  # hidden units at a time
-# Of a program's shared memory in all, and of it for barriers at most.
-_SHARED_BYTES, _BARRIER_BYTES = 227 * 1024, 1024
-
-
-@gluon.jit
-def _load_tile(
-    descs: gl.tuple,
-    at: gl.tuple,
-    slots: gl.tuple,
-    full: gl.shared_memory_descriptor,
-    empty: gl.shared_memory_descriptor,
-    step: gl.tensor,
-    SLOTS: gl.constexpr,
-) -> None:
-    LEFT: gl.constexpr = descs[0].block_type.shape[1]
-    slot = step % SLOTS
-    mbarrier.wait(empty.index(slot), (step // SLOTS & 1) ^ 1)
-    mbarrier.expect(full.index(slot), descs[0].block_type.nbytes + descs[1].block_type.nbytes)
-    tma.async_copy_global_to_shared(descs[0], [at[0], 0, at[1]], full.index(slot), slots[0].index(slot))
-    tma.async_copy_global_to_shared(descs[1], [at[0], LEFT, at[1]], full.index(slot), slots[1].index(slot))
 
 
 @gluon.jit
@@ -115,34 +96,15 @@ def _state_load(
     tiles, per_sequence, _ = work
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        at = (tile // per_sequence, tile % per_sequence * _FEATURES)
-        _load_tile(x_descs, at, slots, full, empty, step, SLOTS)
-        _load_tile(kept_descs, at, slots, full, empty, step + 1, SLOTS)
-        _load_tile(dy_descs, at, slots, full, empty, step + 2, SLOTS)
+        sequence = tile // per_sequence
+        feature = tile % per_sequence * _FEATURES
+        load_tile(x_descs, sequence, feature, slots, full, empty, step, SLOTS)
+        load_tile(kept_descs, sequence, feature, slots, full, empty, step + 1, SLOTS)
+        load_tile(dy_descs, sequence, feature, slots, full, empty, step + 2, SLOTS)
         if step == 0:
             for c in range(CHUNKS):
                 _load_chunk(weight_descs, c, weights_full.index(c), weights)
         step += 3
-
-
-@gluon.jit
-def _take(
-    slots: gl.tuple,
-    full: gl.shared_memory_descriptor,
-    empty: gl.shared_memory_descriptor,
-    step: gl.tensor,
-    left_layout: gl.constexpr,
-    right_layout: gl.constexpr,
-    SLOTS: gl.constexpr,
-) -> Any:
-    """A tile into registers."""
-    slot = step % SLOTS
-    mbarrier.wait(full.index(slot), step // SLOTS & 1)
-    left = transposed(slots[0].index(slot)).load(left_layout)
-    right = transposed(slots[1].index(slot)).load(right_layout)
-    fence_async_shared()  # orders the reads before the copy engine's next writes
-    mbarrier.arrive(empty.index(slot), count=1)
-    return left, right
 
 
 @gluon.jit
@@ -253,9 +215,9 @@ def _state_multiply(
         # Without turns, a group could wait for a slot that is two copies behind, whose parity would be the same.
         mbarrier.wait(turns.index(GROUP), turn_phase)
         turn_phase ^= 1
-        x = _take(slots, full, empty, step, operand, right_operand, SLOTS)
-        kept = _take(slots, full, empty, step + 1, operand, right_operand, SLOTS)
-        dy = _take(slots, full, empty, step + 2, operand, right_operand, SLOTS)
+        x = take(slots, full, empty, step, operand, right_operand, SLOTS, 1)
+        kept = take(slots, full, empty, step + 1, operand, right_operand, SLOTS, 1)
+        dy = take(slots, full, empty, step + 2, operand, right_operand, SLOTS, 1)
         mbarrier.arrive(turns.index(1 - GROUP), count=1)
         step += 6
 
@@ -557,7 +519,7 @@ def _gate_kernel(
 
 def _slots(tokens: int, hidden: int) -> int:
     """Tiles that fit into shared memory beside all weights and the tiles of two results."""
-    room = _SHARED_BYTES - _BARRIER_BYTES - 2 * tokens * (3 * hidden + 2 * _FEATURES.value)
+    room = BUFFER_BYTES - 2 * tokens * (3 * hidden + 2 * _FEATURES.value)
     fitting: int = room // (2 * tokens * _FEATURES.value)
     return min(8, fitting)
 

@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hrm.kernels.ops.hopper.common import (
+    BUFFER_BYTES,
     LOAD_REGISTERS,
     MULTIPLY_REGISTERS,
     START_REGISTERS,
@@ -53,7 +54,6 @@ _START_REGISTERS = 128
 _ATTEND_REGISTERS = gl.constexpr(152)
 _COPY_REGISTERS = gl.constexpr(56)
 _BACKWARD_STAGES = 3
-_SHARED_BYTES = 226 * 1024  # for buffers, of what a program gets of a multiprocessor's shared memory
 
 
 @gluon.jit
@@ -518,7 +518,7 @@ def _rest(tokens: int) -> int:
 def _stages(tokens: int) -> int:
     """Heads that fit into shared memory: more than there are groups."""
     rows = 4 * _ROWS.value + 2 * _rest(tokens)
-    return int(_SHARED_BYTES // (rows * _HEAD_SIZE * 2))
+    return int(BUFFER_BYTES // (rows * _HEAD_SIZE * 2))
 
 
 def pays_forward(qkv: Tensor, num_heads: int) -> bool:
