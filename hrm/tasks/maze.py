@@ -133,6 +133,18 @@ def path_lengths(passable: Cells, sources: Cells, targets: Cells) -> NDArray[np.
     return lengths
 
 
+def farthest(passable: Cells, sources: Cells) -> tuple[NDArray[np.int64], Cells]:
+    """How many moves `[N]` the cells that are farthest from a source are away, -1 without a source; and these cells."""
+    count = len(passable)
+    lengths = np.zeros(count, dtype=np.int64)
+    last = to_words(sources)
+    for wave in waves(to_words(passable), last):
+        present = any_cell(wave)
+        lengths += from_words(present, count)
+        last = (last & ~present) | wave
+    return lengths - 1, from_words(last, count)
+
+
 # Answers.
 
 
@@ -232,21 +244,18 @@ class MazeTask(Task):
         anywhere[np.arange(_EXAMPLES_DRAWN), *rng.integers(side, size=(2, _EXAMPLES_DRAWN))] = True
         passable |= anywhere
         mazes = np.where(passable, FREE, WALL)
-        starts, _ = _farthest(passable, anywhere)
-        goals, lengths = _farthest(passable, starts)
+        starts = _first(farthest(passable, anywhere)[1])
+        lengths, goals = farthest(passable, starts)
+        goals = _first(goals)
         mazes[starts], mazes[goals] = START, GOAL
         return "\n".join("".join(CHARSET[token - 1] for token in row) for row in mazes[lengths.argmax()])
 
 
-def _farthest(passable: Cells, sources: Cells) -> tuple[Cells, NDArray[np.int64]]:
-    """The first of the cells that are farthest from each source, and how many moves that is [N]."""
-    count = len(passable)
-    distances = np.full(passable.shape, -1)
-    for distance, wave in enumerate(waves(to_words(passable), to_words(sources))):
-        distances[from_words(wave, count)] = distance
-    found = np.zeros_like(passable)
-    found.reshape(count, -1)[np.arange(count), distances.reshape(count, -1).argmax(1)] = True
-    return found, distances.max((1, 2))
+def _first(cells: Cells) -> Cells:
+    """The first cell of each set in reading order."""
+    first = np.zeros(cells.shape, dtype=np.bool_)
+    first.reshape(len(cells), -1)[np.arange(len(cells)), cells.reshape(len(cells), -1).argmax(1)] = True
+    return first
 
 
 TASK = MazeTask()

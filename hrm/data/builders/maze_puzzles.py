@@ -15,8 +15,8 @@ from hrm.tasks.maze import (
     WALL,
     Cells,
     Mazes,
-    any_cell,
     dihedral_variants,
+    farthest,
     from_words,
     to_words,
     waves,
@@ -107,14 +107,8 @@ def _draw(count: int, side: int, min_length: int, rng: np.random.Generator) -> M
 
 def _farthest(passable: Cells, sources: Cells, rng: np.random.Generator) -> tuple[NDArray[np.int64], Cells]:
     """Distance `[N]` of the cells that are farthest from the source, and one of them, drawn at random."""
-    count = len(passable)
-    lengths = np.zeros(count, dtype=np.int64)
-    last = to_words(sources)
-    for wave in waves(to_words(passable), last):
-        present = any_cell(wave)
-        lengths += from_words(present, count)
-        last = (last & ~present) | wave
-    return lengths - 1, _draw_cell(from_words(last, count), rng)
+    lengths, cells = farthest(passable, sources)
+    return lengths, _draw_cell(cells, rng)
 
 
 def _draw_cell(cells: Cells, rng: np.random.Generator) -> Cells:
