@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="a pack, its training puzzles augmented")
     parser.add_argument("--epochs", type=int, default=2500, help="of a run")
     parser.add_argument("--codes", default=",".join(CODES), help="several")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep this code's runs, as FOLDER/seed-N")
     add_options(parser)
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py that both have, and kernels= of ours")
     arguments = parser.parse_args(argv)
@@ -70,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if code == "published":
                 found = theirs.learn(config, pack.path, world.device, window)
             else:
-                found = _ours([*chosen, f"log_interval={window}"])
+                with tempfile.TemporaryDirectory() as scratch:
+                    folder = (arguments.keep or Path(scratch)) / f"seed-{seed}"
+                    found = _ours([*chosen, f"log_interval={window}", f"checkpoint_path={folder}"])
             sittings.add({"code": code, "seed": seed, "device": about["device"], **found})
             print({name: value for name, value in sittings.runs[-1].items() if name != "curve"}, flush=True)
     rows = [row_of(code, runs) for code in codes if (runs := sittings.of(code=code))]
@@ -82,9 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _ours(options: Sequence[str]) -> dict[str, Any]:
     """A run of this code, as `Published.learn` tells of one."""
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        result = pretrain(compose(PretrainConfig, "pretrain", [*options, f"checkpoint_path={folder}/run"]))
-        records = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    result = pretrain(compose(PretrainConfig, "pretrain", options))
+    records = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     curve = [
         {"step": record["step"]} | {name: record[f"train/{name}"] for name in _CURVE if f"train/{name}" in record}
         for record in records

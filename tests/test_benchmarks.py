@@ -510,7 +510,8 @@ def test_the_published_code_learns_beside_ours(tmp_path: Path, monkeypatch: pyte
     arguments = ["--published", CHECKOUT, "--data", str(tmp_path / "pack"), "--device", "cpu", "--epochs", "20"]
     arguments += ["--out", str(tmp_path), *TINY, "arch.pos_encodings=rope", "kernels=naive", "global_batch_size=16"]
     arguments += ["lr=1e-3", "lr_warmup_steps=10"]
-    learning.main([*arguments, "--seeds", "0", "--codes", "ours"])
+    learning.main([*arguments, "--seeds", "0", "--codes", "ours", "--keep", str(tmp_path / "kept")])
+    assert list((tmp_path / "kept" / "seed-0").glob("step_40*"))
     learning.main([*arguments, "--seeds", "0"])
     (file,) = tmp_path.glob("*-learning.json")
     rows = {row["code"]: row for row in json.loads(file.read_text())["rows"]}
