@@ -68,7 +68,9 @@ class EvaluateConfig:
     # q_continue_logits.
     save_outputs: list[str] = field(default_factory=list)
     output_dir: str | None = None  # folder of saved outputs and pictures; null: the checkpoint's folder
-    global_batch_size: int | None = None  # sequences evaluated at a time, over all ranks; null: as in training
+    # Sequences evaluated at a time, over all ranks; null: as in training, and with input as many as it has, up to 256
+    # on a GPU (as for a pipe) and 16 on a CPU.
+    global_batch_size: int | None = None
     # Solve this one puzzle, row by row, instead of the test split (Sudoku: digits, 0 or . for blanks; mazes: # SGo).
     puzzle: str | None = None
     # Answer the puzzles of a file, or of stdin (-), instead of evaluating: JSON lines, CSV with a column input or

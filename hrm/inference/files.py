@@ -7,6 +7,7 @@ import io
 import json
 import os
 import queue
+import stat
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -228,6 +229,7 @@ def answer_lines(
             puzzles += read
             owners += [position] * len(read)
     size = model.predictor.chunk_size(options)
+    options = model.predictor.with_batch_size(options, min(len(puzzles), size))
     for start in range(0, len(puzzles), size):
         part = slice(start, start + size)
         out = model.predictor.answer(puzzles[part], owners[part], options)
@@ -256,8 +258,11 @@ def predict_file(model: TrainedModel, source: str, target: str, options: Predict
         raise UserError(f"output={target} is the input: give another file.")
     count = Count()
     size = model.predictor.chunk_size(options)
+    is_pipe = source == STANDARD and not stat.S_ISREG(os.fstat(0).st_mode)
     with open_inputs(source) as lines, _open_output(target) as stream, _bar() as bar:
-        for batch in (batches if source == STANDARD else full_batches)(lines, size):
+        for batch in (batches if is_pipe else full_batches)(lines, size):
+            if is_pipe or len(batch) == size:  # how many there are is not known
+                options = model.predictor.with_batch_size(options, size)
             for record in answer_lines(model, batch, count.inputs, options):
                 count.bad += "error" in record
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, overload
@@ -39,7 +39,7 @@ from hrm.inference.predictor import Predictions, PredictOptions, Predictor, as_b
 from hrm.models import ACTLossHead
 from hrm.tasks import all_tasks
 from hrm.tasks.base import Task
-from hrm.tasks.form import PuzzleForm
+from hrm.tasks.form import Puzzle, PuzzleForm
 from hrm.version import __version__
 
 _LIKELY_BATCH = 256  # what kernels prepare for
@@ -145,7 +145,9 @@ class TrainedModel(ModelHubMixin):
                 They are large: 7 MB a Sudoku with the published model.
             halt: end a sequence where the model says q_halt > q_continue, and give its slot to the next one; False:
                 spend all steps on each, as `hrm evaluate` does.
-            batch_size: sequences computed at a time; None: what suits the device.
+            batch_size: sequences computed at a time; None: as many as there are, up to what suits the device (16 on a
+                CPU, else 256). Sequences do not depend on one another, but how sums round may on how many there are:
+                on a GPU, a number here makes answers those of any other call with that number, to the last bit.
             tokens: `x` holds the model's own tokens, as a pack does.
             stream: give an iterator of chunks, in order; memory stays the same however many puzzles there are.
 
@@ -166,11 +168,20 @@ class TrainedModel(ModelHubMixin):
         items = items_of(x, self.task, self.form, tokens=tokens)
         chunks = in_chunks(items, self._predictor.chunk_size(options), self.task, self.form)
         if stream:
-            return (self._predictor.answer(puzzles, numbers, options) for puzzles, numbers in chunks)
+            return self._answers(chunks, options)
         read = list(chunks)  # all are checked before any is answered
         if not read:
             return self._none(options)
-        return Predictions.joined([self._predictor.answer(puzzles, numbers, options) for puzzles, numbers in read])
+        return Predictions.joined(list(self._answers(read, options)))
+
+    def _answers(
+        self, chunks: Iterable[tuple[list[Puzzle], list[int]]], options: PredictOptions
+    ) -> Iterator[Predictions]:
+        """Answers chunk by chunk, all in as many slots as the first needs: none has more puzzles."""
+        for number, (puzzles, numbers) in enumerate(chunks):
+            if number == 0:
+                options = self._predictor.with_batch_size(options, len(puzzles))
+            yield self._predictor.answer(puzzles, numbers, options)
 
     @property
     def predictor(self) -> Predictor:

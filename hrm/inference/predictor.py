@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice, product
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from hrm.evaluation.early_halting import EarlyHalting
 from hrm.evaluation.latent import States, act_steps, initial_states, stacked
 from hrm.evaluation.paths import Answers, Follower, Noise, make_follower
 from hrm.evaluation.picking import pick, standing_in_vote
+from hrm.kernels.choice import EIGHT_BIT
 from hrm.models import ACTLossHead
 from hrm.tasks.base import PuzzleSize, Task, Undo
 from hrm.tasks.form import Puzzle, PuzzleForm
@@ -28,6 +30,10 @@ from hrm.tasks.form import Puzzle, PuzzleForm
 _SEQUENCES_ON_CPU = 16  # worked on at once: more would not stay in the cache
 _SEQUENCES_ON_GPU = 256
 _BATCHES_IN_CHUNK = 4  # slots run empty at the end of a chunk only
+_MOST_KEPT = 16  # of what is recorded for one number of slots and some options
+_BATCHES_KEPT = 4  # that this has slots for, all together
+
+Work = TypeVar("Work")
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,11 @@ class PredictOptions:
     def every_step(self) -> bool:
         """Whether what is between the steps is asked for."""
         return self.trajectory or self.latents
+
+    @property
+    def by_paths(self) -> bool:
+        """Whether each puzzle is answered path by path, all ACT steps of each."""
+        return self.paths > 1 or self.pick != "vote"
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,25 +134,44 @@ class Predictor:
         """`model` is in evaluation mode."""
         self._model, self._task, self._form, self._device = model, task, form, device
         self._is_one_shape = is_one_shape(model, device)
-        self._engines: dict[tuple[int, float, int], EarlyHalting] = {}
-        self._follower: tuple[tuple[Noise, int], Follower] | None = None
+        self._engines = _Kept[EarlyHalting](sequences_at_once(device))
+        self._followers = _Kept[Follower](sequences_at_once(device))
 
     def chunk_size(self, options: PredictOptions) -> int:
         """Puzzles to hand to `answer` at once, for slots to be full and memory to be small."""
-        rows = _BATCHES_IN_CHUNK * self._batch_size(options)
-        return max(1, rows // options.augmentations)
+        size = self._batch_size(options)
+        return max(_BATCHES_IN_CHUNK * size // options.augmentations, size if options.by_paths else 1)
+
+    def with_batch_size(self, options: PredictOptions, puzzles: int) -> PredictOptions:
+        """The options with a batch size that suits so many puzzles, where they name none and batches keep their size.
+
+        It depends on this number alone, not on what was recorded before: a batch of another size may round otherwise.
+
+        Args:
+            puzzles: most that are handed to `answer` at once.
+        """
+        if options.batch_size or not self._is_one_shape:
+            return options
+        sequences = puzzles if options.by_paths else puzzles * options.augmentations
+        compiled = self._model.kernels.compile or any(
+            getattr(self._model.kernels, name) != "none" for name in EIGHT_BIT
+        )
+        return replace(options, batch_size=slots_for(sequences, sequences_at_once(self._device), compiled=compiled))
 
     def answer(self, puzzles: Sequence[Puzzle], index: Iterable[int], options: PredictOptions) -> Predictions:
-        """Answers to some puzzles.
+        """Answers to some puzzles, in as many slots as they need.
 
         Args:
             index: which input each is of.
+            options: with `with_batch_size`, where there are more puzzles than these: for each number of slots, work is
+                recorded or compiled once.
 
         Raises:
             UserError: the task has fewer augmentations than asked for.
         """
         task, form = self._task, self._form
-        if options.paths > 1 or options.pick != "vote":
+        options = self.with_batch_size(options, len(puzzles))
+        if options.by_paths:
             rows = self._by_paths(puzzles, options)
         else:
             rows = self._voted(puzzles, options) if options.augmentations > 1 else self._rows(puzzles, options)
@@ -231,13 +261,14 @@ class Predictor:
 
     def _followed(self, puzzles: Sequence[Puzzle], path: int, options: PredictOptions) -> Answers:
         """A path's answers to at most a batch of puzzles, on the CPU."""
-        key = options.noise, self._max_steps(options)
-        if self._follower is None or self._follower[0] != key:
-            self._follower = key, make_follower(self._model, self._device, *key)
+        noise, max_steps = options.noise, self._max_steps(options)
         size = self._batch_size(options) if self._is_one_shape else len(puzzles)
+        follower = self._followers.get(
+            size, (noise, max_steps), lambda: make_follower(self._model, self._device, noise, max_steps)
+        )
         batch = {name: values.to(self._device) for name, values in as_batch(puzzles, size).items()}
         with self._model.weights_at_hand():
-            answers = self._follower[1](batch, path)
+            answers = follower(batch, path)
         return Answers(*(values[: len(puzzles)].cpu() for values in answers))
 
     def _rows(self, puzzles: Sequence[Puzzle], options: PredictOptions) -> _Rows:
@@ -251,14 +282,14 @@ class Predictor:
         """At most a pool of them, each as many ACT steps as it asks for."""
         size = self._batch_size(options)
         slots = size if self._is_one_shape else min(size, len(puzzles))
-        key = slots, options.halt_margin if options.halt else math.inf, self._max_steps(options)
-        if key not in self._engines:
-            if len(self._engines) >= 4:  # each holds states and, on a GPU, a recorded graph
-                self._engines.clear()
-            slots, margin, max_steps = key
-            pool = _BATCHES_IN_CHUNK * size
-            self._engines[key] = EarlyHalting(self._model, slots, self._device, margin, max_steps, pool)
-        tokens, q_halt, steps = self._engines[key].answer_pool(as_batch(puzzles))
+        margin, max_steps = options.halt_margin if options.halt else math.inf, self._max_steps(options)
+        pool = _BATCHES_IN_CHUNK * size
+        engine = self._engines.get(
+            slots,
+            (pool, margin, max_steps),
+            lambda: EarlyHalting(self._model, slots, self._device, margin, max_steps, pool),
+        )
+        tokens, q_halt, steps = engine.answer_pool(as_batch(puzzles))
         return _Rows(tokens.numpy().astype(np.int64), q_halt.double().numpy(), steps.numpy().astype(np.int64))
 
     @torch.no_grad()
@@ -303,9 +334,45 @@ class Predictor:
         )
 
 
+class _Kept(Generic[Work]):
+    """What was made for a number of slots and some options: states and, on a GPU, recorded graphs.
+
+    What was used longest ago goes where there is too much: all together have no more slots than a few batches.
+
+    Args:
+        batch_size: slots of a batch, if no one asks for more.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._kept: OrderedDict[tuple[int, Hashable], Work] = OrderedDict()
+
+    def get(self, slots: int, options: Hashable, make: Callable[[], Work]) -> Work:
+        """What is kept for these, or else made."""
+        key = slots, options
+        if key not in self._kept:
+            most = _BATCHES_KEPT * max(self._batch_size, slots)
+            while self._kept and (len(self._kept) >= _MOST_KEPT or slots + sum(each for each, _ in self._kept) > most):
+                self._kept.popitem(last=False)
+            self._kept[key] = make()
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+
 def sequences_at_once(device: torch.device) -> int:
-    """How many to compute at a time where nobody says."""
+    """How many to compute at a time at most, where nobody says."""
     return _SEQUENCES_ON_CPU if device.type == "cpu" else _SEQUENCES_ON_GPU
+
+
+def slots_for(sequences: int, most: int, *, compiled: bool) -> int:
+    """As many as sequences, rounded up to one of few numbers, for each of which work is recorded or compiled once.
+
+    That is a power of 2, or of 16 where code is compiled for each number: that takes a minute, and PyTorch has a limit.
+    """
+    slots = 1
+    while slots < min(sequences, most):
+        slots *= 16 if compiled else 2
+    return min(slots, most)
 
 
 def is_one_shape(model: ACTLossHead, device: torch.device) -> bool:

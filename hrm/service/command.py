@@ -56,7 +56,8 @@ def serve(config: ServeConfig) -> None:
         engine.warm_up()
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        listens = f"Serving {name} at http://{shown}:{port} with {engine.slots} slots; a browser shows a page there."
+        slots = "1 slot" if engine.slots == 1 else f"{engine.slots} slots"
+        listens = f"Serving {name} at http://{shown}:{port} with {slots}; a browser shows a page there."
         records = "Answers are not recorded: results=none." if results is None else f"Answers are recorded: {results}."
         print(printable_lines(f"{model!r}\n{records}\n{listens}"), flush=True)
         run(engine, config, name, listener, results)

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,13 @@ import hrm
 from hrm.batch import Batch
 from hrm.config.evaluation import PICKS
 from hrm.errors import UserError
+from hrm.evaluation.early_halting import EarlyHalting
 from hrm.evaluation.paths import Answers, Noise, make_follower
 from hrm.evaluation.picking import pick
+from hrm.inference import predictor as predictor_module
+from hrm.inference.files import STANDARD, Count, predict_file
 from hrm.inference.model import TrainedModel
+from hrm.inference.predictor import PredictOptions, slots_for
 from hrm.tasks import all_tasks
 from hrm.tasks.arc import Augmentation, encode
 from hrm.tasks.base import PuzzleSize
@@ -333,6 +338,137 @@ def test_nothing_is_answered_with_nothing(small: TrainedModel) -> None:
     assert out.trajectory is not None
     assert out.trajectory.shape == (0, 3, 16)
     assert list(small.predict([], stream=True)) == []
+
+
+# --- slots where batches keep their size, as on a GPU ---
+
+
+@pytest.fixture
+def recorded(small: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> tuple[TrainedModel, list[int]]:
+    """The model as on a device that records its steps, and for how many slots it did."""
+    slots: list[int] = []
+
+    class Recorded(EarlyHalting):
+        def __init__(self, model: Any, count: int, *rest: Any) -> None:
+            slots.append(count)
+            super().__init__(model, count, *rest)
+
+    monkeypatch.setattr(predictor_module, "is_one_shape", lambda *_: True)
+    monkeypatch.setattr(predictor_module, "EarlyHalting", Recorded)
+    return TrainedModel(small.model, small.form, small.checkpoint, small.device), slots
+
+
+def test_as_many_slots_as_puzzles(small: TrainedModel, boards: Any, recorded: tuple[TrainedModel, list[int]]) -> None:
+    """One of few numbers, up to what suits the device, each recorded once; the answers are what they were."""
+    model, slots = recorded
+    expected = small.predict(boards, tokens=True)
+    slots.clear()
+    for _ in range(3):
+        alone = [model.predict(board, tokens=True).texts[0] for board in boards[:3]]
+        assert alone == expected.texts[:3]
+    assert slots == [1], "no further one for each call"
+    for count, of_call in ((2, 2), (3, 4), (4, 4), (7, 8), (9, 16), (20, 16)):
+        out = model.predict(boards[:count], tokens=True)
+        assert out.texts == expected.texts[:count]
+        assert out.steps.tolist() == expected.steps[:count].tolist()
+        assert of_call in slots
+    assert slots == [1, 2, 4, 8, 16]
+    model.predict(boards[:3], tokens=True, augmentations=4)  # 12 sequences at most, however few of them are left
+    assert slots == [1, 2, 4, 8, 16]
+    model.predict(boards[0], tokens=True, batch_size=5)
+    assert slots[-1] == 5, "what is asked for"
+
+
+def test_all_chunks_of_a_call_have_the_same_slots(
+    small: TrainedModel, boards: Any, recorded: tuple[TrainedModel, list[int]]
+) -> None:
+    model, slots = recorded
+    many = np.concatenate([boards, boards, boards, boards])[:65]  # a chunk of four batches, and one board
+    expected = small.predict(many, tokens=True).texts
+    slots.clear()
+    assert model.predict(many, tokens=True).texts == expected
+    streamed = model.predict(({"tokens": board} for board in many), stream=True)
+    assert [text for chunk in streamed for text in chunk.texts] == expected
+    assert slots == [16]
+    assert len(list(model.predict(({"tokens": board} for board in boards[:2]), stream=True))) == 1
+    assert slots == [16, 2]
+
+
+def test_what_is_recorded_is_bounded(boards: Any, recorded: tuple[TrainedModel, list[int]]) -> None:
+    """What was used longest ago goes, for all together have no more slots than four batches."""
+    model, slots = recorded
+    for steps in range(1, 25):
+        model.predict(boards[0], tokens=True, act_max_steps=steps)
+        model.predict(boards[1], tokens=True)
+    assert slots.count(1) == 24, "one for each number of steps, of which 3 are the model's"
+    slots.clear()
+    model.predict(boards[0], tokens=True, act_max_steps=24)
+    assert slots == []
+    model.predict(boards[0], tokens=True, act_max_steps=1)
+    assert slots == [1], "it was dropped"
+    for batch_size in (30, 40):
+        model.predict(boards, tokens=True, batch_size=batch_size)
+        model.predict(boards[0], tokens=True, act_max_steps=1)
+    assert slots == [1, 30, 40]
+    for steps in (5, 6, 7, 8, 5):
+        model.predict(boards, tokens=True, act_max_steps=steps, batch_size=40)
+    assert slots == [1, 30, 40, 40, 40, 40, 40], "four of the largest"
+
+
+def test_paths_have_as_many_slots_as_puzzles(
+    small: TrainedModel, boards: Any, recorded: tuple[TrainedModel, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, make = [], predictor_module.make_follower
+
+    def counted(*arguments: Any) -> Any:
+        follower = make(*arguments)
+
+        def follow(batch: Batch, path: int) -> Answers:
+            sizes.append(len(batch["inputs"]))
+            return follower(batch, path)
+
+        return follow
+
+    monkeypatch.setattr(predictor_module, "make_follower", counted)
+    options: dict[str, Any] = {"paths": 2, "noise": 2.0, "tokens": True}
+    assert recorded[0].predict(boards[:3], **options).texts == small.predict(boards[:3], **options).texts
+    assert sizes == [4, 4, 3, 3]
+
+
+def test_files_have_as_many_slots_as_puzzles(
+    tmp_path: Path, boards: Any, recorded: tuple[TrainedModel, list[int]]
+) -> None:
+    """Where their end is seen in time; a pipe's is not, and its answers are not to depend on how fast it is."""
+    model, slots = recorded
+    lines = [json.dumps({"tokens": board.tolist()}) + "\n" for board in boards]
+    (short := tmp_path / "short.txt").write_text("".join([*lines[:2], "no board\n", lines[2]]))
+    (long := tmp_path / "long.txt").write_text("".join(4 * lines[:16] + lines[:3]))
+    stdin = os.dup(0)
+    given, giving = os.pipe()
+    try:
+        with short.open() as file:
+            os.dup2(file.fileno(), 0)
+            assert predict_file(model, STANDARD, str(tmp_path / "out"), PredictOptions()) == Count(4, 1)
+        assert slots == [4]
+        assert predict_file(model, str(long), str(tmp_path / "out"), PredictOptions()) == Count(67)
+        assert slots == [4, 16]
+        slots.clear()
+        os.write(giving, lines[0].encode())
+        os.close(giving)
+        os.dup2(given, 0)
+        assert predict_file(model, STANDARD, str(tmp_path / "out"), PredictOptions(act_max_steps=2)) == Count(1)
+        assert slots == [16]
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+        os.close(given)
+
+
+@pytest.mark.parametrize(("compiled", "numbers"), [(False, [1, 2, 4, 8, 16, 32, 64, 128, 200]), (True, [1, 16, 200])])
+def test_few_numbers_of_slots(compiled: bool, numbers: list[int]) -> None:
+    chosen = [slots_for(count, 200, compiled=compiled) for count in range(1, 300)]
+    assert sorted(set(chosen)) == numbers
+    assert all(slots >= min(count, 200) for count, slots in enumerate(chosen, start=1))
 
 
 # --- streams ---
