@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.published import Published
 from hrm.batch import Batch
+from hrm.checkpoint.weights import Checkpoint
 from hrm.config import PretrainConfig
 from hrm.config.compose import compose
 from hrm.data.loader import TrainLoader
@@ -274,6 +275,18 @@ def batches(data_path: str | None, shape: Shape, scratch: Path, count: int = 100
     epochs = 1 + count * shape.batch_size // pack.metadata.total_groups
     loader = TrainLoader(pack, shape.batch_size, 0, epochs_per_pass=epochs, pin_memory=torch.cuda.is_available())
     return pack, loader.iterate(0)
+
+
+def data_of(checkpoint: Checkpoint, given: str | None) -> str:
+    """The path of the pack that is given by --data, or else that a checkpoint was trained on.
+
+    Raises:
+        UserError: neither is known.
+    """
+    data_path = given or checkpoint.config.get("data_path")
+    if not isinstance(data_path, str):
+        raise UserError(f"{checkpoint.config_file} does not say which data it was trained on: add --data.")
+    return data_path
 
 
 def _random_pack(path: Path, seq_len: int, count: int = 1000, vocab_size: int = 6) -> Pack:

@@ -1,7 +1,9 @@
 """The published HRM code (github.com/sapientinc/HRM) beside ours, from a checkout of it, in the same call.
 
     git clone https://github.com/sapientinc/HRM
-    python -m benchmarks.train_step --published HRM      also benchmarks.loop, .evaluate, .latency and .learning
+    python -m benchmarks.train_step --published HRM
+
+Also benchmarks.loop, .evaluate, .latency, .learning, .gradients and .answering.
 
 It runs as it is, in a process of its own (`published_side.py`), through torch.compile as it always does unless its own
 switch, the environment variable DISABLE_COMPILE, is set.
@@ -13,13 +15,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from hrm.batch import Batch
 from hrm.config import PretrainConfig
 from hrm.errors import UserError
 from hrm.models.hrm import HRMConfig
@@ -87,17 +92,68 @@ class Published:
         Raises:
             UserError: the published code has no such option, or fails; the sentence ends with its last line.
         """
-        request = {
-            "work": work,
-            "arch": published_arch(arch),
-            "pack": str(pack.resolve()),
-            "batch_size": batch_size,
-            "device": device.type,
-            "threads": torch.get_num_threads(),
-            "warmup": warmup,
-            "repeats": repeats,
-        }
+        request = _request(work, arch, pack, batch_size, device) | {"warmup": warmup, "repeats": repeats}
         return self._ask(request, compiled)
+
+    def gradients(
+        self,
+        arch: Any,
+        pack: Path,
+        weights: Mapping[str, Tensor],
+        batches: Sequence[Batch],
+        halted: Sequence[Tensor],
+        kept: Collection[int],
+        device: torch.device,
+        *,
+        compiled: bool | None = None,
+    ) -> dict[int, dict[str, Any]]:
+        """What training steps of the published code compute, at weights that stay as they are, without exploration.
+
+        Args:
+            weights: a state dict of ours.
+            arch, pack, compiled: as for `measure`.
+            batches, halted, kept: as for `benchmarks.published_side.observe`, of which this is the first result.
+
+        Raises:
+            UserError: the published code has no such option, or fails; the sentence ends with its last line.
+        """
+        request = _request("gradients", arch, pack, len(halted[0]), device)
+        request["arch"]["halt_exploration_prob"] = 0.0
+        with tempfile.TemporaryDirectory() as folder:
+            given, found = Path(folder, "given.pt"), Path(folder, "found.pt")
+            torch.save({"weights": dict(weights), "batches": list(batches), "halted": list(halted)}, given)
+            self._ask(request | {"kept": list(kept), "given": str(given), "found": str(found)}, compiled)
+            steps: dict[int, dict[str, Any]] = torch.load(found, map_location=device, weights_only=True)
+            return steps
+
+    def answer(
+        self,
+        arch: Any,
+        pack: Path,
+        weights: Mapping[str, Tensor],
+        batch_size: int,
+        device: torch.device,
+        *,
+        compiled: bool | None = None,
+    ) -> dict[str, Any]:
+        """Evaluate weights by the published code on a whole test split, whose batches wait in memory.
+
+        Args:
+            pack: a folder with splits `train` and `test`.
+            weights: a state dict of ours.
+            arch, batch_size, compiled: as for `measure`.
+
+        Returns:
+            `test`: metrics of the split; `puzzles/s`, after a first batch that compiles; `stand-ins`, as of `measure`.
+
+        Raises:
+            UserError: the published code has no such option, or fails; the sentence ends with its last line.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            given = Path(folder, "given.pt")
+            torch.save(dict(weights), given)
+            request = _request("answer", arch, pack, batch_size, device) | {"given": str(given)}
+            return self._ask(request, compiled)
 
     def learn(self, config: PretrainConfig, pack: Path, device: torch.device, window: int) -> dict[str, Any]:
         """Train the published code as `config` says, and evaluate it once at the end.
@@ -117,13 +173,7 @@ class Published:
         """
         if config.optim.name != "adam_atan2":
             raise UserError(f"the published code has no optim={config.optim.name}: take optim=adam_atan2.")
-        request = {
-            "work": "learn",
-            "arch": published_arch(config.arch),
-            "pack": str(pack.resolve()),
-            "batch_size": config.global_batch_size,
-            "device": device.type,
-            "threads": torch.get_num_threads(),
+        request = _request("learn", config.arch, pack, config.global_batch_size, device) | {
             "config": {name: getattr(config, name) for name in _TRAINING},
             "window": window,
         }
@@ -147,6 +197,18 @@ class Published:
             raise UserError(f"the published code in {self.checkout} failed: {_last_line(done.stderr)}")
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return answer
+
+
+def _request(work: str, arch: Any, pack: Path, batch_size: int, device: torch.device) -> dict[str, Any]:
+    """What its process must know of any work."""
+    return {
+        "work": work,
+        "arch": published_arch(arch),
+        "pack": str(pack.resolve()),
+        "batch_size": batch_size,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def published_arch(arch: Any) -> dict[str, Any]:

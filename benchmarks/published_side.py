@@ -14,8 +14,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from itertools import cycle, islice
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import cycle, islice, repeat
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -109,6 +110,69 @@ def load_pretrain(checkout: Path, device: str) -> ModuleType:
     sys.modules["pretrain"] = module
     exec(compile(source, str(checkout / "pretrain.py"), "exec"), vars(module))
     return module
+
+
+OUTPUTS = ("logits", "q_halt_logits", "q_continue_logits", "target_q_continue")
+
+
+def observe(
+    model: Any,
+    batches: Iterable[dict[str, Tensor]],
+    kept: Collection[int],
+    halted: Sequence[Tensor] | None = None,
+) -> tuple[dict[int, dict[str, Any]], list[Tensor]]:
+    """What training steps compute, at weights that stay as they are. The model is ours or the published one.
+
+    States go on from step to step as this model computes them.
+
+    Args:
+        model: a loss head in training mode, without exploration.
+        batches: of each step, B sequences that wait to begin, on the model's device.
+        kept: the steps, from 1 on, whose results are kept and that have a backward pass.
+        halted: which sequences [B] halt after each step, in place of the model's own decisions.
+
+    Returns:
+        `(steps, decisions)`. `steps[n]` has the loss and its parts, 0-dimensional sums over the batch; `logits`
+        [B, S, V], `q_halt_logits`, `q_continue_logits`, `target_q_continue`, `halted` and `exact`, each [B]; and
+        `gradients` in float32 by the parameter's name, of the mean over the batch, those of the puzzle table of its
+        rows in the batch, [B, ndim]. `decisions` has the model's own [B] after each step.
+    """
+    plain = getattr(model, "_orig_mod", model)  # beneath torch.compile
+    steps: dict[int, dict[str, Any]] = {}
+    decisions: list[Tensor] = []
+    carry = None
+    for number, (batch, given) in enumerate(zip(batches, halted or repeat(None), strict=False), 1):
+        if carry is None:
+            with torch.device(batch["inputs"].device):
+                carry = model.initial_carry(batch)
+        carry, loss, metrics, outputs, _ = model(carry=carry, batch=batch, return_keys=list(OUTPUTS))
+        decisions.append(carry.halted)
+        if number in kept:
+            labels = carry.current_data["labels"]
+            (loss / len(carry.halted)).backward()
+            steps[number] = {
+                "loss": loss.detach(),
+                **{name: metrics[name].detach() for name in ("lm_loss", "q_halt_loss", "q_continue_loss")},
+                **{name: outputs[name].detach().float() for name in OUTPUTS},
+                "halted": carry.halted,
+                "exact": ((outputs["logits"].argmax(-1) == labels) | (labels < 0)).all(-1),
+                "gradients": dict(_take_gradients(plain)),
+            }
+        if given is not None:
+            carry = replace(carry, halted=given)
+    return steps, decisions
+
+
+def _take_gradients(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Gradients by name, which the model then has no longer."""
+    leaves = list(model.named_parameters())
+    rows = getattr(getattr(model.model.inner, "puzzle_emb", None), "local_weights", None)
+    if rows is not None:
+        leaves.append(("model.inner.puzzle_emb.weights", rows))
+    for name, leaf in leaves:
+        if leaf.grad is not None:
+            yield name, leaf.grad.float()
+            leaf.grad = None
 
 
 class Published:
@@ -210,6 +274,41 @@ class Published:
         steps = self.state.total_steps
         return {"test": test, "curve": curve, "steps": steps, "minutes": (time.perf_counter() - began) / 60}
 
+    def _take_weights(self, weights: dict[str, Tensor]) -> None:
+        model = self.state.model
+        getattr(model, "_orig_mod", model).load_state_dict(weights)
+
+    def gradients(self, given: dict[str, Any], kept: Collection[int]) -> dict[int, dict[str, Any]]:
+        """See `observe`: all on the CPU."""
+        self._take_weights(given["weights"])
+        self.state.model.train()
+        device = "cuda" if self.on_cuda else "cpu"
+        batches = [{name: field.to(device) for name, field in batch.items()} for batch in given["batches"]]
+        steps, _ = observe(self.state.model, batches, kept, [halted.to(device) for halted in given["halted"]])
+        return {
+            number: {
+                name: {key: each.cpu() for key, each in value.items()} if name == "gradients" else value.cpu()
+                for name, value in step.items()
+            }
+            for number, step in steps.items()
+        }
+
+    def answer(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        """Its evaluation of the whole test split, whose batches wait in memory: metrics, and puzzles a second."""
+        self._take_weights(weights)
+        self.state.model.eval()
+        loader, metadata = self._dataset("test", 1)
+        batches = list(loader)
+
+        def evaluated(some: list[Any]) -> dict[str, Any]:
+            found = self.pretrain.evaluate(self.config, self.state, some, metadata, rank=0, world_size=1)
+            return {name: float(value) for name, value in found[metadata.sets[0]].items()}
+
+        evaluated(batches[:1])
+        test: dict[str, Any] = {}
+        ms = self.timed(lambda: test.update(evaluated(batches)))
+        return {"test": test, "puzzles/s": 1000 * sum(count for _, _, count in batches) / ms}
+
     # ---- what can be asked for: each yields milliseconds
 
     def step(self) -> Iterator[float]:
@@ -283,6 +382,15 @@ def main() -> None:
     published = Published(checkout, request)
     if request["work"] == "learn":
         print(json.dumps(published.learn(request["window"]) | {"stand-ins": stand_ins}), flush=True)
+        return
+    if request["work"] == "gradients":
+        given = torch.load(request["given"], weights_only=True)
+        torch.save(published.gradients(given, request["kept"]), request["found"])
+        print(json.dumps({"stand-ins": stand_ins}), flush=True)
+        return
+    if request["work"] == "answer":
+        weights = torch.load(request["given"], weights_only=True)
+        print(json.dumps(published.answer(weights) | {"stand-ins": stand_ins}), flush=True)
         return
     calls = 1 + request["warmup"] + request["repeats"]
     works = {"step": published.step, "evaluation": published.evaluation, "latency": published.latency}

@@ -18,10 +18,12 @@ import torch
 
 import hrm
 from benchmarks import (
+    answering,
     compare,
     cpu,
     ensembles,
     evaluate,
+    gradients,
     kernels,
     latency,
     learning,
@@ -489,6 +491,86 @@ def test_a_loop_is_timed(tmp_path: Path) -> None:
     loop.main([*arguments, *TINY])
     (row,) = rows_of(tmp_path)
     assert row["puzzles/s"] == pytest.approx(4000 / row["ms"])
+
+
+def test_gradients_of_a_trained_model_by_the_definition_are_those_of_float32(trained: Path, tmp_path: Path) -> None:
+    arguments = [str(trained / "run"), "--data", str(trained / "pack"), "--batch-size", "12", "--device", "cpu"]
+    arguments += ["--output-dir", str(tmp_path), "--steps", "1,5"]
+    gradients.main([*arguments, "--presets", "naive,triton"])
+    *reference, first, fifth, cannot = rows_of(tmp_path)
+    assert [(row["kernels"], row["step"]) for row in reference] == [("float32", 1), ("float32", 5)]
+    assert first["gradients"] == fifth["gradients"] == fifth["q"] == fifth["target"] == fifth["other decisions"] == 0
+    assert "needs an NVIDIA GPU" in cannot["cannot run"]
+
+    gradients.main([*arguments, "--presets", "naive,fp8", "--dtype", "bfloat16"])
+    rows = {(row["kernels"], row["step"]): row for row in rows_of(tmp_path)}
+    assert 0 < rows["naive", 5]["gradients"] < rows["fp8", 5]["gradients"]
+    assert rows["naive", 5]["x naive"] == 1
+    assert rows["fp8", 5]["x naive"] == pytest.approx(rows["fp8", 5]["gradients"] / rows["naive", 5]["gradients"])
+    (file,) = tmp_path.glob("*.json")
+    naive, fp8 = json.loads(file.read_text())["groups"]
+    assert {"embed_tokens", "H_level qkv_proj", "L_level down_proj", "lm_head", "q_head", "puzzle_emb"} < naive.keys()
+    assert naive["L_level qkv_proj"] < fp8["L_level qkv_proj"]
+    with pytest.raises(UserError, match="--steps 0,1 is too small"):
+        gradients.main([*arguments, "--steps", "0,1"])
+
+
+def test_differences_of_gradients() -> None:
+    one = torch.tensor(1.0)
+    step: dict[str, Any] = dict.fromkeys(("loss", "lm_loss", "q_continue_loss"), one)
+    step |= {name: torch.zeros(4) for name in ("q_halt_logits", "q_continue_logits", "target_q_continue")}
+    step |= {"logits": torch.ones(4, 2), "halted": torch.tensor([True, False, False, False]), "exact": one > 0}
+    reference = step | {"gradients": {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([-4.0])}}
+    other = step | {
+        "gradients": {"b": torch.tensor([4.0]), "a": torch.tensor([3.0, 0.0])},
+        "lm_loss": 1.5 * one,
+        "q_halt_logits": torch.full((4,), 2.0),
+        "target_q_continue": torch.tensor([0.0, 0.0, 0.0, -1.0]),
+        "halted": torch.tensor([True, True, False, False]),
+    }
+    found = gradients.differences(other, reference)
+    expected = {"loss": 0, "lm loss": 50, "q_continue loss": 0, "logits": 0, "q": 2**0.5, "target": 0.25}
+    expected |= {"halted": 0.5, "other decisions": 0.25, "exact": 1}
+    expected |= {"gradients": 8 / 5, "norm / norm": 1, "signs": 0.5}
+    assert found == pytest.approx(expected)
+    with pytest.raises(UserError, match="only one of the two has a gradient of b"):
+        gradients.differences(other | {"gradients": {"a": torch.zeros(2)}}, reference)
+
+
+def test_answering_is_what_evaluate_does(trained: Path, tmp_path: Path) -> None:
+    run, pack = str(trained / "run"), str(trained / "pack")
+    arguments = [run, "--data", pack, "--presets", "naive", "--batch-size", "12", "--device", "cpu"]
+    answering.main([*arguments, "--output-dir", str(tmp_path)])
+    full, halting = rows_of(tmp_path)
+    for row, act in ((full, "full"), (halting, "halt")):
+        expected, _ = evaluated(f"checkpoint={run}", f"data_path={pack}", f"act={act}")
+        assert row["puzzles/s"] > 0
+        assert row["exact, %"] == pytest.approx(100 * expected["exact_accuracy"], abs=0.01)
+        assert row["steps a puzzle"] == pytest.approx(expected["steps"], abs=1e-4)
+    assert halting["steps a puzzle"] < full["steps a puzzle"]
+    with pytest.raises(UserError, match="--puzzles 0 is too small"):
+        answering.main([*arguments, "--puzzles", "0"])
+
+
+@needs_checkout
+def test_the_published_code_on_a_trained_model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, targets of q_continue and halting of both codes are alike, and so are their answers."""
+    monkeypatch.setenv("DISABLE_COMPILE", "1")
+    arguments = [str(trained / "run"), "--data", str(trained / "pack"), "--batch-size", "12", "--device", "cpu"]
+    arguments += ["--presets", "naive", "--published", CHECKOUT]
+    gradients.main([*arguments, "--steps", "1,3,5", "--output-dir", str(tmp_path / "gradients")])
+    rows = [row for row in rows_of(tmp_path / "gradients") if row["kernels"] == "published, eager"]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["gradients"] < 1e-4
+        assert row["q"] < 1e-4
+        assert row["target"] < 1e-5
+        assert row["other decisions"] == 0
+    answering.main([*arguments, "--puzzles", "20", "--output-dir", str(tmp_path / "answering")])
+    ours, _, theirs = rows_of(tmp_path / "answering")
+    for name in ("exact, %", "cells, %", "q_halt right, %", "steps a puzzle"):
+        assert theirs[name] == pytest.approx(ours[name], abs=0.01)
+    assert ours["x published"] == pytest.approx(ours["puzzles/s"] / theirs["puzzles/s"])
 
 
 @needs_checkout
