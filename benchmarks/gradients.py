@@ -52,7 +52,7 @@ Steps = dict[int, dict[str, Any]]
 Row = dict[str, Any]
 
 _DEFINITION = "naive"
-_LOSSES = ("loss", "lm_loss", "q_continue_loss")
+_LOSSES = ("loss", "lm_loss", "q_continue_loss")  # the last only of models that learn to continue
 
 
 @dataclass(frozen=True)
@@ -194,12 +194,17 @@ def differences(step: Mapping[str, Any], reference: Mapping[str, Any]) -> Row:
     """How far a step's results, as `observe` keeps them, are from those of another."""
     gradients, expected = (_joined(each["gradients"], reference["gradients"]) for each in (step, reference))
     q = torch.stack([step[name] - reference[name] for name in ("q_halt_logits", "q_continue_logits")])
-    losses = {name.replace("_loss", " loss"): float(100 * (step[name] / reference[name] - 1)) for name in _LOSSES}
+    losses = {
+        name.replace("_loss", " loss"): float(100 * (step[name] / reference[name] - 1))
+        for name in _LOSSES
+        if name in step
+    }
+    target = "target_q_continue"
     return {
         **losses,
         "logits": _relative(step["logits"], reference["logits"]),
         "q": float(q.square().mean().sqrt()),
-        "target": float((step["target_q_continue"] - reference["target_q_continue"]).abs().mean()),
+        **({"target": float((step[target] - reference[target]).abs().mean())} if target in step else {}),
         "halted": _share(step["halted"]),
         "other decisions": _share(step["halted"] != reference["halted"]),
         "exact": _share(step["exact"]),
@@ -212,7 +217,7 @@ def differences(step: Mapping[str, Any], reference: Mapping[str, Any]) -> Row:
 def _reference_row(number: int, step: Mapping[str, Any]) -> Row:
     """The values that others are compared with."""
     count = len(step["halted"])
-    losses = {name.replace("_loss", " loss"): float(step[name]) / count for name in _LOSSES}
+    losses = {name.replace("_loss", " loss"): float(step[name]) / count for name in _LOSSES if name in step}
     shares = {name: _share(step[name]) for name in ("halted", "exact")}
     return {"kernels": "float32", "step": number, **losses, **shares}
 

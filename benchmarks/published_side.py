@@ -112,6 +112,7 @@ def load_pretrain(checkout: Path, device: str) -> ModuleType:
     return module
 
 
+LOSSES = ("lm_loss", "q_halt_loss", "q_continue_loss")
 OUTPUTS = ("logits", "q_halt_logits", "q_continue_logits", "target_q_continue")
 
 
@@ -133,9 +134,9 @@ def observe(
 
     Returns:
         `(steps, decisions)`. `steps[n]` has the loss and its parts, 0-dimensional sums over the batch; `logits`
-        [B, S, V], `q_halt_logits`, `q_continue_logits`, `target_q_continue`, `halted` and `exact`, each [B]; and
-        `gradients` in float32 by the parameter's name, of the mean over the batch, those of the puzzle table of its
-        rows in the batch, [B, ndim]. `decisions` has the model's own [B] after each step.
+        [B, S, V], `q_halt_logits`, `q_continue_logits`, `target_q_continue` if the model learns to continue, `halted`
+        and `exact`, each [B]; and `gradients` in float32 by the parameter's name, of the mean over the batch, those of
+        the puzzle table of its rows in the batch, [B, ndim]. `decisions` has the model's own [B] after each step.
     """
     plain = getattr(model, "_orig_mod", model)  # beneath torch.compile
     steps: dict[int, dict[str, Any]] = {}
@@ -152,8 +153,8 @@ def observe(
             (loss / len(carry.halted)).backward()
             steps[number] = {
                 "loss": loss.detach(),
-                **{name: metrics[name].detach() for name in ("lm_loss", "q_halt_loss", "q_continue_loss")},
-                **{name: outputs[name].detach().float() for name in OUTPUTS},
+                **{name: metrics[name].detach() for name in LOSSES if name in metrics},
+                **{name: outputs[name].detach().float() for name in OUTPUTS if name in outputs},
                 "halted": carry.halted,
                 "exact": ((outputs["logits"].argmax(-1) == labels) | (labels < 0)).all(-1),
                 "gradients": dict(_take_gradients(plain)),
