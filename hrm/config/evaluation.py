@@ -78,8 +78,9 @@ class EvaluateConfig:
     input: str | None = None
     output: str | None = None  # with input: the file of answers, JSON lines; null or -: stdout
     show: int = 0  # number of test puzzles to print and draw, with the training curves, as PNG
-    # When sequences halt. full: after all ACT steps; halt: where q_halt > q_continue; both: one after the other,
-    # compared; auto: full, but halt with input.
+    # When sequences halt. full: after all ACT steps; halt: where q_halt > q_continue, or with puzzle, a board whose
+    # rules are known, where the answer then keeps them too; both: one after the other, compared; auto: full, but halt
+    # with input and puzzle.
     act: str = "auto"
     act_margin: float = 0.0  # with act=halt, sequences halt where q_halt > q_continue + act_margin
     act_max_steps: int | None = None  # ACT steps at most, more or fewer than in training; null: as in training
@@ -109,7 +110,7 @@ class EvaluateConfig:
         choice("puzzle_emb", self.puzzle_emb, PUZZLE_EMB)
         choice("act", self.act, ACT_MODES)
         if self.act == "auto":
-            self.act = "full" if self.input is None else "halt"
+            self.act = "full" if self.input is None and self.puzzle is None else "halt"
         if self.act_max_steps is not None:
             at_least("act_max_steps", self.act_max_steps, 1)
         at_least("num_workers", self.num_workers, 0)

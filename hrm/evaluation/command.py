@@ -79,8 +79,10 @@ def _check_modes(config: EvaluateConfig) -> None:
     asked = [name for name, value in outputs.items() if value]
     if config.puzzle is not None and config.results is not None:
         raise UserError("puzzle= cannot be used with results=: leave one of them out.")
-    if config.puzzle is not None and (asked or config.act != "full"):
+    if config.puzzle is not None and (asked or config.act == "both"):
         raise UserError(f"puzzle= cannot be used with {(asked or ['act'])[0]}=: leave one of them out.")
+    if config.puzzle is not None:
+        return
     if asked and config.act == "halt":
         raise UserError(f"{asked[0]}= needs every step of every puzzle: take act=full or act=both.")
     if config.ensemble != EnsembleConfig() and (asked or config.act != "full"):

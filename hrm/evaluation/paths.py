@@ -91,9 +91,18 @@ class Noise:
         return self.std * torch.randn(shape, generator=generator)
 
 
+class Halting(NamedTuple):
+    """When a path ends before its last ACT step: once all its puzzles have halted and their answers keep the rules."""
+
+    margin: float = 0.0  # a puzzle halts where q_halt > q_continue + this
+    rules: Rules | None = None  # None: none are known
+
+
 @torch.no_grad()  # as in `run_act_steps`
-def follow(model: ACTLossHead, batch: Batch, num_steps: int, noise: Noise | None = None) -> Answers:
-    """A path of so many ACT steps.
+def follow(
+    model: ACTLossHead, batch: Batch, num_steps: int, noise: Noise | None = None, halting: Halting | None = None
+) -> Answers:
+    """A path of so many ACT steps, or fewer by `halting`, which looks at each and waits for the device.
 
     Args:
         model: in evaluation mode.
@@ -110,6 +119,7 @@ def follow(model: ACTLossHead, batch: Batch, num_steps: int, noise: Noise | None
             for name, vector in zip(inner.hidden_states, start, strict=True)
         }
     halted_at = torch.full((len(batch["inputs"]),), num_steps + 1, dtype=torch.int32, device=batch["inputs"].device)
+    has_halted = torch.zeros_like(halted_at, dtype=torch.bool)
     for step in range(num_steps):
         before = states[inner.output_state]
         if noise and added is not None and step < len(added):
@@ -128,8 +138,12 @@ def follow(model: ACTLossHead, batch: Batch, num_steps: int, noise: Noise | None
         halted_tokens = torch.where(going_on[:, None], tokens, halted_tokens)
         halted_q = torch.where(going_on, q_halt, halted_q)
         halted_at = torch.where(going_on & (q_halt > q_continue), step + 1, halted_at)
+        if halting:
+            has_halted |= q_halt > q_continue + halting.margin
+            if has_halted.all() and (not halting.rules or keep_rules(halting.rules, batch["inputs"], tokens).all()):
+                break
     change = (states[inner.output_state].float() - before.float()).square().mean((1, 2))
-    act_steps, keeps = torch.full_like(halted_at, num_steps), torch.ones_like(halted_at, dtype=torch.bool)
+    act_steps, keeps = torch.full_like(halted_at, step + 1), torch.ones_like(halted_at, dtype=torch.bool)
     return Answers(tokens, q_halt.float(), change, halted_at, halted_tokens, halted_q.float(), act_steps, keeps, keeps)
 
 
@@ -141,7 +155,11 @@ Member = Callable[[Batch, DeviceSymmetry, int], Answers]
 
 
 def make_follower(
-    model: ACTLossHead, device: torch.device, noise: Noise | None = None, num_steps: int | None = None
+    model: ACTLossHead,
+    device: torch.device,
+    noise: Noise | None = None,
+    num_steps: int | None = None,
+    halting: Halting | None = None,
 ) -> Follower:
     """A model that answers puzzles by one path or another.
 
@@ -149,13 +167,15 @@ def make_follower(
 
     Args:
         num_steps: ACT steps of a path; None: the model's.
+        halting: of use where no graphs are recorded, which have all steps.
     """
     most = num_steps or model.halt_max_steps
+    graphed = model.kernels.cuda_graphs
 
     def work(batch: Batch) -> Answers:
-        return follow(model, batch, most, noise)
+        return follow(model, batch, most, noise, None if graphed else halting)
 
-    run = GraphedWork(work, device, eager_calls=1) if model.kernels.cuda_graphs else work
+    run = GraphedWork(work, device, eager_calls=1) if graphed else work
 
     def answer(batch: Batch, path: int) -> Answers:
         if noise:
@@ -168,9 +188,9 @@ def make_follower(
     return answer
 
 
-def make_member(model: ACTLossHead, world: World, noise: Noise | None = None) -> Member:
+def make_member(model: ACTLossHead, world: World, noise: Noise | None = None, halting: Halting | None = None) -> Member:
     """A model that answers symmetric puzzles by one path or another; see `make_follower`."""
-    follower = make_follower(model, world.device, noise)
+    follower = make_follower(model, world.device, noise, halting=halting)
 
     def answer(batch: Batch, symmetry: DeviceSymmetry, path: int = 0) -> Answers:
         result = follower(batch | {"inputs": symmetry.apply(batch["inputs"])}, path)

@@ -17,7 +17,7 @@ from hrm.data.pack import read_provenance
 from hrm.distributed.world import World
 from hrm.errors import UserError
 from hrm.evaluation.loading import ModelSizes, load_model, trained_sizes
-from hrm.evaluation.paths import Answers, Noise, make_member
+from hrm.evaluation.paths import Answers, Halting, Noise, make_member
 from hrm.evaluation.picking import pick
 from hrm.evaluation.report.boards import Board, outcome_of
 from hrm.evaluation.report.text import legend_of, render_text
@@ -62,7 +62,8 @@ def solve_puzzle(config: EvaluateConfig, checkpoint: Checkpoint, text: str, worl
             f"{task.num_symmetries(size):.0f} symmetries."
         )
     rules = task.rules(size)
-    answer, asked = _answer(models, inputs, task.symmetries(size, count), config.ensemble, rules, world)
+    halting = Halting(config.act_margin, rules) if config.act == "halt" else None
+    answer, asked = _answer(models, inputs, task.symmetries(size, count), config.ensemble, rules, halting, world)
     if world.is_main:
         solutions = rules.solve(inputs) if rules and rules.solve else None
         board = _board(task, size, rules, inputs, answer, solutions)
@@ -99,6 +100,7 @@ def _answer(
     symmetries: Sequence[Symmetry],
     options: EnsembleConfig,
     rules: Rules | None,
+    halting: Halting | None,
     world: World,
 ) -> tuple[Tokens, int]:
     """The first answer that keeps the rules, path by path, symmetry by symmetry and model by model, else what is picked
@@ -109,7 +111,7 @@ def _answer(
         "labels": torch.full((1, len(inputs)), IGNORE_LABEL_ID, dtype=torch.int32, device=world.device),
         "puzzle_identifiers": torch.zeros(1, dtype=torch.int32, device=world.device),
     }
-    members = [make_member(model, world, Noise.of(options)) for model in models]
+    members = [make_member(model, world, Noise.of(options), halting) for model in models]
     for path, symmetry, member in product(range(options.paths), symmetries, members):
         answer = member(batch, DeviceSymmetry.of(symmetry, world.device), path)
         answers.append(answer.checked(rules, batch["inputs"]) if rules else answer)

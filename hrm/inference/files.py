@@ -223,7 +223,7 @@ def answer_lines(
         try:
             read = model.task.puzzles_of(line.value, model.form)
         except UserError as error:
-            reason = line.problem or str(error)
+            reason = line.problem or _about_row(line.value, model) or str(error)
             records[position].append({"index": first + position, "error": f"line {line.number}: {reason}"})
         else:
             puzzles += read
@@ -244,6 +244,14 @@ def answer_lines(
                 }
             )
     return [record for of_line in records for record in of_line]
+
+
+def _about_row(value: Any, model: TrainedModel) -> str | None:
+    """The reason why a line is no puzzle where it is as long as one of the rows that a puzzle is drawn in."""
+    rows, width = model.task.grid(model.form) or (1, 0)
+    if rows == 1 or not isinstance(value, str) or len(value) != width:
+        return None
+    return f"it has {width} characters, a row of a puzzle of {rows} rows: write all of them in one line."
 
 
 def predict_file(model: TrainedModel, source: str, target: str, options: PredictOptions) -> Count:

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from hrm.data.identity import pack_identity
 from hrm.data.loader import EvalLoader
 from hrm.data.pack import open_pack
 from hrm.distributed.world import World
+from hrm.evaluation import paths
 from hrm.evaluation.runner import evaluate
 from hrm.models import ACTLossHead
 from hrm.reading import sha256_of
@@ -444,14 +446,37 @@ def test_images_of_one_board_are_tried_until_one_is_solved(trained: Path) -> Non
         right = [bool((answer == label).all()) for answer in answers_to_images(model, tokens, 6)]
         asked.append(right.index(True) + 1 if any(right) else 0)
     for wanted in (1, max(asked), 0):
-        outcome = run_script(
-            *("evaluate.py", *CPU, f"checkpoint={run}"),
-            *(f"puzzle={typed(inputs[asked.index(wanted)])}", "ensemble.augmentations=6"),
-        )
+        command = ("evaluate.py", *CPU, f"checkpoint={run}", f"puzzle={typed(inputs[asked.index(wanted)])}")
+        outcome = run_script(*command, "ensemble.augmentations=6", "act=full")
         assert (outcome.status, outcome.err) == (0, "")
         last_line = outcome.out.splitlines()[-1]
         assert last_line.startswith("Solved: this is the only solution.") is (wanted > 0)
         assert last_line.endswith(f" It took {wanted or 6} of 6 answers.") is (wanted != 1)
+
+
+def test_solving_ends_where_the_model_halts(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, (inputs, labels) = trained / "run", raw_split(trained / "pack")
+    taken, follow = [], paths.follow
+
+    def counted(*arguments: Any) -> paths.Answers:
+        answers = follow(*arguments)
+        taken.append(int(answers.act_steps))
+        return answers
+
+    monkeypatch.setattr(paths, "follow", counted)
+    model = load_model(run)
+    solved = next(
+        tokens
+        for tokens, label in zip(inputs, labels, strict=True)
+        if (think_alone(model, tokens)[0].argmax(-1) == label).all()
+    )
+    command = ("evaluate.py", *CPU, f"checkpoint={run}", f"puzzle={typed(solved)}", "act_max_steps=5")
+    early = run_script(*command, "act_margin=-100")
+    assert (early.status, early.out.splitlines()[-1]) == (0, "Solved: this is the only solution.")
+    assert taken.pop() <= model.halt_max_steps < 5, "the answer is right by then"
+    for option in ("act=full", "act_margin=100"):
+        assert run_script(*command, option).status == 0
+    assert taken == [5, 5]
 
 
 def test_solving_needs_no_data(trained: Path, tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from hrm.config import EnsembleConfig
 from hrm.config.evaluation import PICKS
 from hrm.distributed.world import World
 from hrm.errors import UserError
-from hrm.evaluation.paths import Answers, Noise, follow, make_member
+from hrm.evaluation.paths import Answers, Halting, Noise, follow, make_member
 from hrm.evaluation.picking import pick
 from hrm.evaluation.runner import run_act_steps
 from hrm.evaluation.symmetries import DeviceSymmetry
 from hrm.models import ACTLossHead
+from hrm.tasks.base import Rules
 from tests.helpers.models import SEQ_LEN, VOCAB_SIZE, build, fresh_states, randomised
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -108,6 +109,27 @@ def test_the_first_path_is_the_model_as_it_is(arch: str, tiny_arch: dict[str, An
     for found in (first, follow(model, batch, 3)):
         assert torch.equal(found.tokens, outputs["logits"].argmax(-1).int())
         assert torch.equal(found.q_halt, outputs["q_halt_logits"].float())
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_a_path_may_end_where_it_halts(row: int, tiny_arch: dict[str, Any]) -> None:
+    """At the step after which q_halt > q_continue, or later, when the answer keeps the rules."""
+    model = model_of("hrm", tiny_arch)
+    batch = {name: field[row : row + 1] for name, field in batch_of().items()}
+    steps = by_hand(model, batch, {})
+    ahead = [step["ahead"].item() for step in steps]
+    for margin in (-math.inf, *(value - 1e-6 for value in ahead), math.inf):
+        expected = next((number for number, value in enumerate(ahead) if value > margin), 2)
+        found = follow(model, batch, 3, halting=Halting(margin))
+        assert found.act_steps.tolist() == [expected + 1]
+        assert torch.equal(found.tokens, steps[expected]["tokens"].int())
+        torch.testing.assert_close(found.q_halt, steps[expected]["q"].float())
+        for right in (0, 1):
+            answer = steps[right]["tokens"].numpy()
+            rules = Rules(lambda inputs, answers, answer=answer: (answers == answer).all(1), "that one")
+            kept = [step for step in range(expected, 3) if (steps[step]["tokens"].numpy() == answer).all()]
+            found = follow(model, batch, 3, halting=Halting(margin, rules))
+            assert found.act_steps.tolist() == [(kept or [2])[0] + 1]
 
 
 def test_a_path_is_the_same_in_any_batch_and_differs_from_others(tiny_arch: dict[str, Any]) -> None:

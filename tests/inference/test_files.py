@@ -149,6 +149,14 @@ def test_bad_lines_are_named_and_the_others_answered(small: Path, tmp_path: Path
     assert found[1]["error"] == "line 3: it has 1 cells, but the header has 2"
 
 
+def test_a_row_of_a_board_is_told_how_to_become_one(small: Path, tmp_path: Path) -> None:
+    rows = ["1...", "..1.", ".1.."]
+    found = answered(tmp_path, small, written(tmp_path / "a.txt", *rows, "..."), status=EXIT_UNANSWERED)
+    ends = "it has 4 characters, a row of a puzzle of 4 rows: write all of them in one line."
+    assert [record["error"] for record in found[:3]] == [f"line {number}: {ends}" for number in (1, 2, 3)]
+    assert "No Sudoku board has 3 cells" in found[3]["error"]
+
+
 def test_tasks_of_arc(tmp_path: Path) -> None:
     form = PuzzleForm("arc", 900, 12, 3, identifiers=("<blank>", "rule", "other"))
     run = untrained(tmp_path / "run", form, halt_max_steps=1)
@@ -214,7 +222,7 @@ def test_one_puzzle_that_is_no_board(tmp_path: Path) -> None:
     ):
         outcome = run_script("evaluate.py", f"checkpoint={run}", "device=cpu", f"puzzle={typed}")
         assert outcome.status == 0, outcome.err
-        (record,) = answered(tmp_path, run, written(tmp_path / "a.jsonl", json.dumps(value)), "act=full")
+        (record,) = answered(tmp_path, run, written(tmp_path / "a.jsonl", json.dumps(value)))
         if run is arc:
             rows = record["answer"]
             assert f"input 1x2   answer {len(rows)}x{len(rows[0]) if rows else 0}" in outcome.out
