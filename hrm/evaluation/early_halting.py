@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import groupby, islice
@@ -123,6 +124,7 @@ class EarlyHalting:
         # Where shapes are free: a graph has one, and so has compiled code.
         self._shrinks = device.type == "cpu" and not graphed and not model.kernels.compile
         self._slots = slots
+        self._least_steps = max_steps if margin == math.inf else 1  # of a puzzle
 
     @torch.no_grad()
     def answer(self, parts: Iterable[Part], throughput: Throughput) -> Iterator[tuple[str, Batch, Predictions]]:
@@ -165,7 +167,8 @@ class EarlyHalting:
     def _begin(self, puzzles: Batch) -> None:
         """Take the steps that a pool of puzzles takes at least, without waiting for them."""
         self._state.fill(puzzles)
-        self._take_steps(len(puzzles["inputs"]))
+        for _ in range(self._least_steps):
+            self._take_steps(len(puzzles["inputs"]))
 
     def _finish(self, puzzles: Batch) -> Predictions:
         """Take the other steps of the pool that was begun."""
