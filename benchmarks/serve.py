@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model": f"{arguments.checkpoint}, {model.dtype}",
         "load": f"from the same machine, of {os.cpu_count()} cores, {os.getloadavg()[0]:.2g} busy before",
     }
-    model.predict(tokens[:16], tokens=True)  # what is compiled and recorded
+    model.predict(tokens[: sequences_at_once(model.device)], tokens=True)  # what is compiled and recorded
     began = time.perf_counter()
     expected = model.predict(tokens, tokens=True)
     rate = len(tokens) / (time.perf_counter() - began)
