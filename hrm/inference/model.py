@@ -146,8 +146,8 @@ class TrainedModel(ModelHubMixin):
             halt: end a sequence where the model says q_halt > q_continue, and give its slot to the next one; False:
                 spend all steps on each, as `hrm evaluate` does.
             batch_size: sequences computed at a time; None: as many as there are, up to what suits the device (16 on a
-                CPU, else 256). Sequences do not depend on one another, but how sums round may on how many there are:
-                on a GPU, a number here makes answers those of any other call with that number, to the last bit.
+                CPU, else 256). Sequences do not depend on one another, but how their sums round may depend on how many
+                there are; on a GPU, with a number here, the batch always has that size.
             tokens: `x` holds the model's own tokens, as a pack does.
             stream: give an iterator of chunks, in order; memory stays the same however many puzzles there are.
 
