@@ -127,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "q": "root mean square of the differences of q_halt and q_continue, logits",
             "target": "mean difference of the target of q_continue, a probability",
             "halted, exact": "share of the sequences",
+            "other answers": "share of the sequences whose answer is exact in one and not in the other",
             "other decisions": "share of the sequences that would halt where float32 goes on, or the other way round",
             f"x {_DEFINITION}, x {PUBLISHED}": "gradients / gradients of that row",
         }
@@ -208,6 +209,7 @@ def differences(step: Mapping[str, Any], reference: Mapping[str, Any]) -> Row:
         "halted": _share(step["halted"]),
         "other decisions": _share(step["halted"] != reference["halted"]),
         "exact": _share(step["exact"]),
+        "other answers": _share(step["exact"] != reference["exact"]),
         "gradients": _relative(gradients, expected),
         "norm / norm": float(gradients.norm() / expected.norm()),
         "signs": _share((gradients.sign() == expected.sign())[expected != 0]),

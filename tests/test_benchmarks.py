@@ -519,7 +519,8 @@ def test_differences_of_gradients() -> None:
     one = torch.tensor(1.0)
     step: dict[str, Any] = dict.fromkeys(("loss", "lm_loss", "q_continue_loss"), one)
     step |= {name: torch.zeros(4) for name in ("q_halt_logits", "q_continue_logits", "target_q_continue")}
-    step |= {"logits": torch.ones(4, 2), "halted": torch.tensor([True, False, False, False]), "exact": one > 0}
+    step |= {"logits": torch.ones(4, 2), "halted": torch.tensor([True, False, False, False])}
+    step["exact"] = torch.tensor([True, True, True, False])
     reference = step | {"gradients": {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([-4.0])}}
     other = step | {
         "gradients": {"b": torch.tensor([4.0]), "a": torch.tensor([3.0, 0.0])},
@@ -527,10 +528,11 @@ def test_differences_of_gradients() -> None:
         "q_halt_logits": torch.full((4,), 2.0),
         "target_q_continue": torch.tensor([0.0, 0.0, 0.0, -1.0]),
         "halted": torch.tensor([True, True, False, False]),
+        "exact": torch.tensor([False, True, True, True]),
     }
     found = gradients.differences(other, reference)
     expected = {"loss": 0, "lm loss": 50, "q_continue loss": 0, "logits": 0, "q": 2**0.5, "target": 0.25}
-    expected |= {"halted": 0.5, "other decisions": 0.25, "exact": 1}
+    expected |= {"halted": 0.5, "other decisions": 0.25, "exact": 0.75, "other answers": 0.5}
     expected |= {"gradients": 8 / 5, "norm / norm": 1, "signs": 0.5}
     assert found == pytest.approx(expected)
     with pytest.raises(UserError, match="only one of the two has a gradient of b"):
