@@ -132,7 +132,6 @@ class FakeGluon:
     bfloat16, float16 = torch.bfloat16, torch.float16
     abs, exp, exp2, log2, rsqrt = torch.abs, torch.exp, torch.exp2, torch.log2, torch.rsqrt
     minimum = min
-    NVMMASharedLayout = SimpleNamespace(get_default_for=lambda *_: None)
     MBarrierLayout = NVMMADistributedLayout = DotOperandLayout = staticmethod(lambda *_: None)
     SliceLayout = BlockedLayout = staticmethod(lambda *_: None)
     static_range = staticmethod(lambda *bounds: map(Number, range(*bounds)))

@@ -1,4 +1,4 @@
-"""The Hopper attention kernels against float64: on such a GPU as they are, elsewhere by threads on the CPU."""
+"""The Hopper attention kernel against float64: on such a GPU as it is, elsewhere its source by threads on the CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from hrm.kernels import naive  # noqa: E402
 from hrm.kernels.naive import RotaryTables, rotary_tables  # noqa: E402
 from hrm.kernels.ops.e4m3 import E4M3  # noqa: E402
 from hrm.kernels.ops.hopper import attention as hopper_attention  # noqa: E402
-from hrm.kernels.ops.hopper import short_attention  # noqa: E402
 from tests.helpers.fake_gluon import Descriptor, FakeGluon, Number, Pointer, on_cpu  # noqa: E402
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -137,99 +136,3 @@ def test_on_the_gpu(batch: int, tokens: int, dtype: torch.dtype) -> None:
         assert torch.equal(out, again)
     rounded, _ = hopper_attention.attention_forward(qkv, rotary.cos, rotary.sin, 8, save_lse=False, dtype=E4M3)
     assert_rounded_to_e4m3(rounded[:1], definition(qkv[:1], rotary, 8)[0])
-
-
-# ---- sequences of 65 to 128 tokens
-
-
-def assert_result_close(out: Tensor, exact: Tensor) -> None:
-    """Probabilities and the result are rounded to 16 bit."""
-    assert (out.double() - exact).norm() / exact.norm() < torch.finfo(out.dtype).eps / 2
-
-
-@pytest.mark.parametrize(
-    ("batch", "tokens", "num_heads", "programs"),
-    [
-        (3, 82, 3, 1),  # more heads than stages
-        (1, 96, 2, 1),  # fewer than groups
-        (2, 97, 4, 2),  # the longer rest
-        (1, 128, 5, 1),
-        (1, 65, 4, 3),  # a program without a head
-    ],
-)
-def test_short_on_the_cpu(batch: int, tokens: int, num_heads: int, programs: int) -> None:
-    qkv, rotary = draw(batch, tokens, num_heads, torch.float16)
-    out = torch.full((batch, tokens, num_heads * 64), math.nan, dtype=qkv.dtype)
-    for program in range(programs):
-        on_cpu(short_attention, "_forward_kernel", FakeGluon(program, programs, seed=program))(
-            Descriptor(qkv, 1, 64, 64),
-            Descriptor(qkv, 1, short_attention._rest(tokens), 64),
-            Descriptor(out, 1, 64, 64),
-            Pointer(rotary.cos),
-            Pointer(rotary.sin),
-            Number(batch * num_heads),
-            tokens,
-            num_heads,
-            short_attention._stages(tokens),
-        )
-    assert_result_close(out, definition(qkv, rotary, num_heads)[0])
-
-
-def gradient(qkv: Tensor, rotary: RotaryTables, grad: Tensor, num_heads: int) -> Tensor:
-    """Of `qkv`, in float64."""
-    exact = qkv.double().requires_grad_()
-    tables = RotaryTables(*(table.double() for table in rotary))
-    (d_qkv,) = torch.autograd.grad(naive.sdpa(exact, tables, num_heads), exact, grad.double())
-    return d_qkv
-
-
-def assert_gradient_close(d_qkv: Tensor, exact: Tensor) -> None:
-    """Each of the three as near as rounded probabilities and rounded rotations come."""
-    for actual, expected in zip(d_qkv.chunk(3, -1), exact.chunk(3, -1), strict=True):
-        assert (actual.double() - expected).norm() / expected.norm() < torch.finfo(d_qkv.dtype).eps
-
-
-@pytest.mark.parametrize(
-    ("batch", "tokens", "num_heads", "programs"),
-    [(2, 82, 3, 1), (1, 96, 1, 1), (2, 97, 4, 2), (1, 128, 5, 1), (1, 65, 4, 3)],
-)
-def test_short_backward_on_the_cpu(batch: int, tokens: int, num_heads: int, programs: int) -> None:
-    qkv, rotary = draw(batch, tokens, num_heads, torch.float16)
-    grad = torch.randn(batch, tokens, num_heads * 64, generator=torch.Generator().manual_seed(tokens)).half()
-    d_qkv = torch.full_like(qkv, math.nan)
-    rest = short_attention._rest(tokens)
-    for program in range(programs):
-        on_cpu(short_attention, "_backward_kernel", FakeGluon(program, programs, seed=program))(
-            Descriptor(qkv, 1, 64, 64),
-            Descriptor(qkv, 1, rest, 64),
-            Descriptor(grad, 1, 64, 64),
-            Descriptor(d_qkv, 1, 64, 64),
-            Descriptor(d_qkv, 1, rest, 64),
-            Pointer(rotary.cos),
-            Pointer(rotary.sin),
-            Number(batch * num_heads),
-            tokens,
-            num_heads,
-            short_attention._BACKWARD_STAGES,
-        )
-    assert_gradient_close(d_qkv, gradient(qkv, rotary, grad, num_heads))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [82, 128])
-@pytest.mark.parametrize("batch", [1, 384])
-def test_short_on_the_gpu(batch: int, tokens: int, dtype: torch.dtype) -> None:
-    qkv, rotary = draw(batch, tokens, 8, dtype)
-    exact = definition(qkv, rotary, 8)[0]
-    out = short_attention.attention_forward(qkv, rotary.cos, rotary.sin, 8)
-    assert_result_close(out, exact)
-    assert_rounded_to_e4m3(short_attention.attention_forward(qkv, rotary.cos, rotary.sin, 8, E4M3), exact)
-    for _ in range(3):
-        assert torch.equal(out, short_attention.attention_forward(qkv, rotary.cos, rotary.sin, 8))
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
-    d_qkv = short_attention.attention_backward(grad, qkv, rotary.cos, rotary.sin, 8)
-    assert_gradient_close(d_qkv, gradient(qkv, rotary, grad, 8))
-    for _ in range(3):
-        assert torch.equal(d_qkv, short_attention.attention_backward(grad, qkv, rotary.cos, rotary.sin, 8))

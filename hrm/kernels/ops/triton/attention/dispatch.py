@@ -22,7 +22,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """The result and what the backward needs of it besides: `lse` for the tiled form, else nothing."""
     if holds_head(qkv):
-        return short_forward(qkv, cos, sin, num_heads, gluon=gluon), qkv.new_empty(0)
+        return short_forward(qkv, cos, sin, num_heads), qkv.new_empty(0)
     out, lse = long_forward(qkv, cos, sin, num_heads, save_lse=differentiable, gluon=gluon)
     return out, qkv.new_empty(0) if lse is None else lse
 
@@ -96,5 +96,5 @@ def attention_in_e4m3(qkv: Tensor, rotary: RotaryTables | None, num_heads: int, 
     qkv = qkv.contiguous()
     cos, sin = (None, None) if rotary is None else rotary
     if holds_head(qkv):
-        return short_forward(qkv, cos, sin, num_heads, torch.float8_e4m3fn, gluon=gluon)
+        return short_forward(qkv, cos, sin, num_heads, torch.float8_e4m3fn)
     return long_forward(qkv, cos, sin, num_heads, save_lse=False, dtype=torch.float8_e4m3fn, gluon=gluon)[0]

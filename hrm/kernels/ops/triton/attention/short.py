@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hrm.kernels.ops.hopper import device as hopper
 from hrm.kernels.ops.triton.attention.common import (
     LOG2_E,
     empty_result,
@@ -95,21 +94,9 @@ def holds_head(qkv: Tensor) -> bool:
 
 
 def short_forward(
-    qkv: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    num_heads: int,
-    dtype: torch.dtype | None = None,
-    *,
-    gluon: bool = False,
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The result in the dtype of `qkv` or in `dtype`; with `gluon` by the kernel for Hopper where that pays."""
-    if gluon and cos is not None and sin is not None:
-        # Imported here: Gluon's interface changes with every Triton.
-        from hrm.kernels.ops.hopper import short_attention
-
-        if short_attention.pays_forward(qkv, num_heads):
-            return short_attention.attention_forward(qkv, cos, sin, num_heads, dtype)
+    """The result in the dtype of `qkv` or in `dtype`."""
     tokens = qkv.shape[1]
     sizes = shape_constants(qkv, num_heads)
     out = empty_result(qkv, dtype)
@@ -129,12 +116,7 @@ def short_forward(
 
 
 def short_backward(grad: Tensor, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, num_heads: int) -> Tensor:
-    """The gradient of `qkv`, on Hopper GPUs by their kernel where that pays."""
-    if cos is not None and sin is not None and hopper.why_not(qkv.device) is None:
-        from hrm.kernels.ops.hopper import short_attention
-
-        if short_attention.pays_backward(qkv, num_heads):
-            return short_attention.attention_backward(grad, qkv, cos, sin, num_heads)
+    """The gradient of `qkv`."""
     sizes = shape_constants(qkv, num_heads)
     rows = tile_rows(sizes["T"], 128)
     d_qkv = torch.empty_like(qkv)
