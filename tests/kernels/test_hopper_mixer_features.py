@@ -33,6 +33,16 @@ def error(actual: Tensor, exact: Tensor) -> float:
     return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
+def assert_normed(y: Tensor, total: Tensor) -> None:
+    """`y` is the norm of `total`, as near as rounding twice leaves it: rows wait in 16 bit for their norm.
+
+    On average that is 1.41 times as far off as rounding once, but 1.3 or 1.6 times in some single rows of 256.
+    """
+    scale = (total.square().mean(1, keepdim=True) + EPS).rsqrt()
+    exact, twice = total * scale, (total.to(y.dtype) * scale).to(y.dtype)
+    assert error(y, exact) < 1.06 * error(twice, exact)
+
+
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("rows", ROWS)
@@ -53,7 +63,7 @@ def test_shared_rows(rows: int, dtype: torch.dtype, width: int, inner: int) -> N
         total = residual.double() + x.double() @ weight.double().T
         factors = (total.square().mean(1) + EPS).rsqrt()
         expected = total * factors[:, None]
-        assert error(y, expected) < 1.5 * error(expected.to(dtype), expected)  # rounded twice
+        assert_normed(y, total)
         torch.testing.assert_close(rstd.double(), factors, rtol=1e-4, atol=0)
         assert error(rounded, expected) < 1.02 * error(expected.float().to(rounded.dtype), expected)
         kept = torch.empty_like(residual)
@@ -64,8 +74,7 @@ def test_shared_rows(rows: int, dtype: torch.dtype, width: int, inner: int) -> N
         torch.testing.assert_close(rstd.double(), factors, rtol=1e-4, atol=0)
         product = 0.5 * x.double() @ weight.double().T
         assert error(kept, product) < 1.1 * error(product.to(dtype), product)
-        expected = naive.rms_norm(residual.double() + product * factors[:, None], EPS)
-        assert error(y, expected) < 1.5 * error(expected.to(dtype), expected)
+        assert_normed(y, residual.double() + product * factors[:, None])
 
 
 @pytest.mark.gpu
