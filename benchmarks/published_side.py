@@ -275,13 +275,14 @@ class Published:
         steps = self.state.total_steps
         return {"test": test, "curve": curve, "steps": steps, "minutes": (time.perf_counter() - began) / 60}
 
-    def _take_weights(self, weights: dict[str, Tensor]) -> None:
+    def take_weights(self, weights: dict[str, Tensor]) -> None:
+        """Put a state dict of ours in the place of the model's weights."""
         model = self.state.model
         getattr(model, "_orig_mod", model).load_state_dict(weights)
 
     def gradients(self, given: dict[str, Any], kept: Collection[int]) -> dict[int, dict[str, Any]]:
         """See `observe`: all on the CPU."""
-        self._take_weights(given["weights"])
+        self.take_weights(given["weights"])
         self.state.model.train()
         device = "cuda" if self.on_cuda else "cpu"
         batches = [{name: field.to(device) for name, field in batch.items()} for batch in given["batches"]]
@@ -296,7 +297,7 @@ class Published:
 
     def answer(self, weights: dict[str, Tensor]) -> dict[str, Any]:
         """Its evaluation of the whole test split, whose batches wait in memory: metrics, and puzzles a second."""
-        self._take_weights(weights)
+        self.take_weights(weights)
         self.state.model.eval()
         loader, metadata = self._dataset("test", 1)
         batches = list(loader)
