@@ -1,10 +1,10 @@
-"""Time a trained model's answers to test puzzles by several kernels: all ACT steps, and as many as a puzzle asks for.
+"""Time a trained model's answers to test puzzles by several kernels, with all ACT steps and with early halting.
 
     python -m benchmarks.answering checkpoints/run
     python -m benchmarks.answering checkpoints/run --presets auto,fp8 --puzzles 6000 --published HRM
 
-The same weights, puzzles and batch size for all, each after first batches that compile. Ours read the pack meanwhile;
-the published code's batches wait in memory.
+The same weights, puzzles and batch size for all, each after first batches that compile. This code reads the pack
+meanwhile; the published code's batches wait in memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import PUBLISHED, data_of, machine, make_parser, reset_peak, run_command, write_results
+from benchmarks.common import PUBLISHED, data_path_of, machine, make_parser, reset_peak, run_command, write_results
 from benchmarks.ensembles import spread_out
 from benchmarks.published import Published
 from hrm.checkpoint.weights import find_checkpoint, read_weights
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--puzzles {arguments.puzzles} is too small: give 1 or more.")
     theirs = Published(arguments.published) if arguments.published else None
     checkpoint = find_checkpoint(arguments.checkpoint)
-    data_path = data_of(checkpoint, arguments.data)
+    data_path = data_path_of(checkpoint, arguments.data)
     weights = read_weights(checkpoint.weights_file)
     pack = open_pack(data_path, "test")
     if arguments.puzzles is not None:
@@ -100,7 +100,7 @@ def _all_steps(model: ACTLossHead, loader: EvalLoader, sizes: ModelSizes, world:
     return _row(throughput.per_second(), _of_all_sets(metrics))
 
 
-def _as_asked_for(model: ACTLossHead, loader: EvalLoader, sizes: ModelSizes, world: World) -> Row:
+def _early_halting(model: ACTLossHead, loader: EvalLoader, sizes: ModelSizes, world: World) -> Row:
     throughput, sums = Throughput(world), MetricSums(world)
     early = EarlyHalting(model, sizes.batch_size, world.device)
     for set_name, puzzles, predictions in early.answer(parts_of(loader, world), throughput):
@@ -110,7 +110,7 @@ def _as_asked_for(model: ACTLossHead, loader: EvalLoader, sizes: ModelSizes, wor
 
 _WAYS: dict[str, Callable[[ACTLossHead, EvalLoader, ModelSizes, World], Row]] = {
     "all": _all_steps,
-    "as asked for": _as_asked_for,
+    "early halting": _early_halting,
 }
 
 

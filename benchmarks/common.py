@@ -277,8 +277,8 @@ def batches(data_path: str | None, shape: Shape, scratch: Path, count: int = 100
     return pack, loader.iterate(0)
 
 
-def data_of(checkpoint: Checkpoint, given: str | None) -> str:
-    """The path of the pack that is given by --data, or else that a checkpoint was trained on.
+def data_path_of(checkpoint: Checkpoint, given: str | None) -> str:
+    """The path of the pack that --data gives, or else of the one that a checkpoint was trained on.
 
     Raises:
         UserError: neither is known.

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import data_of, machine, make_parser, picture_file, run_command, write_results
+from benchmarks.common import data_path_of, machine, make_parser, picture_file, run_command, write_results
 from hrm.batch import Batch
 from hrm.checkpoint.weights import find_checkpoint, read_weights
 from hrm.config import EnsembleConfig
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     mixes = _mixes(arguments, [*noises])
 
     checkpoints = [find_checkpoint(name) for name in arguments.checkpoints]
-    data_path = data_of(checkpoints[0], arguments.data)
+    data_path = data_path_of(checkpoints[0], arguments.data)
     pack = spread_out(open_pack(data_path, "test"), arguments.puzzles)
     symmetries = symmetries_of(pack, max(mix.augmentations for mix in mixes))
     rules = task_of(pack).rules(PuzzleSize.of(pack))

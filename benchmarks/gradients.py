@@ -29,7 +29,7 @@ from benchmarks.common import (
     PUBLISHED,
     Shape,
     batches,
-    data_of,
+    data_path_of,
     machine,
     make_parser,
     markdown,
@@ -64,8 +64,8 @@ class _Work:
     weights_file: Path
     pack: Pack
     sizes: ModelSizes
-    batches: list[Batch]
-    kept: list[int]
+    batches: list[Batch]  # one for each step, from the first
+    kept: list[int]  # the steps to compare, from 1 on
     device: torch.device
 
     def by(self, preset: str, halted: Sequence[Tensor] | None = None) -> tuple[Steps, list[Tensor]]:
@@ -82,6 +82,7 @@ class _Work:
         return observe(model.train(), self.batches, self.kept, halted)
 
     def by_published(self, theirs: Published, halted: Sequence[Tensor], compiled: bool) -> Steps:
+        """The steps by the published code."""
         path, device = self.pack.path, self.device
         return theirs.gradients(
             self.arch, path, self.weights, self.batches, halted, self.kept, device, compiled=compiled
@@ -93,10 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="as evaluate.py takes it")
     parser.add_argument("--data", help="a pack; default: the one that the checkpoint was trained on")
     parser.add_argument("--presets", default="naive,auto", help="several of config/kernels/")
-    parser.add_argument(
-        "--steps", default="1,2,4,8,16", help="which training steps are looked at; the last one ends it"
-    )
-    parser.add_argument("--dtype", choices=DTYPES[1:], help="to compute in; default: as in training")
+    parser.add_argument("--steps", default="1,2,4,8,16", help="which training steps to compare; the last ends the run")
+    parser.add_argument("--dtype", choices=DTYPES[1:], help="of all but float32; default: as in training")
     parser.add_argument("--batch-size", type=int, default=384)
     parser.add_argument("--published", type=Path, metavar="CHECKOUT", help="the published code's checkout too")
     arguments = parser.parse_args(argv)
@@ -121,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "puzzles": f"{len(work.batches[0]['inputs'])} at a time of {work.pack.path}/train",
             "float32": f"{_DEFINITION} in it; what the other rows are compared with",
             "dtype": work.arch.forward_dtype,
-            "loss, lm loss, q_continue loss": "of the other rows, by how many percent they differ",
+            "loss, lm loss, q_continue loss": "of float32, a sequence; of others, by how many percent they differ",
             "logits, gradients": "norm of the difference / norm",
             "signs": "share of the gradients' elements whose sign is the same",
             "q": "root mean square of the differences of q_halt and q_continue, logits",
@@ -143,11 +142,14 @@ def _published_ways() -> dict[str, bool]:
 
 
 def _work(arguments: argparse.Namespace, device: torch.device, scratch: Path) -> _Work:
-    kept = [int(number) for number in arguments.steps.split(",")]
+    try:
+        kept = [int(number) for number in arguments.steps.split(",")]
+    except ValueError:
+        raise UserError(f"--steps {arguments.steps} is no list of numbers: give some, such as 1,2,4.") from None
     if min(kept) < 1:
         raise UserError(f"--steps {arguments.steps} is too small: give 1 or more.")
     checkpoint = find_checkpoint(arguments.checkpoint)
-    data_path = data_of(checkpoint, arguments.data)
+    data_path = data_path_of(checkpoint, arguments.data)
     metadata = open_pack(data_path, "train").metadata
     pack, stream = batches(data_path, Shape(arguments.batch_size, metadata.seq_len), scratch, max(kept))
     sizes = ModelSizes(arguments.batch_size, metadata.seq_len, metadata.vocab_size, metadata.num_puzzle_identifiers)

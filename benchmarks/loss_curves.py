@@ -3,9 +3,9 @@
 python -m benchmarks.loss_curves --data data/sudoku-extreme-1k-aug-1000
 
 A preset passes if its curve, from the same seed, stays as close to the definition's as the definition's own curves from
-other seeds do. Exits with 1 if one does not. One that differs as another seed does is refused in one of --seeds calls.
-Sequences begin together, and their first ACT steps have the largest losses: points are comparable where --window is a
-multiple of arch.halt_max_steps, and once sequences halt early, where it holds many ACT steps.
+other seeds do. Exits with 1 if one does not; by chance alone, one that differs as another seed does fails in one of
+--seeds calls. All sequences begin together, and losses are largest in their first ACT steps: points of a curve are
+comparable where --window is a multiple of arch.halt_max_steps and, once sequences halt early, many times that.
 
 For a long run of few presets, compare with another one than the definition and without a judgement:
 

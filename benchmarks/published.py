@@ -144,7 +144,8 @@ class Published:
             arch, batch_size, compiled: as for `measure`.
 
         Returns:
-            `test`: metrics of the split; `puzzles/s`, after a first batch that compiles; `stand-ins`, as of `measure`.
+            `test`: metrics, averaged over the puzzles of all sets; `puzzles/s`, after a first batch that compiles;
+            `stand-ins`, as of `measure`.
 
         Raises:
             UserError: the published code has no such option, or fails; the sentence ends with its last line.
@@ -164,20 +165,14 @@ class Published:
             window: steps that a point of the curve is the mean of.
 
         Returns:
-            `test`: metrics of the test split; `curve`: for each window its last `step`, `lm_loss` and, where a sequence
-            halted, `exact_accuracy` and ACT `steps`; `steps`; `minutes`, compiling and evaluating included;
-            `stand-ins`, as of `measure`.
+            `test`: metrics, averaged over the puzzles of all sets; `curve`: for each window its last `step`, `lm_loss`
+            and, where a sequence halted, `exact_accuracy` and ACT `steps`; `steps`; `minutes`, compiling and evaluating
+            included; `stand-ins`, as of `measure`.
 
         Raises:
             UserError: the published code has no such option, or fails; the sentence ends with its last line.
         """
-        if config.optim.name != "adam_atan2":
-            raise UserError(f"the published code has no optim={config.optim.name}: take optim=adam_atan2.")
-        request = _request("learn", config.arch, pack, config.global_batch_size, device) | {
-            "config": {name: getattr(config, name) for name in _TRAINING},
-            "window": window,
-        }
-        return self._ask(request)
+        return self._ask(training_request(config, pack, device) | {"window": window})
 
     def _ask(self, request: Mapping[str, Any], compiled: bool | None = None) -> dict[str, Any]:
         """What its process answers."""
@@ -209,6 +204,18 @@ def _request(work: str, arch: Any, pack: Path, batch_size: int, device: torch.de
         "device": device.type,
         "threads": torch.get_num_threads(),
     }
+
+
+def training_request(config: PretrainConfig, pack: Path, device: torch.device) -> dict[str, Any]:
+    """What its process must know to train as `config` says, as far as the published code has its options.
+
+    Raises:
+        UserError: it does not have the architecture, an option of it that is not as it is there, or the optimizer.
+    """
+    if config.optim.name != "adam_atan2":
+        raise UserError(f"the published code has no optim={config.optim.name}: take optim=adam_atan2.")
+    request = _request("learn", config.arch, pack, config.global_batch_size, device)
+    return request | {"config": {name: getattr(config, name) for name in _TRAINING}}
 
 
 def published_arch(arch: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle, islice, repeat
@@ -270,8 +271,7 @@ class Published:
                 sums = dict.fromkeys((*sums, "count"), 0.0)
         self.state.model.eval()
         loader, metadata = self._dataset("test", 1)
-        found = self.pretrain.evaluate(self.config, self.state, loader, metadata, rank=0, world_size=1)
-        test = {name: float(value) for name, value in found[metadata.sets[0]].items()}
+        test = self._evaluate(list(loader), metadata)
         steps = self.state.total_steps
         return {"test": test, "curve": curve, "steps": steps, "minutes": (time.perf_counter() - began) / 60}
 
@@ -301,15 +301,19 @@ class Published:
         self.state.model.eval()
         loader, metadata = self._dataset("test", 1)
         batches = list(loader)
-
-        def evaluated(some: list[Any]) -> dict[str, Any]:
-            found = self.pretrain.evaluate(self.config, self.state, some, metadata, rank=0, world_size=1)
-            return {name: float(value) for name, value in found[metadata.sets[0]].items()}
-
-        evaluated(batches[:1])
-        test: dict[str, Any] = {}
-        ms = self.timed(lambda: test.update(evaluated(batches)))
+        self._evaluate(batches[:1], metadata)
+        test: dict[str, float] = {}
+        ms = self.timed(lambda: test.update(self._evaluate(batches, metadata)))
         return {"test": test, "puzzles/s": 1000 * sum(count for _, _, count in batches) / ms}
+
+    def _evaluate(self, batches: Sequence[tuple[str, Any, int]], metadata: Any) -> dict[str, float]:
+        """Metrics of its `evaluate`, averaged over the puzzles of all sets that have some here."""
+        found = self.pretrain.evaluate(self.config, self.state, batches, metadata, rank=0, world_size=1)
+        counts: Counter[str] = Counter()
+        for set_name, _, count in batches:
+            counts[set_name] += count
+        names = found[batches[0][0]]
+        return {name: sum(counts[of] * float(found[of][name]) for of in counts) / counts.total() for name in names}
 
     # ---- what can be asked for: each yields milliseconds
 

@@ -68,8 +68,8 @@ class EvaluateConfig:
     # q_continue_logits.
     save_outputs: list[str] = field(default_factory=list)
     output_dir: str | None = None  # folder of saved outputs and pictures; null: the checkpoint's folder
-    # Sequences evaluated at a time, over all ranks; null: as in training, and with input as many as it has, up to 256
-    # on a GPU (as for a pipe) and 16 on a CPU.
+    # Sequences evaluated at a time, over all ranks; null: as in training. With input, null: as many as it has, up to 16
+    # on a CPU and 256 on a GPU, where a pipe always gets 256.
     global_batch_size: int | None = None
     # Solve this one puzzle, row by row, instead of the test split (Sudoku: digits, 0 or . for blanks; mazes: # SGo).
     puzzle: str | None = None
@@ -78,9 +78,9 @@ class EvaluateConfig:
     input: str | None = None
     output: str | None = None  # with input: the file of answers, JSON lines; null or -: stdout
     show: int = 0  # number of test puzzles to print and draw, with the training curves, as PNG
-    # When sequences halt. full: after all ACT steps; halt: where q_halt > q_continue, or with puzzle, a board whose
-    # rules are known, where the answer then keeps them too; both: one after the other, compared; auto: full, but halt
-    # with input and puzzle.
+    # When sequences halt. full: after all ACT steps; halt: where q_halt > q_continue (with puzzle, if its rules are
+    # known: once the answer keeps them as well); both: one after the other, compared; auto: full, but halt with input
+    # or puzzle.
     act: str = "auto"
     act_margin: float = 0.0  # with act=halt, sequences halt where q_halt > q_continue + act_margin
     act_max_steps: int | None = None  # ACT steps at most, more or fewer than in training; null: as in training

@@ -102,7 +102,7 @@ class Halting(NamedTuple):
 def follow(
     model: ACTLossHead, batch: Batch, num_steps: int, noise: Noise | None = None, halting: Halting | None = None
 ) -> Answers:
-    """A path of so many ACT steps, or fewer by `halting`, which looks at each and waits for the device.
+    """A path of so many ACT steps, or of fewer with `halting`, for which the host waits for each step.
 
     Args:
         model: in evaluation mode.
@@ -167,7 +167,7 @@ def make_follower(
 
     Args:
         num_steps: ACT steps of a path; None: the model's.
-        halting: of use where no graphs are recorded, which have all steps.
+        halting: ignored where a graph is recorded, which has all steps.
     """
     most = num_steps or model.halt_max_steps
     graphed = model.kernels.cuda_graphs

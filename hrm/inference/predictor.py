@@ -367,7 +367,8 @@ def sequences_at_once(device: torch.device) -> int:
 def slots_for(sequences: int, most: int, *, compiled: bool) -> int:
     """As many as sequences, rounded up to one of few numbers, for each of which work is recorded or compiled once.
 
-    That is a power of 2, or of 16 where code is compiled for each number: that takes a minute, and PyTorch has a limit.
+    That is a power of 2, or of 16 where code is compiled for each number: that takes a minute, and PyTorch stops after
+    some numbers.
     """
     slots = 1
     while slots < min(sequences, most):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.published import published_arch
+from benchmarks.published import training_request
 from hrm.config import PretrainConfig
 from hrm.config.compose import compose
 from hrm.data.loader import TrainLoader
@@ -23,8 +23,6 @@ CHECKOUT = os.environ.get("HRM_CHECKOUT", "")
 SCRIPT = Path(__file__).resolve().parents[1] / "helpers" / "published_training.py"
 STEPS = 30
 BATCH = 12
-OPTIONS = ("epochs", "lr", "lr_min_ratio", "lr_warmup_steps", "weight_decay", "beta1", "beta2")
-OPTIONS += ("puzzle_emb_lr", "puzzle_emb_weight_decay", "seed")
 
 pytestmark = [
     pytest.mark.slow,
@@ -43,17 +41,13 @@ def test_thirty_steps_from_the_same_weights_on_the_same_batches(tmp_path: Path) 
     pack = open_pack(tmp_path / "pack", "train")
     state = initial_state(replace(config, seed=3), pack, World(0, 1, torch.device("cpu")))
     with torch.no_grad():  # so that some halt early, and others do not
-        state.model.model.inner.q_head.weight.normal_(generator=torch.Generator().manual_seed(0))
-        state.model.model.inner.q_head.bias.zero_()
+        q_head = state.model.model.inner.q_head
+        q_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+        assert q_head.bias is not None
+        q_head.bias.zero_()
     before = {name: weight.clone() for name, weight in state.model.state_dict().items()}
     batches = list(islice(TrainLoader(pack, BATCH, 0, epochs_per_pass=30).iterate(0), STEPS))
-    request = {
-        "device": "cpu",
-        "batch_size": BATCH,
-        "pack": str(tmp_path / "pack"),
-        "arch": published_arch(config.arch),
-    }
-    request["config"] = {name: getattr(config, name) for name in OPTIONS}
+    request = training_request(config, tmp_path / "pack", torch.device("cpu"))
     given, found = tmp_path / "given.pt", tmp_path / "found.pt"
     torch.save({"request": request, "weights": before, "batches": batches}, given)
     command = [sys.executable, "-P", str(SCRIPT), CHECKOUT, str(given), str(found)]
