@@ -176,6 +176,8 @@ def _compare(ways: Mapping[str, Callable[[], Steps]], reference: Steps) -> tuple
         try:
             for number, step in way().items():
                 rows.append({"kernels": name, "step": number, **differences(step, reference[number])})
+                if "stand-ins" in step:
+                    rows[-1]["stand-ins"] = " and ".join(step["stand-ins"])
                 print(rows[-1], flush=True)
                 of_steps.append(_by_group(step["gradients"], reference[number]["gradients"]))
         except UserError as error:

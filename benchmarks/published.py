@@ -112,7 +112,10 @@ class Published:
         Args:
             weights: a state dict of ours.
             arch, pack, compiled: as for `measure`.
-            batches, halted, kept: as for `benchmarks.published_side.observe`, of which this is the first result.
+            batches, halted, kept: as for `benchmarks.published_side.observe`.
+
+        Returns:
+            The first result of `observe`, each step with `stand-ins`, as of `measure`, besides.
 
         Raises:
             UserError: the published code has no such option, or fails; the sentence ends with its last line.
@@ -122,9 +125,9 @@ class Published:
         with tempfile.TemporaryDirectory() as folder:
             given, found = Path(folder, "given.pt"), Path(folder, "found.pt")
             torch.save({"weights": dict(weights), "batches": list(batches), "halted": list(halted)}, given)
-            self._ask(request | {"kept": list(kept), "given": str(given), "found": str(found)}, compiled)
+            answer = self._ask(request | {"kept": list(kept), "given": str(given), "found": str(found)}, compiled)
             steps: dict[int, dict[str, Any]] = torch.load(found, map_location=device, weights_only=True)
-            return steps
+            return {number: step | {"stand-ins": answer["stand-ins"]} for number, step in steps.items()}
 
     def answer(
         self,

@@ -44,7 +44,7 @@ from benchmarks.common import BASELINE, Shape, batches, run_command
 from hrm.batch import Batch
 from hrm.config import PretrainConfig
 from hrm.config.compose import compose
-from hrm.data.pack import Pack, PackMetadata, PackSet
+from hrm.data.pack import Pack, PackMetadata, PackSet, open_pack, write_split
 from hrm.errors import EXIT_USER_ERROR, UserError
 from hrm.evaluation.early_halting import EarlyHalting
 from hrm.evaluation.report.plots import Metric, figure_of, run_panel
@@ -565,11 +565,19 @@ def test_the_published_code_on_a_trained_model(trained: Path, tmp_path: Path, mo
     rows = [row for row in rows_of(tmp_path / "gradients") if row["kernels"] == "published, eager"]
     assert len(rows) == 3
     for row in rows:
+        assert "stand-ins" in row
         assert row["gradients"] < 1e-4
         assert row["q"] < 1e-4
         assert row["target"] < 1e-5
         assert row["other decisions"] == 0
-    answering.main([*arguments, "--puzzles", "20", "--output-dir", str(tmp_path / "answering")])
+    pack = open_pack(trained / "pack", "test")
+    sets = {"few": ensembles.spread_out(pack, 5).sets["all"], "many": pack.sets["all"]}
+    two_sets = Path(shutil.copytree(trained / "pack", tmp_path / "two_sets"))
+    shutil.rmtree(two_sets / "test")
+    total = pack.metadata.total_groups + 5
+    write_split(two_sets / "test", replace(pack.metadata, sets=tuple(sets), total_groups=total), sets)
+    arguments += ["--data", str(two_sets), "--puzzles", "20"]
+    answering.main([*arguments, "--output-dir", str(tmp_path / "answering")])
     ours, _, theirs = rows_of(tmp_path / "answering")
     for name in ("exact, %", "cells, %", "q_halt right, %", "steps a puzzle"):
         assert theirs[name] == pytest.approx(ours[name], abs=0.01)
