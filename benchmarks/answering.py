@@ -14,7 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import PUBLISHED, data_path_of, machine, make_parser, reset_peak, run_command, write_results
+from benchmarks.common import (
+    PUBLISHED,
+    data_path_of,
+    machine,
+    make_parser,
+    over_all_sets,
+    reset_peak,
+    run_command,
+    write_results,
+)
 from benchmarks.ensembles import spread_out
 from benchmarks.published import Published
 from hrm.checkpoint.weights import find_checkpoint, read_weights
@@ -97,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _all_steps(model: ACTLossHead, loader: EvalLoader, sizes: ModelSizes, world: World) -> Row:
     throughput = Throughput(world)
     metrics, _ = evaluate(model, loader, world, throughput=throughput)
-    return _row(throughput.per_second(), _of_all_sets(metrics))
+    return _row(throughput.per_second(), over_all_sets(metrics))
 
 
 def _early_halting(model: ACTLossHead, loader: EvalLoader, sizes: ModelSizes, world: World) -> Row:
@@ -105,23 +114,13 @@ def _early_halting(model: ACTLossHead, loader: EvalLoader, sizes: ModelSizes, wo
     early = EarlyHalting(model, sizes.batch_size, world.device)
     for set_name, puzzles, predictions in early.answer(parts_of(loader, world), throughput):
         sums.add(set_name, halting_metrics(puzzles, predictions))
-    return _row(throughput.per_second(), _of_all_sets(sums.averages()))
+    return _row(throughput.per_second(), over_all_sets(sums.averages()))
 
 
 _WAYS: dict[str, Callable[[ACTLossHead, EvalLoader, ModelSizes, World], Row]] = {
     "all": _all_steps,
     "early halting": _early_halting,
 }
-
-
-def _of_all_sets(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Averages over the puzzles of all sets."""
-    count = sum(of_set["count"] for of_set in metrics.values())
-    names = ("exact_accuracy", "accuracy", "q_halt_accuracy", "steps")
-    return {
-        name: sum(of_set[name] * of_set["count"] for of_set in metrics.values() if of_set["count"]) / count
-        for name in names
-    }
 
 
 def _row(puzzles_per_second: float, metrics: Mapping[str, float]) -> Row:

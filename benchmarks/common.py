@@ -289,6 +289,14 @@ def data_path_of(checkpoint: Checkpoint, given: str | None) -> str:
     return data_path
 
 
+def over_all_sets(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Averages over the puzzles of all test sets, from those of each and its `count`."""
+    counts = {name: of_set["count"] for name, of_set in metrics.items() if of_set["count"]}
+    total = sum(counts.values())
+    names = [name for name in metrics[next(iter(counts))] if name != "count"]
+    return {name: sum(count * metrics[of][name] for of, count in counts.items()) / total for name in names}
+
+
 def _random_pack(path: Path, seq_len: int, count: int = 1000, vocab_size: int = 6) -> Pack:
     if not path.exists():
         rng = np.random.default_rng(0)

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine, make_parser, reset_peak, run_command, write_results
+from benchmarks.common import machine, make_parser, over_all_sets, reset_peak, run_command, write_results
 from benchmarks.published import Published
 from benchmarks.sittings import Run, Sittings, add_options, numbers_of
 from hrm.config import PretrainConfig
@@ -93,7 +93,7 @@ def _ours(options: Sequence[str]) -> dict[str, Any]:
         if "train/lm_loss" in record
     ]
     minutes = (time.perf_counter() - began) / 60
-    return {"test": result.metrics["all"], "curve": curve, "steps": result.step, "minutes": minutes}
+    return {"test": over_all_sets(result.metrics), "curve": curve, "steps": result.step, "minutes": minutes}
 
 
 def measures(run: Mapping[str, Any]) -> dict[str, float]:

@@ -75,7 +75,7 @@ def attention(qkv: Tensor, rotary: RotaryTables | None, num_heads: int, *, gluon
         rotary: tables as `naive.rotary_tables` makes them (the halves of a row alike), for T tokens and heads of
             D / num_heads features, or None.
         num_heads: heads of 16, 32, 64 or 128 features.
-        gluon: use the kernels made for Hopper in Gluon where they pay.
+        gluon: use the kernel made for Hopper in Gluon where it pays, for long sequences.
 
     Returns:
         [B, T, D] in the dtype of `qkv`, differentiable in `qkv`.
