@@ -131,9 +131,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"x {_DEFINITION}, x {PUBLISHED}": "gradients / gradients of that row",
         }
     print(write_results("gradients", about, rows, arguments.output_dir, groups=groups))
-    print(
-        f"\nGradients by kind of parameter, norm of the difference / norm, median of the steps:\n\n{markdown(groups)}"
-    )
+    if groups:
+        title = "Gradients by kind of parameter, norm of the difference / norm, median of the steps"
+        print(f"\n{title}:\n\n{markdown(groups)}")
 
 
 def _published_ways() -> dict[str, bool]:
