@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hrm.errors import UserError
+
+
+def is_special(file: Path) -> bool:
+    """Whether it is a device, a pipe, or a name of an open file in /dev: written into, never removed."""
+    try:
+        mode = file.stat().st_mode
+    except OSError:  # nothing is there, or a link to nothing
+        return False
+    names_open_file = file.is_symlink() and file.absolute().parent in (Path("/dev"), Path("/dev/fd"))
+    return names_open_file or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 @contextmanager
@@ -16,6 +27,8 @@ def new_file(file: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written.
     """
+    if is_special(file):
+        raise UserError(f"{file} is no regular file: give another one.")
     try:
         file.unlink(missing_ok=True)
         yield file

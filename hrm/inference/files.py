@@ -25,7 +25,7 @@ from hrm.inference.predictor import PredictOptions
 from hrm.output import silence
 from hrm.reading import open_lines, parse_json, read_json
 from hrm.tasks.form import Puzzle
-from hrm.writing import new_file
+from hrm.writing import is_special, new_file
 
 STANDARD = "-"
 _MOST_LINE = 1 << 24
@@ -104,7 +104,10 @@ def _lines(stream: Iterable[str]) -> Iterator[Line]:
     first = next(filled, None)
     if first is None:
         return
-    header = [name.strip() for name in next(csv.reader([first[1]]), [])]
+    try:
+        header = [name.strip() for name in next(csv.reader([first[1]]), [])]
+    except csv.Error:  # such as a cell of more than 131,072 characters
+        header = []
     if len(header) > 1 and set(header) & set(_COLUMNS):
         for number, text in filled:
             yield _csv_line(number, text, header)
@@ -282,19 +285,23 @@ def predict_file(model: TrainedModel, source: str, target: str, options: Predict
 
 @contextmanager
 def _open_output(target: str) -> Iterator[TextIO]:
-    if target != STANDARD:
+    if target != STANDARD and not is_special(Path(target)):
         with new_file(Path(target)) as file, file.open("x", encoding="utf-8") as stream:
             yield stream
         return
-    stream = io.TextIOWrapper(os.fdopen(os.dup(sys.stdout.fileno()), "wb"), encoding="utf-8", newline="\n")
     try:
-        yield stream
-        stream.flush()
-    except BrokenPipeError:
-        silence(stream)
-    finally:
-        with suppress(OSError, ValueError):
-            stream.close()
+        number = os.dup(sys.stdout.fileno()) if target == STANDARD else os.open(target, os.O_WRONLY)
+        stream = io.TextIOWrapper(os.fdopen(number, "wb"), encoding="utf-8", newline="\n")
+        try:
+            yield stream
+            stream.flush()
+        except BrokenPipeError:
+            silence(stream)
+        finally:
+            with suppress(OSError, ValueError):
+                stream.close()
+    except OSError as error:
+        raise UserError(f"output={target} cannot be written ({error.strerror or error}): give a file.") from error
 
 
 def _bar() -> tqdm[Any]:

@@ -16,8 +16,10 @@ import pytest
 import hrm
 from hrm import cli
 from hrm.data.builders import custom as build_custom_dataset
+from hrm.errors import UserError
 from hrm.inference.command import EXIT_UNANSWERED
 from hrm.tasks.form import PuzzleForm
+from hrm.writing import new_file
 from tests.helpers.entry_points import ROOT, run_script, train
 from tests.helpers.inference import untrained
 
@@ -147,6 +149,27 @@ def test_bad_lines_are_named_and_the_others_answered(small: Path, tmp_path: Path
     found = answered(tmp_path, small, written(tmp_path / "b.csv", *rows), status=EXIT_UNANSWERED)
     assert ["error" in record for record in found] == [False, True, True]
     assert found[1]["error"] == "line 3: it has 1 cells, but the header has 2"
+
+
+def test_a_first_line_too_long_for_csv_is_an_input_as_any(small: Path, tmp_path: Path) -> None:
+    long, board = answered(
+        tmp_path, small, written(tmp_path / "a.txt", "1" * 200_000, "." * 16), status=EXIT_UNANSWERED
+    )
+    assert "No Sudoku board has 200000 cells" in long["error"]
+    assert "answer" in board
+
+
+def test_output_into_a_pipe_or_a_device_leaves_it_there(small: Path, tmp_path: Path) -> None:
+    pipe, source = tmp_path / "pipe", written(tmp_path / "a.txt", "." * 16)
+    os.mkfifo(pipe)
+    argv = [*PREDICT, "device=cpu", f"checkpoint={small}", f"input={source}", f"output={pipe}"]
+    with subprocess.Popen(argv, stderr=-1, text=True, env=ENVIRONMENT) as process:
+        assert [record["index"] for record in records(pipe.read_text())] == [0]
+    assert process.returncode == 0
+    assert pipe.is_fifo()
+    with pytest.raises(UserError, match="is no regular file"), new_file(pipe):
+        pass
+    assert pipe.is_fifo()
 
 
 def test_a_row_of_a_board_is_told_how_to_become_one(small: Path, tmp_path: Path) -> None:
