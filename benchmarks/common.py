@@ -27,7 +27,9 @@ from benchmarks.published import Published
 from hrm.batch import Batch
 from hrm.checkpoint.weights import Checkpoint
 from hrm.config import PretrainConfig
+from hrm.config.checks import neighbours
 from hrm.config.compose import compose
+from hrm.config.paths import choices_of
 from hrm.data.loader import TrainLoader
 from hrm.data.pack import Pack, PackMetadata, PackSet, open_pack, write_split
 from hrm.distributed.world import World, join_world
@@ -109,9 +111,10 @@ def compare_presets(
     parser.add_argument("--each", default="", help="an option and its values, e.g. kernels.recompute=none,block,module")
     parser.add_argument("--published", type=Path, metavar="CHECKOUT", help="time the published code's checkout too")
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py, e.g. arch=hrm_small")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     theirs = Published(arguments.published) if arguments.published else None
     option, _, values = arguments.each.partition("=")
+    presets = presets_of(arguments.presets)
     variants = [{option: value} for value in values.split(",")] if option else [{}]
 
     rows = []
@@ -119,7 +122,7 @@ def compare_presets(
         ceiling = matmul_tflops(world.device)
         for shape in map(Shape.parse, arguments.shapes.split(",")):
             measured: list[dict[str, Any]] = []
-            for preset, variant in itertools.product(arguments.presets.split(","), variants):
+            for preset, variant in itertools.product(presets, variants):
                 row = {"kernels": preset, "S": shape.seq_len, "batch": shape.batch_size, **variant}
                 try:
                     chosen = [*arguments.overrides, *(f"{name}={value}" for name, value in variant.items())]
@@ -275,6 +278,18 @@ def batches(data_path: str | None, shape: Shape, scratch: Path, count: int = 100
     epochs = 1 + count * shape.batch_size // pack.metadata.total_groups
     loader = TrainLoader(pack, shape.batch_size, 0, epochs_per_pass=epochs, pin_memory=torch.cuda.is_available())
     return pack, loader.iterate(0)
+
+
+def presets_of(text: str) -> list[str]:
+    """The kernel presets that `--presets` names.
+
+    Raises:
+        UserError: one of them is not there.
+    """
+    names, there = text.split(","), choices_of("kernels")
+    if unknown := [name for name in names if name not in there]:
+        raise UserError(f"--presets {unknown[0]} is not a choice; {neighbours(unknown[0], there)}")
+    return names
 
 
 def data_path_of(checkpoint: Checkpoint, given: str | None) -> str:

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_options(parser)
     parser.add_argument("--picture", type=picture_file, help="draw it, as .svg or .png")
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py for all models")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.minutes <= 0:
         raise UserError(f"--minutes {arguments.minutes:g} is too short: give more than 0.")
     names, seeds = _names(arguments.models), numbers_of(arguments.seeds)

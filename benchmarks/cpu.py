@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of each work and way, at least")
     parser.add_argument("--seconds", type=float, default=10, help="of each work, for all ways together, at least")
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
 
     ways = {name: _way(name) for name in arguments.ways.split(";")}
     if arguments.published is None:

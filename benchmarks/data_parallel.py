@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py, e.g. arch=hrm_small")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
 
     def config(global_batch: int, options: Sequence[str] = ()) -> PretrainConfig:
         shape = Shape(global_batch, arguments.seq_len)

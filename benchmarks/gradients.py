@@ -33,6 +33,7 @@ from benchmarks.common import (
     machine,
     make_parser,
     markdown,
+    presets_of,
     run_command,
     write_results,
 )
@@ -99,13 +100,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=384)
     parser.add_argument("--published", type=Path, metavar="CHECKOUT", help="the published code's checkout too")
     arguments = parser.parse_args(argv)
+    presets = presets_of(arguments.presets)
     theirs = Published(arguments.published) if arguments.published else None
     with join_world(arguments.device) as world, tempfile.TemporaryDirectory() as scratch:
         work = _work(arguments, world.device, Path(scratch))
         reference, halted = work.in_float32()
         ways: dict[str, Callable[[], Steps]] = {
             preset: lambda preset=preset: work.by(preset, halted)[0]  # type: ignore[misc]
-            for preset in arguments.presets.split(",")
+            for preset in presets
         }
         with ThreadPoolExecutor(2) as threads:  # of the published code's processes, which take long to compile
             if theirs:

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep this code's runs, as FOLDER/seed-N")
     add_options(parser)
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py that both have, and kernels= of ours")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     codes, seeds = arguments.codes.split(","), numbers_of(arguments.seeds)
     if unknown := [code for code in codes if code not in CODES]:
         raise UserError(f"--codes {unknown[0]} is not a choice; there are {', '.join(CODES)}.")

@@ -34,6 +34,7 @@ from benchmarks.common import (
     make_parser,
     picture_file,
     preset_config,
+    presets_of,
     run_command,
     write_results,
 )
@@ -71,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--picture", type=picture_file, help="draw all curves into this SVG or PNG file")
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py, e.g. arch=hrm_small")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     steps, window, reference = arguments.steps, arguments.window, arguments.reference
+    presets = presets_of(arguments.presets) if arguments.presets else []
     if arguments.seeds < 1:
         raise UserError(f"--seeds {arguments.seeds} is too small: give at least 1.")
     if window < 1 or steps < 1 or steps % window:
@@ -96,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         courses |= {f"{reference}, seed {seed}": other for seed, other in enumerate(others, 1)}
         rows.append(_row(reference, first, window, spread))
         print(rows[-1], flush=True)
-        presets = arguments.presets or ",".join(name for name in PRESETS.split(",") if name != reference)
-        for preset in presets.split(","):
+        for preset in presets or [name for name in PRESETS.split(",") if name != reference]:
             try:
                 found = train(preset_config(preset, shape, arguments.overrides))
             except UserError as error:

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--network-latency", type=float, default=0.02, help="ms of an exchange, each doubling of hosts")
     parser.add_argument("--picture", type=picture_file, help="draw efficiency against GPUs to this .svg or .png")
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py, e.g. arch=hrm_small")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.measure:
         with join_world(arguments.device) as world:
             found = _measure(arguments, world)

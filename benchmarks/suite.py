@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--picture", type=picture_file, help="draw the table to this .svg or .png")
     parser.add_argument("overrides", nargs="*", help="options of pretrain.py, e.g. arch=hrm_small")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     names = arguments.ways.split(",")
     if unknown := [name for name in names if name not in WAYS]:
         parser.error(f"--ways {','.join(unknown)}: there are {', '.join(WAYS)}")

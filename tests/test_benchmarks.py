@@ -514,6 +514,8 @@ def test_gradients_of_a_trained_model_by_the_definition_are_those_of_float32(tra
     for steps, problem in (("0,1", "is too small"), ("1,", "is no list of numbers")):
         with pytest.raises(UserError, match=f"--steps {steps} {problem}"):
             gradients.main([*arguments, "--steps", steps])
+    with pytest.raises(UserError, match="--presets trito is not a choice; did you mean triton"):
+        gradients.main([*arguments, "--presets", "naive,trito"])
 
 
 def test_differences_of_gradients() -> None:
@@ -553,6 +555,9 @@ def test_answering_is_what_evaluate_does(trained: Path, tmp_path: Path) -> None:
     assert halting["steps a puzzle"] < full["steps a puzzle"]
     with pytest.raises(UserError, match="--puzzles 0 is too small"):
         answering.main([*arguments, "--puzzles", "0"])
+    random = str(batches(None, Shape(1, 20), tmp_path, 1)[0].path)
+    with pytest.raises(UserError, match="trained with"):
+        answering.main([*arguments, "--data", random])
 
 
 @needs_checkout
