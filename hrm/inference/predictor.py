@@ -283,11 +283,10 @@ class Predictor:
         size = self._batch_size(options)
         slots = size if self._is_one_shape else min(size, len(puzzles))
         margin, max_steps = options.halt_margin if options.halt else math.inf, self._max_steps(options)
-        pool = _BATCHES_IN_CHUNK * size
         engine = self._engines.get(
             slots,
-            (pool, margin, max_steps),
-            lambda: EarlyHalting(self._model, slots, self._device, margin, max_steps, pool),
+            (margin, max_steps),
+            lambda: EarlyHalting(self._model, slots, self._device, margin, max_steps, _BATCHES_IN_CHUNK * slots),
         )
         tokens, q_halt, steps = engine.answer_pool(as_batch(puzzles))
         return _Rows(tokens.numpy().astype(np.int64), q_halt.double().numpy(), steps.numpy().astype(np.int64))

@@ -139,7 +139,7 @@ def test_sequences_halt_where_the_model_says(small: TrainedModel, boards: Any) -
             halts.append((outputs["q_halt_logits"] > outputs["q_continue_logits"]).numpy())
     steps = [next((step for step in range(2) if halts[step][row]), 2) + 1 for row in range(len(boards))]
     assert len(set(steps)) == 3, "the weights give every case"
-    for batch_size in (1, 3, 64):
+    for batch_size in (1, 3, 64, 10**9):
         out = small.predict(boards, tokens=True, batch_size=batch_size)
         assert out.steps.tolist() == steps
         assert all((out.answers[row] == answers[step - 1][row]).all() for row, step in enumerate(steps))
