@@ -60,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pack = open_pack(data_path, "test")
     if arguments.puzzles is not None:
         pack = spread_out(pack, arguments.puzzles)
-    meta = pack.metadata
-    sizes = ModelSizes(arguments.batch_size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
+    sizes = ModelSizes.of(pack.metadata, arguments.batch_size)
     rows: list[Row] = []
     with join_world(arguments.device) as world:
         loader = EvalLoader(pack, arguments.batch_size, pin_memory=world.device.type == "cuda")
@@ -84,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 arch = arch_config(checkpoint.config["arch"], sizes.of_data(), where=f"{checkpoint.config_file}: arch")
                 with tempfile.TemporaryDirectory() as scratch:
                     same = Path(scratch)
-                    write_split(same / "test", meta, pack.sets)
+                    write_split(same / "test", pack.metadata, pack.sets)
                     (same / "train").symlink_to((pack.path / "train").resolve())
                     found = theirs.answer(arch, same, weights, arguments.batch_size, world.device)
-                row |= _row(found["puzzles/s"], found["test"])
+                row |= _row(found["puzzles/s"], over_all_sets(found["test"]))
                 row["stand-ins"] = " and ".join(found["stand-ins"])
             except UserError as error:
                 row["cannot run"] = str(error)

@@ -90,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pack = spread_out(open_pack(data_path, "test"), arguments.puzzles)
     symmetries = symmetries_of(pack, max(mix.augmentations for mix in mixes))
     rules = task_of(pack).rules(PuzzleSize.of(pack))
-    meta = pack.metadata
-    sizes = ModelSizes(arguments.batch_size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
+    sizes = ModelSizes.of(pack.metadata, arguments.batch_size)
     with join_world(arguments.device) as world:
         batches = [batch for _, batch, _ in EvalLoader(pack, arguments.batch_size)]
         models = []

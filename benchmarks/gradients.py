@@ -154,7 +154,7 @@ def _work(arguments: argparse.Namespace, device: torch.device, scratch: Path) ->
     data_path = data_path_of(checkpoint, arguments.data)
     metadata = open_pack(data_path, "train").metadata
     pack, stream = batches(data_path, Shape(arguments.batch_size, metadata.seq_len), scratch, max(kept))
-    sizes = ModelSizes(arguments.batch_size, metadata.seq_len, metadata.vocab_size, metadata.num_puzzle_identifiers)
+    sizes = ModelSizes.of(metadata, arguments.batch_size)
     arch = arch_config(checkpoint.config["arch"], sizes.of_data(), where=f"{checkpoint.config_file}: arch")
     return _Work(
         replace(arch, halt_exploration_prob=0.0, forward_dtype=arguments.dtype or arch.forward_dtype),

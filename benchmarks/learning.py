@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 with tempfile.TemporaryDirectory() as scratch:
                     folder = (arguments.keep or Path(scratch)) / f"seed-{seed}"
                     found = _ours([*chosen, f"log_interval={window}", f"checkpoint_path={folder}"])
+            found["test"] = over_all_sets(found["test"])
             sittings.add({"code": code, "seed": seed, "device": about["device"], **found})
             print({name: value for name, value in sittings.runs[-1].items() if name != "curve"}, flush=True)
     rows = [row_of(code, runs) for code in codes if (runs := sittings.of(code=code))]
@@ -93,7 +94,7 @@ def _ours(options: Sequence[str]) -> dict[str, Any]:
         if "train/lm_loss" in record
     ]
     minutes = (time.perf_counter() - began) / 60
-    return {"test": over_all_sets(result.metrics), "curve": curve, "steps": result.step, "minutes": minutes}
+    return {"test": result.metrics, "curve": curve, "steps": result.step, "minutes": minutes}
 
 
 def measures(run: Mapping[str, Any]) -> dict[str, float]:

@@ -147,7 +147,7 @@ class Published:
             arch, batch_size, compiled: as for `measure`.
 
         Returns:
-            `test`: metrics, averaged over the puzzles of all sets; `puzzles/s`, after a first batch that compiles;
+            `test`: metrics of each test set and its `count`; `puzzles/s`, after a first batch that compiles;
             `stand-ins`, as of `measure`.
 
         Raises:
@@ -168,8 +168,8 @@ class Published:
             window: steps that a point of the curve is the mean of.
 
         Returns:
-            `test`: metrics, averaged over the puzzles of all sets; `curve`: for each window its last `step`, `lm_loss`
-            and, where a sequence halted, `exact_accuracy` and ACT `steps`; `steps`; `minutes`, compiling and evaluating
+            `test`: metrics of each test set and its `count`; `curve`: for each window its last `step`, `lm_loss` and,
+            where a sequence halted, `exact_accuracy` and ACT `steps`; `steps`; `minutes`, compiling and evaluating
             included; `stand-ins`, as of `measure`.
 
         Raises:

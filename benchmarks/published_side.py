@@ -302,18 +302,20 @@ class Published:
         loader, metadata = self._dataset("test", 1)
         batches = list(loader)
         self._evaluate(batches[:1], metadata)
-        test: dict[str, float] = {}
+        test: dict[str, dict[str, float]] = {}
         ms = self.timed(lambda: test.update(self._evaluate(batches, metadata)))
         return {"test": test, "puzzles/s": 1000 * sum(count for _, _, count in batches) / ms}
 
-    def _evaluate(self, batches: Sequence[tuple[str, Any, int]], metadata: Any) -> dict[str, float]:
-        """Metrics of its `evaluate`, averaged over the puzzles of all sets that have some here."""
+    def _evaluate(self, batches: Sequence[tuple[str, Any, int]], metadata: Any) -> dict[str, dict[str, float]]:
+        """Metrics of its `evaluate` for each set that has puzzles here, and their `count`."""
         found = self.pretrain.evaluate(self.config, self.state, batches, metadata, rank=0, world_size=1)
         counts: Counter[str] = Counter()
         for set_name, _, count in batches:
             counts[set_name] += count
-        names = found[batches[0][0]]
-        return {name: sum(counts[of] * float(found[of][name]) for of in counts) / counts.total() for name in names}
+        return {
+            set_name: {"count": count, **{name: float(value) for name, value in found[set_name].items()}}
+            for set_name, count in counts.items()
+        }
 
     # ---- what can be asked for: each yields milliseconds
 
@@ -385,33 +387,31 @@ def main() -> None:
     checkout, request = Path(sys.argv[1]).resolve(), json.load(sys.stdin)
     torch.set_num_threads(request["threads"])
     stand_ins = stand_in_for_what_is_missing()
-    published = Published(checkout, request)
+    answer = _answer_to(request, Published(checkout, request))
+    print(json.dumps(answer | {"stand-ins": stand_ins}), flush=True)
+
+
+def _answer_to(request: dict[str, Any], published: Published) -> dict[str, Any]:
     if request["work"] == "learn":
-        print(json.dumps(published.learn(request["window"]) | {"stand-ins": stand_ins}), flush=True)
-        return
+        return published.learn(request["window"])
     if request["work"] == "gradients":
         given = torch.load(request["given"], weights_only=True)
         torch.save(published.gradients(given, request["kept"]), request["found"])
-        print(json.dumps({"stand-ins": stand_ins}), flush=True)
-        return
+        return {}
     if request["work"] == "answer":
-        weights = torch.load(request["given"], weights_only=True)
-        print(json.dumps(published.answer(weights) | {"stand-ins": stand_ins}), flush=True)
-        return
+        return published.answer(torch.load(request["given"], weights_only=True))
     calls = 1 + request["warmup"] + request["repeats"]
     works = {"step": published.step, "evaluation": published.evaluation, "latency": published.latency}
     times = published.loop(calls) if request["work"] == "loop" else works[request["work"]]()
     first, *others = islice(times, calls)
     measured = others[request["warmup"] :]
     average = statistics.fmean if request["work"] == "loop" else statistics.median
-    answer = {
+    return {
         "ms": average(measured),
         "slowest of 20": sorted(measured)[-1 - len(measured) // 20],
         "first s": first / 1000,
         "GiB": torch.cuda.max_memory_allocated() / 2**30 if published.on_cuda else None,
-        "stand-ins": stand_ins,
     }
-    print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ from hrm.models.transformer import TransformerConfig
 from hrm.optim import AdamATan2
 from hrm.service.engine import Engine
 from hrm.tasks.form import Puzzle, PuzzleForm
+from tests.helpers.checkout import CHECKOUT, needs_checkout
 from tests.helpers.entry_points import evaluated, make_pack
 from tests.helpers.inference import untrained, untrained_halting_apart
 from tests.helpers.ranks import environment, on_ranks
@@ -60,8 +61,6 @@ from tests.helpers.ranks import environment, on_ranks
 pytestmark = pytest.mark.slow
 
 TINY = ["arch=hrm_small", "arch.hidden_size=32", "arch.num_heads=2", "arch.halt_max_steps=2", "device=cpu"]
-CHECKOUT = os.environ.get("HRM_CHECKOUT", "")
-needs_checkout = pytest.mark.skipif(not Path(CHECKOUT, "puzzle_dataset.py").is_file(), reason="HRM_CHECKOUT is not set")
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:

@@ -77,11 +77,11 @@ def _check_modes(config: EvaluateConfig) -> None:
     """UserError for options that have no meaning together."""
     outputs = {"save_outputs": config.save_outputs, "show": config.show, "report": config.report}
     asked = [name for name, value in outputs.items() if value]
-    if config.puzzle is not None and config.results is not None:
-        raise UserError("puzzle= cannot be used with results=: leave one of them out.")
-    if config.puzzle is not None and (asked or config.act == "both"):
-        raise UserError(f"puzzle= cannot be used with {(asked or ['act'])[0]}=: leave one of them out.")
     if config.puzzle is not None:
+        if config.results is not None:
+            raise UserError("puzzle= cannot be used with results=: leave one of them out.")
+        if asked or config.act == "both":
+            raise UserError(f"puzzle= cannot be used with {(asked or ['act'])[0]}=: leave one of them out.")
         return
     if asked and config.act == "halt":
         raise UserError(f"{asked[0]}= needs every step of every puzzle: take act=full or act=both.")
@@ -165,8 +165,7 @@ def _evaluate_split(
         make_folder(Path(config.report), "report")
     pin_memory = world.device.type == "cuda"
     loader = EvalLoader(pack, batch_size, world.rank, world.size, config.num_workers, pin_memory)
-    meta = pack.metadata
-    sizes = ModelSizes(batch_size // world.size, meta.seq_len, meta.vocab_size, meta.num_puzzle_identifiers)
+    sizes = ModelSizes.of(pack.metadata, batch_size // world.size)
     model = _load(config, checkpoint, sizes, pack, data_path, world)
     split = _Split(config, checkpoint, model, pack, data_path, loader, sizes, world, folder, shown)
     with traceback_folder(folder), deaths_of_workers_told():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
 from hrm.checkpoint.weights import PUZZLE_TABLE, Checkpoint, load_weights, nonfinite_weights, refilled
 from hrm.config import KernelsConfig, kernels_config
 from hrm.data.identity import identifiers_hash
-from hrm.data.pack import Pack
+from hrm.data.pack import Pack, PackMetadata
 from hrm.distributed.world import World
 from hrm.errors import UserError, printable
 from hrm.kernels import describe
@@ -29,6 +29,11 @@ class ModelSizes(NamedTuple):
     seq_len: int
     vocab_size: int
     num_puzzle_identifiers: int
+
+    @classmethod
+    def of(cls, data: PackMetadata, batch_size: int) -> Self:
+        """Those of a pack."""
+        return cls(batch_size, data.seq_len, data.vocab_size, data.num_puzzle_identifiers)
 
     def of_data(self) -> dict[str, int]:
         return {name: size for name, size in self._asdict().items() if name != "batch_size"}

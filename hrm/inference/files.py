@@ -232,10 +232,8 @@ def answer_lines(
             puzzles += read
             owners += [position] * len(read)
     size = model.predictor.chunk_size(options)
-    options = model.predictor.with_batch_size(options, min(len(puzzles), size))
-    for start in range(0, len(puzzles), size):
-        part = slice(start, start + size)
-        out = model.predictor.answer(puzzles[part], owners[part], options)
+    parts = (slice(start, start + size) for start in range(0, len(puzzles), size))
+    for out in model.predictor.answers(((puzzles[part], owners[part]) for part in parts), options):
         for number, position in enumerate(out.index.tolist()):
             records[position].append(
                 {

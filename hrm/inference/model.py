@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, overload
@@ -39,7 +39,7 @@ from hrm.inference.predictor import Predictions, PredictOptions, Predictor, as_b
 from hrm.models import ACTLossHead
 from hrm.tasks import all_tasks
 from hrm.tasks.base import Task
-from hrm.tasks.form import Puzzle, PuzzleForm
+from hrm.tasks.form import PuzzleForm
 from hrm.version import __version__
 
 _LIKELY_BATCH = 256  # what kernels prepare for
@@ -168,20 +168,11 @@ class TrainedModel(ModelHubMixin):
         items = items_of(x, self.task, self.form, tokens=tokens)
         chunks = in_chunks(items, self._predictor.chunk_size(options), self.task, self.form)
         if stream:
-            return self._answers(chunks, options)
+            return self._predictor.answers(chunks, options)
         read = list(chunks)  # all are checked before any is answered
         if not read:
             return self._none(options)
-        return Predictions.joined(list(self._answers(read, options)))
-
-    def _answers(
-        self, chunks: Iterable[tuple[list[Puzzle], list[int]]], options: PredictOptions
-    ) -> Iterator[Predictions]:
-        """Answers chunk by chunk, all in as many slots as the first needs: none has more puzzles."""
-        for number, (puzzles, numbers) in enumerate(chunks):
-            if number == 0:
-                options = self._predictor.with_batch_size(options, len(puzzles))
-            yield self._predictor.answer(puzzles, numbers, options)
+        return Predictions.joined(list(self._predictor.answers(read, options)))
 
     @property
     def predictor(self) -> Predictor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice, product
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -157,6 +157,15 @@ class Predictor:
             getattr(self._model.kernels, name) != "none" for name in EIGHT_BIT
         )
         return replace(options, batch_size=slots_for(sequences, sequences_at_once(self._device), compiled=compiled))
+
+    def answers(
+        self, chunks: Iterable[tuple[Sequence[Puzzle], Iterable[int]]], options: PredictOptions
+    ) -> Iterator[Predictions]:
+        """Answers chunk by chunk, all in as many slots as the first needs: none has more puzzles."""
+        for number, (puzzles, index) in enumerate(chunks):
+            if number == 0:
+                options = self.with_batch_size(options, len(puzzles))
+            yield self.answer(puzzles, index, options)
 
     def answer(self, puzzles: Sequence[Puzzle], index: Iterable[int], options: PredictOptions) -> Predictions:
         """Answers to some puzzles, in as many slots as they need.

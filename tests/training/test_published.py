@@ -17,17 +17,14 @@ from hrm.data.loader import TrainLoader
 from hrm.data.pack import open_pack
 from hrm.distributed.world import World
 from hrm.training.step import initial_state, make_train_step
+from tests.helpers.checkout import CHECKOUT, needs_checkout
 from tests.helpers.entry_points import make_pack
 
-CHECKOUT = os.environ.get("HRM_CHECKOUT", "")
 SCRIPT = Path(__file__).resolve().parents[1] / "helpers" / "published_training.py"
 STEPS = 30
 BATCH = 12
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not Path(CHECKOUT, "puzzle_dataset.py").is_file(), reason="HRM_CHECKOUT is not set"),
-]
+pytestmark = [pytest.mark.slow, needs_checkout]
 
 
 def test_thirty_steps_from_the_same_weights_on_the_same_batches(tmp_path: Path) -> None:
